@@ -1,0 +1,364 @@
+"""Soft Actor-Critic and the replay buffer whose rewards can be written again.
+
+What this is: SAC (arXiv 1801.01290, 1812.05905; for discrete actions 1910.07207) for states, and a ring of transitions
+that stores the picture seen after each action, so that a better reward model can price every stored step anew.
+
+Which STEPs: 0 explore without any reward, 1 act and store, 5 relabel, 6 improve the policy with SAC:
+    target   y = r + discount * (1 - terminated) * (min_i Q'_i(s', a') - alpha * log pi(a'|s'))     a' ~ pi(s')
+    critics  minimise (Q_i(s, a) - y)^2          actor  minimises alpha * log pi(a|s) - min_i Q_i(s, a),   a ~ pi(s)
+    alpha    grows while the policy's entropy is below its target, and shrinks while it is above.
+
+Differs from the paper (RL-VLM-F, 2402.03681):
+  1. New transitions have no reward (NaN) until their episode has ended and is priced in one batch; only priced rows are
+     sampled. The paper's code runs three networks on one image at every step and overwrites the result soon after.
+  2. relabel() covers every stored row, also after the ring wrapped around; theirs then leaves out most of them.
+  3. Novelty is measured against at most 1,024 stored states drawn at random: the whole buffer costs 10 times as much.
+  4. Targets follow at every update (theirs: every second); the temperature learns at the critics' rate.
+
+Shapes: O observation, A action numbers, B batch, N stored rows, H and W pixels.
+  ReplayBuffer.add/relabel/price/sample, novelty_bonus, SAC.act/update/reset_critic.  Needs numpy and torch, nothing else.
+
+To use it elsewhere:
+    import gymnasium, numpy as np, sac
+    env = gymnasium.make("Pendulum-v1")
+    agent, buffer = sac.SAC(3, env.action_space), sac.ReplayBuffer(1000, (3,), (1,))
+    obs, _ = env.reset(seed=0)
+    for _ in range(300):
+        action = agent.act(obs)  # (1,) in [-1, 1]: Pendulum's torque is twice that
+        next_obs, reward, terminated, truncated, _ = env.step(2 * action)
+        buffer.add(obs, action, next_obs, terminated, None, reward)
+        buffer.price([reward])
+        agent.update(buffer.sample(64))
+        obs = env.reset()[0] if truncated else next_obs
+"""
+import copy
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # of the Gaussian before tanh; the paper's range
+LOG_2 = float(np.log(2.0))
+
+
+# ---- STEP 1: act, and store the transition with the image seen after it ----
+class ReplayBuffer:
+    """A ring of transitions. reward is NaN until the row is priced; unpriced rows are always the newest ones.
+
+    obs, next_obs (N, O) float32; action (N, A) float32 or (N,) int64; terminated (N,) bool; reward, true_reward (N,)
+    float32; image (N, H, W, 3) uint8, the picture *after* the action (or absent, when image_shape is None).
+    folder: the arrays are memory-mapped files there, so that they need no memory of their own and outlive the process.
+    """
+
+    def __init__(self, capacity, obs_shape, action_shape, image_shape=None, folder=None, seed=0):
+        self.capacity, self.folder = int(capacity), folder
+        self.rng = np.random.default_rng(seed)
+        self.added = 0  # rows ever added; row number `added % capacity` is written next
+        self.unpriced = 0  # how many of the newest rows have no reward yet
+        action_type = np.float32 if len(action_shape) else np.int64
+        self.obs = self._array("obs", obs_shape, np.float32)
+        self.next_obs = self._array("next_obs", obs_shape, np.float32)
+        self.action = self._array("action", action_shape, action_type)
+        self.image = None if image_shape is None else self._array("image", image_shape, np.uint8)
+        # These are small and change after they were written, so they live in memory and travel in the checkpoint.
+        self.terminated = np.zeros(self.capacity, bool)
+        self.reward = np.full(self.capacity, np.nan, np.float32)
+        self.true_reward = np.full(self.capacity, np.nan, np.float32)
+
+    def _array(self, name, shape, dtype):
+        shape = (self.capacity, *shape)
+        if self.folder is None:
+            return np.zeros(shape, dtype)
+        path = os.path.join(self.folder, name + ".npy")
+        if os.path.exists(path):  # a resumed run finds what the interrupted one stored
+            array = np.lib.format.open_memmap(path, mode="r+")
+            if array.shape != shape:
+                raise ValueError(f"{path} holds {array.shape}, not {shape}: it belongs to another run")
+            return array
+        os.makedirs(self.folder, exist_ok=True)
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+    def __len__(self):
+        return min(self.added, self.capacity)
+
+    def add(self, obs, action, next_obs, terminated, image, true_reward):
+        """Store one transition. true_reward is kept for plots and for `--reward true`; nothing here learns from it."""
+        row = self.added % self.capacity
+        self.obs[row], self.action[row], self.next_obs[row] = obs, action, next_obs
+        # trap: a time limit is not a termination. Only `terminated` stops the bootstrap; a truncated episode goes on.
+        self.terminated[row] = terminated
+        self.reward[row], self.true_reward[row] = np.nan, true_reward
+        if self.image is not None:
+            assert image.dtype == np.uint8 and image.shape == self.image.shape[1:], (image.dtype, image.shape)
+            self.image[row] = image
+        self.added += 1
+        self.unpriced = min(self.unpriced + 1, self.capacity)
+        return row
+
+    def newest(self, count):
+        """Row numbers of the newest `count` rows, oldest of them first, also across the seam of the ring."""
+        return np.arange(self.added - count, self.added) % self.capacity  # (count,)
+
+    def price(self, rewards):
+        """Give the unpriced rows their rewards, oldest first: (K,) for K unpriced rows."""
+        rewards = np.asarray(rewards, np.float32)
+        assert rewards.shape == (self.unpriced,) and np.isfinite(rewards).all(), (rewards.shape, self.unpriced)
+        self.reward[self.newest(self.unpriced)] = rewards
+        self.unpriced = 0
+
+    # ---- STEP 5: relabel every stored transition with the new reward ----
+    def relabel(self, reward_fn, only_new=False, chunk=1024):
+        """Price the stored rows with reward_fn: (N, H, W, 3) uint8 -> (N,) float32. Returns how many rows were priced.
+
+        only_new: just the rows that have no reward yet (the end of an episode); otherwise all of them.
+        """
+        rows = self.newest(self.unpriced if only_new else len(self))
+        # trap: after the ring wrapped, the rows are not [0 : cursor]; walk len(self) rows, wherever the cursor is.
+        for start in range(0, len(rows), chunk):
+            part = rows[start : start + chunk]
+            self.reward[part] = reward_fn(self.image[part])  # (chunk, H, W, 3) -> (chunk,)
+        assert np.isfinite(self.reward[rows]).all(), "the reward function returned a number that is not finite"
+        self.unpriced = 0
+        return len(rows)
+
+    def sample(self, batch, unpriced_too=False):
+        """Draw rows with replacement -> dict of tensors: obs (B, O), action (B, A), reward (B,), next_obs, terminated.
+
+        unpriced_too: STEP 0 explores before any reward exists, and replaces batch["reward"] itself.
+        """
+        choices = len(self) - (0 if unpriced_too else self.unpriced)
+        if choices <= 0:
+            raise ValueError(f"nothing to sample: {len(self)} rows stored, {self.unpriced} of them without a reward")
+        age = self.rng.integers(0, choices, batch)  # 0 = the oldest row; the unpriced are the youngest
+        rows = (self.added - len(self) + age) % self.capacity  # (B,)
+        return {
+            "obs": torch.from_numpy(self.obs[rows]),  # (B, O) float32
+            "action": torch.from_numpy(self.action[rows]),  # (B, A) float32, or (B,) int64
+            "reward": torch.from_numpy(self.reward[rows]),  # (B,) float32
+            "next_obs": torch.from_numpy(self.next_obs[rows]),  # (B, O) float32
+            "terminated": torch.from_numpy(self.terminated[rows].astype(np.float32)),  # (B,) 0 or 1
+        }
+
+    def state_dict(self):
+        """What changes after it was written; the memory-mapped arrays are on disk already."""
+        n = len(self)
+        small = {"terminated": self.terminated[:n], "reward": self.reward[:n], "true_reward": self.true_reward[:n]}
+        return {"added": self.added, "unpriced": self.unpriced, "rng": self.rng.bit_generator.state,
+                **{name: array.copy() for name, array in small.items()}}
+
+    def load_state_dict(self, state):
+        """Go back to the moment of state_dict(); needs the same folder, and a ring that had not wrapped since."""
+        self.added, self.unpriced = state["added"], state["unpriced"]
+        self.rng.bit_generator.state = state["rng"]
+        for name in ("terminated", "reward", "true_reward"):
+            getattr(self, name)[: len(self)] = state[name]
+
+
+# ---- STEP 0: explore without any reward ----
+def novelty_bonus(obs, all_obs, k=5):
+    """How far each state is from the states already stored: a reward that leads to places not yet seen.
+
+        bonus(s) = || s - (k-th nearest stored state) ||        (particle estimate of state entropy; PEBBLE, 2106.05091)
+
+    obs: (B, O), all_obs: (N, O) -> (B,). A state that is itself stored counts as its own nearest neighbour.
+    Example: obs 0, stored states 1, 2, 5 and k=2 -> 2.
+    """
+    distance = torch.cdist(obs, all_obs)  # (B, N)
+    return distance.topk(min(k, all_obs.shape[0]), dim=-1, largest=False).values[:, -1]  # (B,)
+
+
+# ---- STEP 6: improve the policy with SAC on the learned reward ----
+def tanh_gaussian(mean, log_std, noise):
+    """Squash a Gaussian draw into [-1, 1] and return its log-density.
+
+        u = mean + std * noise,   a = tanh(u),   log pi(a) = sum over A of  log N(u) - log(1 - a^2)
+
+    mean, log_std, noise: (B, A) -> action (B, A), log_prob (B,).
+    """
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.pow(2) - log_std - 0.5 * float(np.log(2 * np.pi))
+    # trap: log(1 - tanh(u)^2) is -inf in float32 from |u| = 9 on; this is the same number, and stays finite.
+    log_slope = 2 * (LOG_2 - u - F.softplus(-2 * u))
+    return torch.tanh(u), (log_normal - log_slope).sum(-1)
+
+
+def mlp(sizes):
+    """Linear layers with ReLU between them: sizes (in, hidden..., out)."""
+    layers = [part for a, b in zip(sizes[:-1], sizes[1:]) for part in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class TwinCritic(nn.Module):
+    """Two independent Q-networks. Box: Q(s, a) -> (2, B). Discrete: the value of every action -> (2, B, actions)."""
+
+    def __init__(self, obs_dim, action_dim, actions, hidden):
+        super().__init__()
+        self.q1, self.q2 = (mlp((obs_dim + action_dim, *hidden, actions or 1)) for _ in range(2))
+
+    def forward(self, obs, action=None):
+        x = obs if action is None else torch.cat([obs, action], dim=-1)
+        q = torch.stack([self.q1(x), self.q2(x)])
+        return q if action is None else q.squeeze(-1)
+
+
+class SAC:
+    """Soft Actor-Critic for a Box space (actions in [-1, 1]; scale them outside) or a Discrete one.
+
+    act(obs (O,)) -> (A,) float32 in [-1, 1] or int;  update(batch) -> dict of 0-d tensors (no .item(): nothing waits).
+    """
+
+    def __init__(self, obs_dim, action_space, hidden=(256, 256), lr=3e-4, discount=0.99, tau=0.005, device="cpu",
+                 seed=0):
+        self.discrete = hasattr(action_space, "n")
+        if not self.discrete and not hasattr(action_space, "low"):
+            raise ValueError(f"SAC needs a Box or Discrete action space, not {action_space}")
+        self.actions = int(action_space.n) if self.discrete else 0
+        self.action_dim = 0 if self.discrete else int(np.prod(action_space.shape))
+        self.discount, self.tau, self.lr, self.device = discount, tau, lr, torch.device(device)
+        self.rng = torch.Generator(device=self.device).manual_seed(seed)
+        self.sizes = (obs_dim, self.action_dim, self.actions, tuple(hidden))
+        with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's global generator
+            torch.manual_seed(seed)
+            self.actor = mlp((obs_dim, *hidden, self.actions or 2 * self.action_dim)).to(self.device)
+        self.reset_critic()
+        self.log_alpha = torch.full((), float(np.log(0.1)), device=self.device, requires_grad=True)
+        # Continuous: one nat below uniform per action number (the paper's). Discrete: half of the most there can be.
+        self.target_entropy = 0.5 * float(np.log(self.actions)) if self.discrete else -float(self.action_dim)
+        self.actor_optimizer, self.alpha_optimizer = self._adam(self.actor.parameters()), self._adam([self.log_alpha])
+
+    def _adam(self, parameters):
+        return torch.optim.Adam(parameters, lr=self.lr, fused=True)  # one pass over memory for all weights
+
+    def reset_critic(self):
+        """Forget the values, keep the actor: after STEP 0 the critics' targets were novelty, not the task."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.rng, device=self.device)))
+            self.critic = TwinCritic(*self.sizes).to(self.device)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.critic_optimizer = self._adam(self.critic.parameters())
+
+    def _policy(self, obs):
+        """Sample the policy: Box -> action (B, A), log_prob (B,). Discrete -> probabilities and their logs, (B, n)."""
+        out = self.actor(obs)
+        if self.discrete:
+            log_probs = F.log_softmax(out, dim=-1)
+            return log_probs.exp(), log_probs
+        mean, log_std = out.chunk(2, dim=-1)  # (B, A) each
+        # tanh, not clamp: a clamped log_std has no gradient, and so no way back, once it is outside
+        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
+        noise = torch.randn(mean.shape, generator=self.rng, device=self.device)
+        return tanh_gaussian(mean, log_std, noise)
+
+    @torch.no_grad()
+    def act(self, obs, explore=True):
+        """obs (O,) -> the action to take: sampled, or the policy's best guess when explore is False."""
+        obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
+        if not self.discrete:
+            action = self._policy(obs)[0] if explore else torch.tanh(self.actor(obs)[: self.action_dim])
+            return action.cpu().numpy()
+        logits = self.actor(obs)
+        if explore:
+            return int(torch.multinomial(F.softmax(logits, dim=-1), 1, generator=self.rng))
+        return int(logits.argmax())
+
+    def _soft_value(self, q, policy):
+        """Expected min Q minus alpha times log-probability, and the policy's entropy: (B,), (B,)."""
+        action_or_probs, log_probs = policy
+        if self.discrete:  # an exact expectation: every action's value is at hand
+            q = q.min(0).values  # (B, n)
+            entropy = -(action_or_probs * log_probs).sum(-1)
+            return (action_or_probs * q).sum(-1) + self.log_alpha.exp().detach() * entropy, entropy
+        return q.min(0).values - self.log_alpha.exp().detach() * log_probs, -log_probs
+
+    def _value_of(self, critic, obs, policy):
+        return self._soft_value(critic(obs) if self.discrete else critic(obs, policy[0]), policy)
+
+    def update(self, batch):
+        """One gradient step for critics, actor and temperature. batch: what ReplayBuffer.sample returns."""
+        obs, action, reward, next_obs, terminated = (batch[name].to(self.device) for name in
+                                                     ("obs", "action", "reward", "next_obs", "terminated"))
+        assert reward.ndim == 1 and terminated.shape == reward.shape, (reward.shape, terminated.shape)
+
+        # The critics learn what the reward and the target's own next value say.
+        with torch.no_grad():
+            next_value, _ = self._value_of(self.target, next_obs, self._policy(next_obs))  # (B,)
+            target = reward + self.discount * (1 - terminated) * next_value  # (B,)
+        if self.discrete:
+            q = self.critic(obs).gather(-1, action.expand(2, -1).unsqueeze(-1)).squeeze(-1)  # (2, B)
+        else:
+            q = self.critic(obs, action)  # (2, B)
+        critic_loss = F.mse_loss(q, target.expand_as(q)) * 2  # both critics, each its own mean
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        critic_loss.backward()
+        self.critic_optimizer.step()
+
+        # The actor climbs the critics. trap: frozen first, or this backward would leave gradients in them, and cost more.
+        self.critic.requires_grad_(False)
+        value, entropy = self._value_of(self.critic, obs, self._policy(obs))
+        actor_loss = -value.mean()
+        self.actor_optimizer.zero_grad(set_to_none=True)
+        actor_loss.backward()
+        self.actor_optimizer.step()
+        self.critic.requires_grad_(True)
+
+        # The temperature holds the policy's entropy near its target.
+        alpha_loss = self.log_alpha * (entropy.detach().mean() - self.target_entropy)
+        self.alpha_optimizer.zero_grad(set_to_none=True)
+        alpha_loss.backward()
+        self.alpha_optimizer.step()
+
+        with torch.no_grad():  # Polyak: target <- (1 - tau) target + tau critic, all layers in one call
+            torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.tau)
+        return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(), "q_mean": q.detach().mean(),
+                "alpha": self.log_alpha.detach().exp(), "entropy": entropy.detach().mean()}
+
+    def _parts(self):
+        return {"actor": self.actor, "critic": self.critic, "target": self.target, "actor_optimizer":
+                self.actor_optimizer, "critic_optimizer": self.critic_optimizer, "alpha_optimizer": self.alpha_optimizer}
+
+    def state_dict(self):
+        return {**{name: part.state_dict() for name, part in self._parts().items()},
+                "log_alpha": self.log_alpha.detach().clone(), "rng": self.rng.get_state()}
+
+    def load_state_dict(self, state):
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.log_alpha.data.copy_(state["log_alpha"])
+        self.rng.set_state(state["rng"])
+
+
+def demo(steps=6000):
+    """Learn Pendulum-v1 from its own reward. Best possible is about -150; a random policy gets about -1,200."""
+    import gymnasium
+    from tqdm import tqdm
+
+    torch.set_num_threads(1)  # two threads only get into each other's way on networks this small
+    env = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+    agent = SAC(3, env.action_space, lr=1e-3)
+    buffer = ReplayBuffer(steps, (3,), (1,))
+    env.action_space.seed(0)
+    obs, returns, total = env.reset(seed=0)[0], [], 0.0
+    bar = tqdm(range(steps), unit="step")
+    for step in bar:
+        action = env.action_space.sample() if step < 500 else agent.act(obs)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        buffer.add(obs, action, next_obs, terminated, None, reward)
+        buffer.price([reward])
+        obs, total = next_obs, total + reward
+        if step >= 500:
+            agent.update(buffer.sample(256))
+        if truncated:
+            returns.append(total)
+            obs, total = env.reset()[0], 0.0
+            bar.set_postfix_str(f"return {returns[-1]:.0f}")
+    for episode, value in enumerate(returns, 1):
+        print(f"episode {episode:3d}  return {value:8.1f}  {'#' * int(40 * max(0, 1 + value / 1600))}")
+    final = float(np.mean(returns[-5:]))
+    print(f"mean return of the last 5 episodes: {final:.0f} (expected: above -200)")
+    return final
+
+
+if __name__ == "__main__":
+    demo()
