@@ -89,6 +89,8 @@ class PreferenceDataset:
     confidence (N,) in (0, 1] is the weight of an answer in the loss; 1 where the labeler gave none.
     """
 
+    ARRAYS = ("first", "second", "label", "confidence", "held_out")
+
     def __init__(self, capacity, image_shape):
         self.capacity, self.added = int(capacity), 0
         self.first = np.zeros((self.capacity, *image_shape), np.uint8)
@@ -124,14 +126,13 @@ class PreferenceDataset:
 
     def state_dict(self):
         n = len(self)
-        arrays = {name: getattr(self, name)[:n].copy() for name in
-                  ("first", "second", "label", "confidence", "held_out")}
-        return {"added": self.added, **arrays}
+        arrays = ((name, getattr(self, name)[:n]) for name in self.ARRAYS)
+        return {"added": self.added, **{name: torch.from_numpy(array.copy()) for name, array in arrays}}
 
     def load_state_dict(self, state):
         self.added = state["added"]
-        for name in ("first", "second", "label", "confidence", "held_out"):
-            getattr(self, name)[: len(self)] = state[name]
+        for name in self.ARRAYS:
+            getattr(self, name)[: len(self)] = state[name].numpy()
 
 
 # ---- STEP 4: fit the reward model to the answers ----
@@ -185,7 +186,7 @@ class RewardModel:
     fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32 in (-1, 1);  member_rewards -> (members, N).
     """
 
-    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=64):
+    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16):
         height, width, _ = image_shape
         self.device, self.batch = torch.device(device), batch
         self.rng = np.random.default_rng(seed)

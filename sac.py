@@ -43,6 +43,23 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # of the Gaussian before tanh; the paper's
 LOG_2 = float(np.log(2.0))
 
 
+def stored_array(folder, name, shape, dtype):
+    """Zeros of that shape: in memory, or, given a folder, in a memory-mapped file there that outlives the process.
+
+    A file that exists already is opened as it is: a resumed run finds what the interrupted one stored.
+    """
+    if folder is None:
+        return np.zeros(shape, dtype)
+    path = os.path.join(folder, name + ".npy")
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    array = np.lib.format.open_memmap(path, mode="r+")
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, not {shape}: it belongs to another run")
+    return array
+
+
 # ---- STEP 1: act, and store the transition with the image seen after it ----
 class ReplayBuffer:
     """A ring of transitions. reward is NaN until the row is priced; unpriced rows are always the newest ones.
@@ -52,33 +69,24 @@ class ReplayBuffer:
     folder: the arrays are memory-mapped files there, so that they need no memory of their own and outlive the process.
     """
 
+    IN_CHECKPOINT = ("terminated", "reward", "true_reward")
+
     def __init__(self, capacity, obs_shape, action_shape, image_shape=None, folder=None, seed=0):
-        self.capacity, self.folder = int(capacity), folder
+        self.capacity = int(capacity)
         self.rng = np.random.default_rng(seed)
         self.added = 0  # rows ever added; row number `added % capacity` is written next
         self.unpriced = 0  # how many of the newest rows have no reward yet
-        action_type = np.float32 if len(action_shape) else np.int64
-        self.obs = self._array("obs", obs_shape, np.float32)
-        self.next_obs = self._array("next_obs", obs_shape, np.float32)
-        self.action = self._array("action", action_shape, action_type)
-        self.image = None if image_shape is None else self._array("image", image_shape, np.uint8)
-        # These are small and change after they were written, so they live in memory and travel in the checkpoint.
+
+        def array(name, shape, dtype):
+            return stored_array(folder, name, (self.capacity, *shape), dtype)
+
+        self.obs, self.next_obs = array("obs", obs_shape, np.float32), array("next_obs", obs_shape, np.float32)
+        self.action = array("action", action_shape, np.float32 if len(action_shape) else np.int64)
+        self.image = None if image_shape is None else array("image", image_shape, np.uint8)
+        # These are small, and rewards change after they were written: they live in memory and travel in checkpoints.
         self.terminated = np.zeros(self.capacity, bool)
         self.reward = np.full(self.capacity, np.nan, np.float32)
         self.true_reward = np.full(self.capacity, np.nan, np.float32)
-
-    def _array(self, name, shape, dtype):
-        shape = (self.capacity, *shape)
-        if self.folder is None:
-            return np.zeros(shape, dtype)
-        path = os.path.join(self.folder, name + ".npy")
-        if os.path.exists(path):  # a resumed run finds what the interrupted one stored
-            array = np.lib.format.open_memmap(path, mode="r+")
-            if array.shape != shape:
-                raise ValueError(f"{path} holds {array.shape}, not {shape}: it belongs to another run")
-            return array
-        os.makedirs(self.folder, exist_ok=True)
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
     def __len__(self):
         return min(self.added, self.capacity)
@@ -144,16 +152,15 @@ class ReplayBuffer:
     def state_dict(self):
         """What changes after it was written; the memory-mapped arrays are on disk already."""
         n = len(self)
-        small = {"terminated": self.terminated[:n], "reward": self.reward[:n], "true_reward": self.true_reward[:n]}
         return {"added": self.added, "unpriced": self.unpriced, "rng": self.rng.bit_generator.state,
-                **{name: array.copy() for name, array in small.items()}}
+                **{name: torch.from_numpy(getattr(self, name)[:n].copy()) for name in self.IN_CHECKPOINT}}
 
     def load_state_dict(self, state):
         """Go back to the moment of state_dict(); needs the same folder, and a ring that had not wrapped since."""
         self.added, self.unpriced = state["added"], state["unpriced"]
         self.rng.bit_generator.state = state["rng"]
-        for name in ("terminated", "reward", "true_reward"):
-            getattr(self, name)[: len(self)] = state[name]
+        for name in self.IN_CHECKPOINT:
+            getattr(self, name)[: len(self)] = state[name].numpy()
 
 
 # ---- STEP 0: explore without any reward ----
@@ -167,6 +174,16 @@ def novelty_bonus(obs, all_obs, k=5):
     """
     distance = torch.cdist(obs, all_obs)  # (B, N)
     return distance.topk(min(k, all_obs.shape[0]), dim=-1, largest=False).values[:, -1]  # (B,)
+
+
+def novelty_batch(buffer, batch, against=1024):
+    """What update() needs in STEP 0: a batch whose reward is the novelty of the state each action led to, mean 1."""
+    drawn = buffer.sample(batch, unpriced_too=True)
+    stored = buffer.sample(against, unpriced_too=True)["next_obs"]  # (N, O)
+    # trap: states have units (metres, radians); without this the largest number alone would say what is novel
+    scale = stored.std(0).clamp(min=1e-3)  # (O,)
+    bonus = novelty_bonus(drawn["next_obs"] / scale, stored / scale)  # (B,)
+    return {**drawn, "reward": bonus / bonus.mean().clamp(min=1e-6)}
 
 
 # ---- STEP 6: improve the policy with SAC on the learned reward ----
