@@ -240,6 +240,8 @@ def _sandbox_main():
     for number in (0, 1, 2):
         os.dup2(null, number)
     np.seterr(all="ignore")
+    # trap: numpy loads parts of itself at their first use (median: numpy.ma), and soon no file can be read.
+    import numpy.ma  # noqa: F401
 
     def send(payload=b"", **header):
         text = json.dumps(header).encode()
@@ -465,10 +467,25 @@ class Report:
     reasons: list = dataclasses.field(default_factory=list)
     failures: list = dataclasses.field(default_factory=list)  # kind, episode, frame, caption, image
 
+    def judge(self, field, kind, episodes, curves, wrong, limit, reason):
+        """Fill in one rate and, if it is above the limit, the reason and two pictures that show it.
+
+        curves: per episode (T,), what the program said. wrong: {episode: frame}, where the fault shows.
+        """
+        rate = len(wrong) / max(1, len(episodes))
+        setattr(self, field, rate if len(episodes) else None)
+        if rate > limit:
+            self.reasons.append(f"{reason}, in {rate:.0%} of these episodes ({limit:.0%} may)")
+        for i, t in list(wrong.items())[:2] if rate > limit else []:
+            caption = f"{reason}; in this picture it says {curves[i][t]:.2f}:"
+            self.failures.append({"kind": kind, "episode": i, "frame": t, "caption": caption,
+                                  "image": episodes[i][t]})
+
     def row(self):
         """For JSON: everything but the pictures."""
-        failures = [{k: v for k, v in f.items() if k != "image"} for f in self.failures]
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "failures": failures}
+        row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        keep = ("kind", "episode", "frame", "caption")
+        return {**row, "failures": [{k: f[k] for k in keep} for f in self.failures]}
 
 
 def stages(progress):
@@ -481,72 +498,70 @@ def stages(progress):
     return out
 
 
-def verify(program, expert_episodes, random_episodes, other_episodes=None, success=None, earlier=(),
-           last=True):
+def verify(program, expert_episodes, random_episodes, other_episodes=None, success=None,
+           earlier=(), last=True):
     """Does the program call the sub-task completed where it is, and nowhere else? -> Report
 
-    Episodes: (T,H,W,3) uint8 each, the start picture first. success: per expert episode (T,) bool, the
-    environment's sparse success, if it has one. earlier: the programs of the sub-tasks before this one.
-    An earlier sub-task is an event: completed by reaching DONE in any frame, after which nobody looks.
-    The last one is a state to stay in: completed if progress is at DONE in the episode's last frame.
+    Episodes: (T,H,W,3) uint8, the start picture first. success: per expert episode (T,) bool, the
+    environment's sparse success, if it has one. earlier: programs of the sub-tasks before this one.
+    An earlier sub-task is an event: completed by reaching DONE in any frame; then nobody looks.
+    The last one is a state to stay in: completed if progress is at DONE in the last frame.
     """
     report = Report()
-    # Starts at which the goal is reached already (a balanced pole) are no negatives: "done" is right there.
-    away = [episode for i, episode in enumerate(expert_episodes)
-            if not (last and success is not None and success[i][0])]
-    if not away or not len(random_episodes):
-        raise CodeAsRewardError("C3 needs random episodes, and expert ones that do not start at the goal")
-    sets = {"expert": expert_episodes, "random": random_episodes, "frozen": [e[:1] for e in away],
-            "backwards": [e[::-1] for e in away], "other task": other_episodes or []}
     try:
-        curves = {kind: [program(e, e[0]) for e in episodes] for kind, episodes in sets.items()}
-        tables = [np.stack([*(p(e, e[0]) for p in earlier), curve], axis=1)  # (T, sub-tasks so far)
-                  for e, curve in zip(expert_episodes, curves["expert"])]
+        said = [program(e, e[0]) for e in expert_episodes]  # per episode (T,)
+        tables = [np.stack([*(p(e, e[0]) for p in earlier), own], axis=1)  # (T, sub-tasks so far)
+                  for e, own in zip(expert_episodes, said)]
+        done = _completed(said, anywhere=not last)
+        missed = {i: len(c) - 1 if last else int(np.argmax(c)) for i, c in enumerate(said)
+                  if i not in done}
+        report.judge("hit_rate", "expert", expert_episodes, said, missed, 1 - HIT_RATE,
+                     "an expert does it and it is not called completed")
+        report.hit_rate = len(done) / len(expert_episodes)
+        for field, kind, episodes, anywhere, reason in _negatives(
+                expert_episodes, said, random_episodes, other_episodes, success, last):
+            curves = [program(e, e[0]) for e in episodes]
+            report.judge(field, kind, episodes, curves, _completed(curves, anywhere), FALSE_RATE, reason)
         report.finite, report.deterministic = True, _deterministic(program, expert_episodes[0])
     except ProgramError as error:
-        report.reasons = [f"the program fails: {error}"]
+        report.reasons.append(f"the program fails: {error}")
         return report
-
-    def completed(kind, anywhere):
-        frames = [int(np.argmax(c)) if anywhere else len(c) - 1 for c in curves[kind]]
-        return [(i, t) for i, t in enumerate(frames) if curves[kind][i][t] >= DONE]
-
-    def judge(field, kind, wrong, limit, reason):  # wrong: (episode, frame) pairs that show the fault
-        rate = len(wrong) / max(1, len(sets[kind]))
-        setattr(report, field, rate if sets[kind] else None)
-        if rate > limit:
-            report.reasons.append(f"{reason}, in {rate:.0%} of these episodes ({limit:.0%} may)")
-            for i, t in wrong[:2]:
-                caption = f"{reason}; in this picture it says {curves[kind][i][t]:.2f}:"
-                report.failures.append({"kind": kind, "episode": i, "frame": int(t), "caption": caption,
-                                        "image": sets[kind][i][t]})
-
-    hits = dict(completed("expert", not last))
-    # trap: in a long time chance does any easy sub-task: random episodes get as long as the expert needs.
-    needs = [int(np.argmax(c >= DONE)) for i, c in enumerate(curves["expert"]) if not last and i in hits]
-    needs = 1 + int(np.median(needs or [len(e) for e in expert_episodes]))
-    curves["random"] = [c[:needs] for c in curves["random"]]
-    missed = [(i, len(c) - 1 if last else int(np.argmax(c))) for i, c in enumerate(curves["expert"])
-              if i not in hits]
-    judge("hit_rate", "expert", missed, 1 - HIT_RATE, "an expert does it and it is not called completed")
-    report.hit_rate = len(hits) / len(expert_episodes)
-    judge("false_rate", "random", completed("random", not last), FALSE_RATE,
-          "random behaviour is called completed")
-    judge("backwards", "backwards", completed("backwards", False), FALSE_RATE,
-          "undone again (an expert episode backwards) it is called completed")
-    judge("frozen", "frozen", completed("frozen", False), FALSE_RATE, "the start is called completed")
-    judge("other_task", "other task", completed("other task", not last), FALSE_RATE,
-          "a picture of another task is called completed")
     faults = [_faults_along(table, last, None if success is None else np.asarray(success[i], bool))
               for i, table in enumerate(tables)]
-    judge("too_soon", "expert", [(i, f[0]) for i, f in enumerate(faults) if f[0] is not None], FALSE_RATE,
-          "it is called completed before it can be")
-    judge("regressions", "expert", [(i, f[1]) for i, f in enumerate(faults) if f[1] is not None],
-          1 - HIT_RATE, f"the expert goes on and progress falls back by more than {FALL_BACK}")
+    for column, (field, limit, reason) in enumerate((
+            ("too_soon", FALSE_RATE, "it is called completed before it can be"),
+            ("regressions", 1 - HIT_RATE, f"progress falls back by more than {FALL_BACK}"))):
+        wrong = {i: fault[column] for i, fault in enumerate(faults) if fault[column] is not None}
+        report.judge(field, "expert", expert_episodes, said, wrong, limit, reason)
     if not report.deterministic:
         report.reasons.append("a picture's value changes when asked again, or with its neighbours")
     report.verdict = "fail" if report.reasons else "pass"
     return report
+
+
+def _completed(curves, anywhere):
+    """{episode: frame} of the episodes that count as completed: by any frame, or by their last."""
+    frames = [int(np.argmax(c)) if anywhere else len(c) - 1 for c in curves]
+    return {i: t for i, (c, t) in enumerate(zip(curves, frames)) if c[t] >= DONE}
+
+
+def _negatives(expert_episodes, said, random_episodes, other_episodes, success, last):
+    """The episodes that must not complete: (Report's field, kind, episodes, anywhere, reason) of each."""
+    # A start with the goal reached already (a balanced pole) is no negative: "completed" is right there.
+    away = [e for i, e in enumerate(expert_episodes) if not (last and success is not None and success[i][0])]
+    if not away or not len(random_episodes):
+        raise CodeAsRewardError("C3 needs random episodes, and expert ones that start short of the goal")
+    # trap: in a long time chance does any easy sub-task: random gets the time that the expert needs.
+    needs = [len(c) if last else 1 + int(np.argmax(c >= DONE)) for c in said if last or c.max() >= DONE]
+    needs = int(np.median(needs)) if needs else len(said[0])
+    return [
+        ("false_rate", "random", [e[:needs] for e in random_episodes], not last,
+         "random behaviour is called completed"),
+        ("backwards", "backwards", [e[::-1] for e in away], False,
+         "undone again (an expert episode backwards) it is called completed"),
+        ("frozen", "frozen", [e[:1] for e in away], False, "the start is called completed"),
+        ("other_task", "other task", other_episodes or [], not last,
+         "a picture of another task is called completed")]
 
 
 def _faults_along(progress, last, success):
@@ -580,32 +595,42 @@ def _deterministic(program, episode):
 def collect_episodes(env, expert, size, count=20, seed=0):
     """Play what `verify` needs -> dict(expert_episodes, random_episodes, success).
 
-    env: Gymnasium's reset and step, and picture(size). Where most starts are at the goal already, the
-    expert takes over after a spell of random actions: a pole that never leans verifies nothing.
+    env: Gymnasium's reset and step, picture(size), and info["success"]. Kept are expert episodes that
+    succeed and random ones that do not. Where most starts are at the goal already, the expert takes
+    over after up to 20 random actions: a pole that never leans verifies nothing.
     """
-    rng = np.random.default_rng(seed)
-    space = env.action_space
-    act = lambda obs: (int(rng.integers(space.n)) if hasattr(space, "n")
-                       else rng.uniform(space.low, space.high).astype(np.float32))
+    rng, space = np.random.default_rng(seed), env.action_space
 
-    def play(policy, number, warm_up):
+    def chance(obs):
+        return int(rng.integers(space.n)) if hasattr(space, "n") else (
+            rng.uniform(space.low, space.high).astype(np.float32))
+
+    def play(policy, number, warm_up=0):
         obs, info = env.reset(seed=seed + number)
-        for _ in range(warm_up):
-            obs, _, _, _, info = env.step(act(obs))
+        for _ in range(rng.integers(warm_up + 1)):
+            obs, _, _, _, info = env.step(chance(obs))
         images, success, over = [env.picture(size)], [info.get("success", 0)], False
         while not over:
             obs, _, terminated, truncated, info = env.step(policy(obs))
-            images.append(env.picture(size)), success.append(info.get("success", 0))
+            images.append(env.picture(size)), success.append(info["success"])
             over = terminated or truncated
         return np.stack(images), np.array(success, bool)
 
-    warm_up = 0
-    played = [play(expert, i, warm_up) for i in range(count)]
-    if np.mean([success[0] for _, success in played]) > 0.5:
-        warm_up = 25
-        played = [play(expert, i, warm_up) for i in range(count)]
+    def keep(policy, ending, warm_up=0):
+        kept = []
+        for number in range(3 * count):
+            images, success = play(policy, number, warm_up)
+            kept += [(images, success)] if success[-1] == ending else []
+            if len(kept) == count:
+                break
+        return kept
+
+    at_goal = np.mean([env.reset(seed=seed + i)[1].get("success", 0) for i in range(count)])
+    played = keep(expert, True, 20 if at_goal > 0.5 else 0)
+    if not played:
+        raise CodeAsRewardError("the expert never succeeds, so there is nothing to verify programs on")
     return {"expert_episodes": [images for images, _ in played], "success": [s for _, s in played],
-            "random_episodes": [play(act, count + i, warm_up)[0] for i in range(count)]}
+            "random_episodes": [images for images, _ in keep(chance, False)]}
 
 
 def learn_programs(ask, start_image, goal_image, goal, expert_episodes, random_episodes,

@@ -27,6 +27,8 @@ To use it elsewhere (stepping needs no OpenGL, pictures do):
     obs, reward, terminated, truncated, info = env.step(env.unwrapped.expert_action(obs))
     print(reward, info["success"], info["progress"])
 """
+import atexit
+import functools
 import os
 import sys
 import time
@@ -37,11 +39,19 @@ import numpy as np
 
 CURE = "pictures need OpenGL, missing here; cure: apt-get install -y libegl1 libgl1-mesa-dri"
 
+OPEN_RENDERERS = weakref.WeakSet()
+
 
 class OpenGLMissing(RuntimeError):
     """Raised by the picture functions alone: the physics never needs OpenGL."""
 
 
+def close_open_renderers():
+    for renderer in list(OPEN_RENDERERS):
+        renderer.close()
+
+
+@functools.cache
 def load_mujoco():
     """Import mujoco late (a cheap `import deformables`), able to draw without a screen."""
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
@@ -52,6 +62,9 @@ def load_mujoco():
         # trap: MUJOCO_GL=egl without an EGL library or driver makes `import mujoco` itself fail.
         os.environ["MUJOCO_GL"] = "disabled"
         import mujoco
+    # trap: a renderer still open when Python ends makes EGL print tracebacks. Exit functions run
+    # last in, first out: this one comes after mujoco's, so it closes while OpenGL still works.
+    atexit.register(close_open_renderers)
     return mujoco
 
 
@@ -86,12 +99,12 @@ def point_masses(points, radius, mass, damping, look):
 
 
 def edges(name, pairs, stiffness=0, damping=0, look='group="5"'):
-    """pairs (K, 2) of particle numbers -> 1-D flex: K springs, or K rods if an <equality> names it.
+    """pairs (K, 2) of particle numbers -> 1-D flex: K springs, or rods if an <equality> names it.
 
     Springs are explicit: sqrt(8 * stiffness / mass) * timestep must stay well under 2.
     """
     n = pairs.max() + 1
-    # trap: contype 0 and conaffinity 0 crash MuJoCo 3.3.0's compiler; 8 and 0 touch nothing too.
+    # contype and conaffinity both 0 crash MuJoCo 3.3.0's compiler; 8 and 0 touch nothing either.
     return (f'<flex name="{name}" dim="1" body="{" ".join(f"p{i}" for i in range(n))}" {look} '
             f'element="{" ".join(map(str, pairs.ravel()))}"><contact contype="8" conaffinity="0"/>'
             f'<edge stiffness="{stiffness}" damping="{damping}"/></flex>')
@@ -117,8 +130,6 @@ class SoftBodyEnv(gymnasium.Env):
         self.model = self.mujoco.MjModel.from_xml_string(self.mjcf())
         self.data = self.mujoco.MjData(self.model)
         self.renderers = {}  # picture size -> mujoco.Renderer
-        # trap: a renderer still open when Python ends makes EGL print tracebacks.
-        weakref.finalize(self, close_all, self.renderers)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -190,6 +201,7 @@ class SoftBodyEnv(gymnasium.Env):
             renderer = mujoco.Renderer(self.model, size, size)
         except Exception as error:  # every OpenGL back end has exceptions of its own
             raise OpenGLMissing(CURE) from error
+        OPEN_RENDERERS.add(renderer)
         for flag in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE", "FOG"):
             renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = 0
         self.look = mujoco.MjvOption()
@@ -212,12 +224,8 @@ class SoftBodyEnv(gymnasium.Env):
         return self.picture(300)
 
     def close(self):
-        close_all(self.renderers)
-
-
-def close_all(renderers):
-    while renderers:
-        renderers.popitem()[1].close()
+        while self.renderers:
+            self.renderers.popitem()[1].close()
 
 
 # ---- Fold Cloth ----
@@ -520,7 +528,7 @@ class PassWater(SoftBodyEnv):
         return image
 
     def expert_action(self, obs):
-        """Speed up and slow down at 0.8 m/s^2: v = sqrt(2 * a * way gone), sqrt(2 * a * way left)."""
+        """Speed up and slow down at 0.8 m/s^2: v = sqrt(2 * a * way gone), then way left."""
         x = max(float(obs[0]), 0)
         left = max(self.TARGET - x, 0)
         speed = min(np.sqrt(2 * 0.8 * (x + 0.01)), np.sqrt(2 * 0.8 * left), left / 0.08)
@@ -533,28 +541,13 @@ for _task in (FoldCloth, StraightenRope, PassWater):
 
 
 # ---- Demo: a contact sheet and the figures ----
-def play(env, act, seed=0, size=None):
-    """One episode of act(obs) -> action. -> return, [(progress, success, picture) of a step]."""
-    obs, total, over, seen = env.reset(seed=seed)[0], 0.0, False, []
+def play(env, act, seed):
+    """One episode of act(obs) -> action. -> its return, and whether it ended in success."""
+    obs, total, over = env.reset(seed=seed)[0], 0.0, False
     while not over:
         obs, reward, terminated, truncated, info = env.step(act(obs))
         total, over = total + reward, terminated or truncated
-        seen.append((info["progress"], info["success"], env.picture(size) if size else None))
-    return total, seen
-
-
-def contact_row(env, random, size=300):
-    """-> (size, 5 * size, 3): start, random's end, expert half way, expert's end, the goal."""
-    wandered = play(env, random, 1, size)[1]
-    expert = play(env, env.expert_action, 0, size)[1]
-    first = env.reset(seed=0)[1]["progress"]
-    start, goal = env.picture(size), env.goal_picture(size)
-    # Half way of the cloth's only action, which starts in one corner and ends in the other, is 0.
-    path = expert if env.horizon > 1 else play(env, lambda obs: np.zeros(2), 0, size)[1]
-    half = min(path, key=lambda moment: abs(moment[0] - (first + expert[-1][0]) / 2))
-    row = [start, wandered[-1][2], half[2], expert[-1][2], goal]
-    return np.concatenate([np.pad(image, ((3, 3), (3, 3), (0, 0)), constant_values=255)
-                           for image in row], axis=1)
+    return total, info["success"]
 
 
 def main(file="contact_deformables.png", episodes=10):
@@ -562,24 +555,28 @@ def main(file="contact_deformables.png", episodes=10):
 
     rows = []
     for env in (FoldCloth(), StraightenRope(), PassWater()):
-        env.action_space.seed(0)
-        players = {"random": lambda obs: env.action_space.sample(), "expert": env.expert_action}
-        rows.append(contact_row(env, players["random"]))
         print(f"{type(env).__name__}: {env.goal}")
-        for name, act in players.items():
+        env.action_space.seed(0)
+        env.reset(seed=0)
+        row = [env.picture(300)]
+        for name, act in (("random", lambda obs: env.action_space.sample()),
+                          ("expert", env.expert_action)):
             begin = time.perf_counter()
-            played = [play(env, act, seed) for seed in range(episodes)]
+            returns, success = zip(*(play(env, act, seed) for seed in range(episodes)))
             rate = episodes * env.horizon / (time.perf_counter() - begin)
-            returns, success = [total for total, _ in played], [seen[-1][1] for _, seen in played]
             print(f"  {name} return {np.mean(returns):8.2f} +- {np.std(returns):.2f}, "
                   f"success {np.mean(success):.1f}, {rate:.0f} steps/s")
+            row.append(env.picture(300))
+        row.append(env.goal_picture(300))
         for size in (84, 300):
             begin = time.perf_counter()
             pictures = [env.picture(size) for _ in range(50)]
             print(f"  {len(pictures) / (time.perf_counter() - begin):.0f} pictures/s, {size} px")
+        frame = ((3, 3), (3, 3), (0, 0))  # white, between the pictures
+        rows.append(np.concatenate([np.pad(p, frame, constant_values=255) for p in row], axis=1))
         env.close()
     imageio.imwrite(file, np.concatenate(rows))
-    print(f"wrote {file}: start, random's end, expert half way, expert's end, goal")
+    print(f"wrote {file}: start, random's end, expert's end, goal")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""The tasks: what the policy acts in, what the VLM looks at, and the sentence that says what is wanted.
+"""The tasks: what the policy acts in, what the VLM looks at, and the sentence that says the goal.
 
-What this is: CartPole with a continuous force, drawn with numpy alone; DrawerOpen, Soccer and SweepInto of Meta-World
-with pictures made for a VLM (robot hidden, camera on the object); and any Gymnasium id, given a goal sentence.
+What this is: CartPole with a continuous force, drawn with numpy alone; DrawerOpen, Soccer and
+SweepInto of Meta-World, with pictures made for a VLM; and any Gymnasium id, given a goal.
 
-Which STEPs: none; every STEP acts or looks here. CartPole's physics, one step of 0.02 s (x cart, a angle, F force):
-    temp = (F + m l a'^2 sin a) / M,   a'' = (g sin a - temp cos a) / (l (4/3 - m cos^2 a / M)),   x'' = temp - m l a'' cos a / M
+Which STEPs: none; every STEP acts or looks here. CartPole's physics (a angle, F force, M mass):
+    temp = (F + m l a'^2 sin a) / M       a'' = (g sin a - temp cos a) / (l (4/3 - m cos^2 a / M))
 
 Differs from the paper (RL-VLM-F, 2402.03681):
   1. Meta-World v3 in place of a changed v2, whose copy does not install any more.
-  2. Meta-World episodes last 150 steps (theirs: 500): the expert is done after 30 to 45, the rest is waiting. In Soccer
-     and SweepInto the hand starts 5 cm lower: from above, a random policy of 150 steps touched the ball in 0 of 40.
-  3. No shadows, reflections, multisampling or goal markers in pictures: 30 times faster, and nothing a VLM needs.
-  4. The reward model sees 64 to 100 px, the VLM 200 to 300 px (theirs: both 200 to 360 px), drawn at that size at once.
+  2. Its episodes last 150 steps (theirs: 500): the experts are done after 45. In Soccer and
+     SweepInto the hand starts 5 cm lower, or 150 random steps seldom touch the object.
+  3. Its pictures have no shadows, reflections, multisampling, goal markers: 20 times faster.
+  4. The reward model sees 64 to 100 px, the VLM 200 to 300 px (theirs: both see 200 to 360 px).
 
 Shapes: O observation, A action numbers; pictures (size, size, 3) uint8.
-  make(name) -> env: env.goal, env.horizon, env.picture(size), env.render() = picture(300); observations (O,) float32,
-  actions (A,) float32 in [-1, 1], or an int; info["success"] 0 or 1; info["progress"]: larger is closer to the goal,
-  and visible in the picture.  expert(env)(obs) -> action.  TASKS: all that is known about a task, one entry each.
+  make(name) -> env with .goal, .horizon, .picture(size), .render() = picture(300); obs (O,)
+  float32, action (A,) in [-1, 1], or an int; info["success"] 0 or 1; info["progress"]: larger is
+  closer to the goal, and visible in pictures. expert(env)(obs) -> action. TASKS: one entry a task.
 
 To use it elsewhere:
     import envs
-    env = envs.make("CartPole", seed=0)  # or make("Reacher-v5", goal="to bring the fingertip to the red ball")
+    env = envs.make("CartPole", seed=0)  # or make("Reacher-v5", goal="to touch the red ball")
     obs, info = env.reset(seed=0)
     obs, true_reward, terminated, truncated, info = env.step(envs.expert(env)(obs))
     image, progress = env.picture(64), info["progress"]
@@ -31,6 +31,7 @@ import contextlib
 import csv
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -42,8 +43,8 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 
 OPENGL_CURE = (
-    "pictures of this task need OpenGL, which is missing here: apt-get install -y libegl1 libgl1-mesa-dri "
-    "(or set MUJOCO_GL to egl, osmesa or glfw, whichever this machine has)"
+    "pictures of this task need OpenGL, which is missing here: apt-get install -y libegl1 "
+    "libgl1-mesa-dri (or set MUJOCO_GL to egl, osmesa or glfw, whichever this machine has)"
 )
 
 
@@ -62,9 +63,9 @@ class Task:
 
 # ---- CartPole: physics and pictures in numpy ----
 class CartPole(gymnasium.Env):
-    """Keep a pole upright with a force of -10 to 10 N on the cart. Nothing terminates: the state is clamped instead.
+    """Keep a pole upright with -10 to 10 N on the cart. The state is clamped: nothing terminates.
 
-    Observation (4,): cart position m, its velocity, pole angle rad (0 upright, positive leans right), its velocity.
+    Observation (4,): cart position m, its speed; pole angle rad (0 up, + leans right), its speed.
     """
 
     GRAVITY, CART_MASS, POLE_MASS, HALF_POLE, FORCE, SECONDS = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02
@@ -86,17 +87,18 @@ class CartPole(gymnasium.Env):
 
     def step(self, action):
         force = self.FORCE * float(np.clip(np.asarray(action).reshape(-1)[0], -1.0, 1.0))
-        moved = self.state + self.SECONDS * self.derivative(self.state, force)  # Euler, as Gymnasium's
+        moved = self.state + self.SECONDS * self.derivative(self.state, force)  # Euler
         self.state = np.clip(moved, -self.LIMIT, self.LIMIT)
-        # trap: without this the pole "falls on" at the clamp and takes as many steps to come back as it leaned there.
+        # trap: without this the pole "falls on" at the clamp, and needs as long to turn round.
         place, speed = self.state[[0, 2]], self.state[[1, 3]]
-        self.state[[1, 3]] = np.where((np.abs(place) >= self.LIMIT[[0, 2]]) & (place * speed > 0), 0.0, speed)
+        outwards = (np.abs(place) >= self.LIMIT[[0, 2]]) & (place * speed > 0)
+        self.state[[1, 3]] = np.where(outwards, 0.0, speed)
         info = self._info()
         return self.state.astype(np.float32), info["progress"], False, False, info
 
     @classmethod
     def derivative(cls, state, force):
-        """d state / dt, (4,). Gymnasium's CartPole equations: https://coneural.org/florian/papers/05_cart_pole.pdf"""
+        """d state / dt, (4,), Gymnasium's: https://coneural.org/florian/papers/05_cart_pole.pdf"""
         _, speed, angle, spin = state
         total, pole = cls.CART_MASS + cls.POLE_MASS, cls.POLE_MASS * cls.HALF_POLE
         sin, cos = math.sin(angle), math.cos(angle)
@@ -110,26 +112,29 @@ class CartPole(gymnasium.Env):
         return {"success": float(degrees < 5.0), "progress": -degrees}
 
     def expert_action(self, obs):
-        """Push towards where the pole leans and where it is going; a little more brings the cart back to the middle."""
-        x, speed, angle, spin = np.asarray(obs, np.float64)
-        return np.clip([0.1 * x + 0.25 * speed + 4.0 * angle + 1.0 * spin], -1, 1).astype(np.float32)
+        """Push where the pole leans and is going; a little more brings the cart to the middle."""
+        gains = np.array([0.1, 0.25, 4.0, 1.0])
+        return np.clip([gains @ obs], -1, 1).astype(np.float32)
 
     def picture(self, size):
-        """A brown pole on a black cart, on white. The cart stays in the middle: its position cannot be seen."""
+        """The cart is always drawn in the middle: its position cannot be seen."""
         return draw_pole(size, self.state[2])
 
 
 # Lengths in sides of the picture. x to the right from the middle, y up from the lower edge.
 PIVOT_Y, POLE_LENGTH, POLE_HALF_WIDTH = 0.29, 0.60, 0.028
 CART_LOW, CART_HIGH, CART_HALF_WIDTH = 0.16, 0.31, 0.14
-BROWN, BLACK, WHITE = (np.array(c, np.float32) for c in ((150, 90, 40), (0, 0, 0), (255, 255, 255)))
+BROWN, BLACK, WHITE = np.array([[150, 90, 40], [0, 0, 0], [255, 255, 255]], np.float32)
 
 
 def draw_pole(size, angle):
-    """angle rad -> (size, size, 3) uint8. Edges are smooth: a pixel is as brown as the share of it the pole covers."""
+    """angle rad -> (size, size, 3) uint8: a brown pole on a black cart, on white.
+
+    Edges are smooth: a pixel is as brown as the share of it that the pole covers.
+    """
     rows = slice(0, math.ceil((1 - CART_LOW) * size) + 1)  # nothing below the cart
-    y = 1.0 - (np.arange(size, dtype=np.float32)[rows, None] + 0.5) / size  # (rows, 1) pixel centres
-    x = (np.arange(size, dtype=np.float32)[None, :] + 0.5) / size - 0.5  # (1, size)
+    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size  # centres
+    x, y = pixel[None, :] - 0.5, 1.0 - pixel[rows, None]  # (1, size), (rows, 1)
     sin, cos = np.float32(math.sin(angle)), np.float32(math.cos(angle))
     along = x * sin + (y - PIVOT_Y) * cos  # (rows, size), 0 at the pivot, POLE_LENGTH at the tip
     across = np.abs(x * cos - (y - PIVOT_Y) * sin)
@@ -138,47 +143,51 @@ def draw_pole(size, angle):
     outside_cart = np.maximum(np.abs(x) - CART_HALF_WIDTH, np.abs(y - middle) - half_height)
     pole, cart = (np.clip(0.5 - size * d, 0, 1)[..., None] for d in (outside_pole, outside_cart))
     image = np.full((size, size, 3), 255, np.uint8)
-    image[rows] = ((WHITE + pole * (BROWN - WHITE)) * (1 - cart) + BLACK * cart + 0.5).astype(np.uint8)
+    colours = (WHITE + pole * (BROWN - WHITE)) * (1 - cart) + BLACK * cart
+    image[rows] = (colours + 0.5).astype(np.uint8)
     return image
 
 
 # ---- Meta-World: three tasks of a robot arm, and pictures without the arm ----
 class MetaWorld(gymnasium.Env):
-    """One Meta-World v3 task with object, goal and hand always at the same start, as the paper has it.
+    """A Meta-World v3 task with object, goal and hand always at one start, as the paper has it.
 
-    Observation (39,): hand (3), gripper opening, object (3 + quaternion 4), 7 zeros; the same 18 one step before; goal (3).
-    Action (4,): hand moves by up to 1 cm along x, y, z; gripper. True reward: Meta-World's, 0 to 10 a step.
+    Observation (39,): hand (3), gripper opening, object (3 + quaternion 4), 7 zeros; the same 18
+    one step before; goal (3). Action (4,): hand by up to 1 cm along x, y, z; gripper. layout:
+    where object and goal are, Meta-World's random vector. True reward: Meta-World's, 0 to 10.
     """
 
     render_mode = "rgb_array"
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
 
-    def __init__(self, name, layout, hand, camera, expert, colours=None):
-        """layout: Meta-World's random vector, held fixed.  hand: (3,) m.  camera: look_at (3,), distance m, azimuth,
-        elevation degrees.  expert: (obs) -> action.  colours: geom name -> (red, green, blue)."""
+    def __init__(self, name, layout, hand, camera, expert, colours=()):
+        """hand: (3,) m.  camera: look_at (3,) m, distance m, azimuth, elevation degrees.
+        expert: obs -> action.  colours: pairs of geom name and (red, green, blue) in [0, 1]."""
         with opengl_errors():  # importing mujoco already looks for OpenGL
             import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-        self.mujoco, self.expert_action, self.renderers = mujoco, expert, {}  # renderers: size -> mujoco.Renderer
+        self.mujoco, self.expert_action, self.renderers = mujoco, expert, {}  # size -> Renderer
+        mujoco.Renderer._gl_context = mujoco.Renderer._mjr_context = None  # what its close() asks
         sim = self.sim = ALL_V3_ENVIRONMENTS[name]()
-        sim._freeze_rand_vec, sim._set_task_called, sim._last_rand_vec = True, True, np.array(layout, float)
-        sim._partially_observable = False  # the goal is in the observation: constant here, and the experts want it
-        del sim.sawyer_observation_space  # trap: cached with the goal's bounds at 0, to which step() clips the goal
-        sim.hand_init_pos, sim.max_path_length = np.array(hand, float), math.inf
-        sim.touching_object = lambda geom: False  # a slow Python loop over contacts, for an info nobody reads here
-        sim.reset()  # 250 physics steps until the hand is there; only once, later resets restore the state below
+        sim._freeze_rand_vec, sim._set_task_called = True, True
+        sim._last_rand_vec, sim.hand_init_pos = np.array(layout, float), np.array(hand, float)
+        sim._partially_observable = False  # shows the goal: constant, but the experts want it
+        del sim.sawyer_observation_space  # trap: cached with bounds 0 for the goal; step() clips
+        sim.max_path_length = math.inf  # the time limit is ours
+        sim.touching_object = lambda geom: False  # a slow loop over contacts, read by nobody here
+        sim.reset()  # 250 physics steps to bring the hand there: once, later resets restore this
         self.kind = mujoco.mjtState.mjSTATE_INTEGRATION
         self.start = np.empty(mujoco.mj_stateSize(sim.model, self.kind))
         mujoco.mj_getState(sim.model, sim.data, self.start, self.kind)
         self.observation_space = Box(-np.inf, np.inf, (39,), np.float32)
         self.action_space = Box(-1.0, 1.0, (4,), np.float32)
-        self._prepare_pictures(camera, colours or {})
+        self._prepare_pictures(camera, colours)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         sim = self.sim
-        # trap: Meta-World's own reset leaves solver and mocap state behind; this one forgets what came before.
+        # Meta-World's own reset lets the arm travel there through 500 physics steps, every time.
         self.mujoco.mj_resetData(sim.model, sim.data)
         self.mujoco.mj_setState(sim.model, sim.data, self.start, self.kind)
         self.mujoco.mj_forward(sim.model, sim.data)
@@ -192,24 +201,20 @@ class MetaWorld(gymnasium.Env):
         return obs.astype(np.float32), float(reward), False, False, info
 
     def _progress(self, obs):
-        """Minus the distance over the table from object (drawer handle, ball, cube) to goal, m.
-
-        trap: the shaped reward also pays for the hand, which the picture hides: labels made from it cannot be learnt.
-        """
+        """Minus the distance over the table from object (handle, ball, cube) to goal, m."""
+        # trap: the true reward also pays for the hand, which the picture hides: as a label, noise.
         return -math.dist(obs[4:6], self.sim._target_pos[:2])
 
     def _prepare_pictures(self, camera, colours):
         """Once: hide the robot, throw out what makes drawing slow, aim the camera."""
         mujoco, model = self.mujoco, self.sim.model
-        look_at, distance, azimuth, elevation = camera
-        self.camera = mujoco.MjvCamera()
-        self.camera.lookat[:], self.camera.distance = look_at, distance
-        self.camera.azimuth, self.camera.elevation = azimuth, elevation
-        self.options = mujoco.MjvOption()
+        self.camera, self.options = mujoco.MjvCamera(), mujoco.MjvOption()
+        self.camera.lookat[:], self.camera.distance = camera[:2]
+        self.camera.azimuth, self.camera.elevation = camera[2:]
         self.options.sitegroup[:] = 0  # markers of goals and fingers
         robot = model.body_rootid == model.body("base").id  # (bodies,)
         model.geom_group[robot[model.geom_bodyid]] = 5  # groups 3 to 5 are not drawn
-        for geom, colour in colours.items():
+        for geom, colour in colours:
             model.geom(geom).rgba[:3], model.geom(geom).matid[:] = colour, -1
         model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
         model.mat_reflectance[:] = 0
@@ -219,13 +224,10 @@ class MetaWorld(gymnasium.Env):
             model, flags = self.sim.model, self.mujoco.mjtRndFlag
             model.vis.global_.offwidth = model.vis.global_.offheight = size
             self.renderers[size] = renderer = self.mujoco.Renderer(model, size, size)
-            for flag in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION, flags.mjRND_SKYBOX, flags.mjRND_HAZE, flags.mjRND_FOG):
-                renderer.scene.flags[flag] = False
-            # trap: a renderer that outlives OpenGL prints tracebacks when Python ends.
-            atexit.register(lambda me=weakref.ref(self): me() and me().close())
-        renderer = self.renderers[size]
-        renderer.update_scene(self.sim.data, self.camera, self.options)
-        return renderer.render()
+            for name in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE", "FOG"):
+                renderer.scene.flags[getattr(flags, "mjRND_" + name)] = False
+        self.renderers[size].update_scene(self.sim.data, self.camera, self.options)
+        return self.renderers[size].render()
 
     def close(self):
         while self.renderers:
@@ -233,7 +235,7 @@ class MetaWorld(gymnasium.Env):
 
 
 def scripted(name):
-    """Meta-World's own hand-written policy: obs (39,) -> action (4,)."""
+    """One of the policies that Meta-World brings: obs (39,) -> action (4,)."""
 
     def act(obs):
         from metaworld import policies
@@ -248,11 +250,11 @@ def scripted(name):
 def sweep_expert(obs):
     """Go behind the cube with closed fingers, go down, push it to the hole, stay.
 
-    Meta-World's own policy pinches the cube; from the start used here it presses it into the table and fails.
+    Meta-World's own policy pinches the cube, presses it into the table from this start, and fails.
     """
     hand, cube, goal = obs[:3], obs[4:7], obs[36:39]
-    behind = np.array([cube[0], cube[1] - 0.06, 0.115])  # m; fingers 2 cm above the table, below the cube's top
-    if hand[1] > cube[1] - 0.02:  # in front of it: back, above it
+    behind = np.array([cube[0], cube[1] - 0.06, 0.115])  # m; fingers 2 cm above the table
+    if hand[1] > cube[1] - 0.02:  # in front of it: go back, above it
         target = behind + [0.0, -0.02, 0.1]
     elif hand[2] > 0.145 or abs(hand[0] - cube[0]) > 0.02:
         target = behind
@@ -269,12 +271,13 @@ class TaskEnv(gymnasium.Wrapper):
         super().__init__(env)
         self.goal, self.horizon, self.task = goal, horizon, task
         self.first_seed = seed  # of the first reset that names none
+        self.drawn = False
         self.action_space.seed(seed)
 
     def reset(self, *, seed=None, options=None):
         seed, self.first_seed = (self.first_seed if seed is None else seed), None
         obs, info = self.env.reset(seed=seed, options=options)
-        return obs, self._complete(info, math.nan)  # a foreign environment has no reward, so no progress, yet
+        return obs, self._complete(info, math.nan)  # a foreign one has no reward, no progress, yet
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
@@ -282,78 +285,85 @@ class TaskEnv(gymnasium.Wrapper):
 
     def _complete(self, info, reward):
         success = info.get("success", info.get("is_success", 0.0))
-        return {**info, "success": float(success), "progress": float(info.get("progress", reward))}
+        progress = info.get("progress", reward)
+        return {**info, "success": float(success), "progress": float(progress)}
 
     def picture(self, size=300):
         """(size, size, 3) uint8: what can be seen now."""
-        if hasattr(self.unwrapped, "picture"):
-            with opengl_errors():
-                return self.unwrapped.picture(size)
-        return square(self._own_render(), size)
+        with opengl_errors():
+            ours = getattr(self.unwrapped, "picture", None)
+            image = ours(size) if ours else square(self._foreign_picture(), size)
+        if not self.drawn:
+            # trap: a renderer that outlives OpenGL prints tracebacks when Python ends. (Whoever
+            # registers last is called first; OpenGL registered its own end before this.)
+            atexit.register(lambda me=weakref.ref(self): me() and me().close())
+            self.drawn = True
+        return image
 
     def render(self):
         return self.picture(300)
 
-    def _own_render(self):
+    def _foreign_picture(self):
+        """What an environment that is not of this project draws, (height, width, 3) uint8."""
         try:
-            with opengl_errors():
-                return np.asarray(self.env.render())  # (height, width, 3) uint8
+            return np.asarray(self.env.render())
         except gymnasium.error.DependencyNotInstalled as error:
             raise ValueError(f"{self.spec.id} cannot draw itself here: {error}") from None
 
 
 def square(image, size):
-    """(height, width, 3) uint8 -> its middle square, (size, size, 3) uint8, each pixel a mean of those it covers."""
+    """(height, width, 3) uint8 -> its middle square as (size, size, 3) uint8."""
     from PIL import Image  # comes with imageio; only foreign environments need it
 
     side = min(image.shape[:2])
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    crop = Image.fromarray(np.ascontiguousarray(image[top : top + side, left : left + side, :3]))
+    middle = np.ascontiguousarray(image[top : top + side, left : left + side, :3])
     how = Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR
-    return np.asarray(crop.resize((size, size), how))
+    return np.asarray(Image.fromarray(middle).resize((size, size), how))
 
 
 @contextlib.contextmanager
 def opengl_errors():
-    """MuJoCo says a missing OpenGL in many ways; say it in one, with the cure."""
+    """A missing OpenGL has many faces, AttributeErrors on None among them: one line, one cure."""
     try:
         yield
-    except (ImportError, AttributeError, RuntimeError, OSError) as error:
-        text = f"{type(error).__name__}: {error}"
-        if isinstance(error, RuntimeError) or "gl" in text.lower() or "mesa" in text.lower():
-            raise ValueError(f"{OPENGL_CURE} [{text.splitlines()[0]}]") from error
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        if re.search(r"OpenGL|EGL|OSMesa|GLFW|MUJOCO_GL|GLContext|\be?gl[A-Z]", text):
+            raise ValueError(f"{OPENGL_CURE} [{text}]") from None
         raise
 
 
 def choose_opengl():
-    """Draw without a display where there is none. Must come before mujoco is imported, which reads it then."""
+    """Draw without a display where there is none. mujoco reads this when it is imported."""
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 # ---- The table of tasks ----
-PAPER_SAC = dict(seed_steps=1_000, explore_steps=10_000, sac_lr=3e-4, batch_size=512, hidden=256, updates=1)
+PAPER_SAC = dict(
+    seed_steps=1_000, explore_steps=10_000, sac_lr=3e-4, batch_size=512, hidden=256, updates=1,
+    eval_every=10_000, eval_episodes=1,
+)
 PAPER_METAWORLD = dict(
-    PAPER_SAC, total_steps=1_000_000, feedback_every=4_000, pairs_per_session=40, max_pairs=20_000, horizon=500,
-    reward_lr=3e-4, reward_epochs=10, query_size=300, reward_size=300, eval_every=10_000, eval_episodes=1,
+    PAPER_SAC, total_steps=1_000_000, feedback_every=4_000, pairs_per_session=40, max_pairs=20_000,
+    reward_lr=3e-4, reward_epochs=10, query_size=300, reward_size=300, horizon=500,
 )
 PAPER_ROPE_WATER = dict(
-    PAPER_SAC, total_steps=600_000, feedback_every=5_000, pairs_per_session=100, max_pairs=12_000,
-    reward_lr=1e-4, reward_epochs=30, query_size=720, eval_every=10_000, eval_episodes=1,
+    PAPER_SAC, total_steps=600_000, feedback_every=5_000, pairs_per_session=100,
+    max_pairs=12_000, reward_lr=1e-4, reward_epochs=30, query_size=720,
 )
 
 TASKS = {
     "CartPole": Task(
         goal="to balance the brown pole on the black cart to be upright",
         make=CartPole,
-        horizon=100,
-        query_size=200,
-        reward_size=64,
-        train=dict(total_steps=4_000, pairs_per_session=12, feedback_every=500, max_pairs=100),
+        horizon=100, query_size=200, reward_size=64,
+        train=dict(total_steps=4_000, feedback_every=500, pairs_per_session=12, max_pairs=100),
         paper=dict(
-            PAPER_SAC, total_steps=500_000, feedback_every=5_000, pairs_per_session=50, max_pairs=10_000,
-            explore_steps=2_000, sac_lr=5e-4, batch_size=1024, hidden=1024, reward_lr=3e-4, reward_epochs=50,
-            query_size=200, reward_size=200, eval_every=10_000, eval_episodes=10,
+            PAPER_SAC, total_steps=500_000, feedback_every=5_000, pairs_per_session=50,
+            max_pairs=10_000, explore_steps=2_000, sac_lr=5e-4, batch_size=1024, hidden=1024,
+            reward_lr=3e-4, reward_epochs=50, query_size=200, reward_size=200, eval_episodes=10,
         ),
     ),
     "DrawerOpen": Task(
@@ -365,10 +375,8 @@ TASKS = {
             camera=((0.0, 0.72, 0.07), 0.55, 50, -38),
             expert=scripted("SawyerDrawerOpenV3Policy"),
         ),
-        horizon=150,
-        query_size=300,
-        reward_size=84,
-        train=dict(total_steps=50_000, pairs_per_session=40, feedback_every=2_000, max_pairs=1_000),
+        horizon=150, query_size=300, reward_size=84,
+        train=dict(total_steps=50_000, feedback_every=2000, pairs_per_session=40, max_pairs=1000),
         paper=PAPER_METAWORLD,
     ),
     "Soccer": Task(
@@ -380,10 +388,8 @@ TASKS = {
             camera=((0.0, 0.75, 0.03), 0.55, 90, -45),
             expert=scripted("SawyerSoccerV3Policy"),
         ),
-        horizon=150,
-        query_size=300,
-        reward_size=84,
-        train=dict(total_steps=100_000, pairs_per_session=40, feedback_every=2_000, max_pairs=1_500),
+        horizon=150, query_size=300, reward_size=84,
+        train=dict(total_steps=100_000, feedback_every=2000, pairs_per_session=40, max_pairs=1500),
         paper=dict(PAPER_METAWORLD, reward_lr=1e-4, reward_epochs=5),
     ),
     "SweepInto": Task(
@@ -394,44 +400,37 @@ TASKS = {
             hand=(0.0, 0.6, 0.15),
             camera=((0.0, 0.74, 0.05), 0.52, -90, -60),
             expert=sweep_expert,
-            colours={"objGeom": (0.1, 0.7, 0.1)},
+            colours=[("objGeom", (0.1, 0.7, 0.1))],
         ),
-        horizon=150,
-        query_size=300,
-        reward_size=84,
-        train=dict(total_steps=100_000, pairs_per_session=40, feedback_every=2_000, max_pairs=1_500),
+        horizon=150, query_size=300, reward_size=84,
+        train=dict(total_steps=100_000, feedback_every=2000, pairs_per_session=40, max_pairs=1500),
         paper=PAPER_METAWORLD,
     ),
     "FoldCloth": Task(
         goal="to fold the cloth diagonally from top left corner to bottom right corner",
         make="deformables:FoldCloth-v0",
-        horizon=1,
-        query_size=300,
-        reward_size=100,
-        train=dict(total_steps=3_000, pairs_per_session=50, feedback_every=300, max_pairs=500),
+        horizon=1, query_size=300, reward_size=100,
+        train=dict(total_steps=3_000, feedback_every=300, pairs_per_session=50, max_pairs=500),
         paper=dict(
-            PAPER_SAC, total_steps=15_000, feedback_every=1_000, pairs_per_session=50, max_pairs=500,
-            seed_steps=250, explore_steps=500, sac_lr=5e-4, batch_size=1024, hidden=1024, reward_lr=3e-4,
-            reward_epochs=25, query_size=360, reward_size=360, eval_every=250, eval_episodes=1,
+            PAPER_SAC, total_steps=15_000, feedback_every=1_000, pairs_per_session=50,
+            max_pairs=500, seed_steps=250, explore_steps=500, sac_lr=5e-4, batch_size=1024,
+            hidden=1024, reward_lr=3e-4, reward_epochs=25, query_size=360, reward_size=360,
+            eval_every=250,
         ),
     ),
     "StraightenRope": Task(
         goal="to straighten the blue rope",
         make="deformables:StraightenRope-v0",
-        horizon=40,
-        query_size=300,
-        reward_size=100,
-        train=dict(total_steps=50_000, pairs_per_session=50, feedback_every=2_000, max_pairs=1_500),
+        horizon=40, query_size=300, reward_size=100,
+        train=dict(total_steps=50_000, feedback_every=2000, pairs_per_session=50, max_pairs=1500),
         paper=dict(PAPER_ROPE_WATER, reward_size=240),
     ),
     "PassWater": Task(
-        goal="to move the container, which holds water, to be as close to the red circle as possible "
-        "without causing too many water droplets to spill",
+        goal="to move the container, which holds water, to be as close to the red circle as "
+        "possible without causing too many water droplets to spill",
         make="deformables:PassWater-v0",
-        horizon=75,
-        query_size=300,
-        reward_size=100,
-        train=dict(total_steps=50_000, pairs_per_session=50, feedback_every=2_000, max_pairs=1_500),
+        horizon=75, query_size=300, reward_size=100,
+        train=dict(total_steps=50_000, feedback_every=2000, pairs_per_session=50, max_pairs=1500),
         paper=dict(PAPER_ROPE_WATER, reward_size=360),
     ),
 }
@@ -440,61 +439,64 @@ TASKS = {
 def make(name, seed=0, goal=None, horizon=None):
     """A name in TASKS, or any Gymnasium id together with a goal sentence -> TaskEnv."""
     task = TASKS.get(name)
-    known = ", ".join(TASKS)
     if task is None and name not in gymnasium.registry and ":" not in name:
-        raise ValueError(f'unknown environment "{name}"; there are {known}, or any Gymnasium id with --goal "..."')
+        known = ", ".join(TASKS)
+        or_any = "or any Gymnasium id with --goal"
+        raise ValueError(f"unknown environment {name}; there are {known}, {or_any}")
     if not (goal or task):
         raise ValueError(f'{name} needs a goal for the VLM, such as --goal "to stand upright"')
-    horizon = horizon or (task.horizon if task else None)
     choose_opengl()
-    source = task.make if task else name
+    source, horizon = (task.make if task else name), horizon or (task.horizon if task else None)
     if isinstance(source, str):
         env = _from_gymnasium(source, horizon)
     else:
         try:
             env = gymnasium.wrappers.TimeLimit(source(), horizon)
         except ModuleNotFoundError as error:
-            raise ValueError(f"{name} needs a package that is not here: pip install {error.name}") from None
-    horizon = horizon or (env.spec and env.spec.max_episode_steps) or 1000
+            raise ValueError(f"{name} needs a package: pip install {error.name}") from None
+    horizon = horizon or env.spec.max_episode_steps
     return TaskEnv(env, goal or task.goal, horizon, seed, task)
 
 
 def _from_gymnasium(name, horizon):
-    """Any registered environment, with observations (O,) float32 and actions in [-1, 1] (or Discrete)."""
+    """Any registered environment, with observations (O,) float32 and actions in [-1, 1] or int."""
     spec = gymnasium.registry.get(name)
-    limit = horizon or (spec and spec.max_episode_steps) or (1000 if spec else None)
+    if spec and not spec.max_episode_steps:
+        horizon = horizon or 1000  # an episode has to end some time
     try:
         with opengl_errors():
-            env = gymnasium.make(name, render_mode="rgb_array", max_episode_steps=limit, disable_env_checker=True)
+            env = gymnasium.make(
+                name, render_mode="rgb_array", max_episode_steps=horizon, disable_env_checker=True
+            )
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise ValueError(f"{name} cannot be made here: {str(error).splitlines()[0]}") from None
     if not isinstance(env.observation_space, Box):
-        raise ValueError(f"{name} observes {env.observation_space}; only Box observations are supported")
+        raise ValueError(f"{name} observes {env.observation_space}; only Box observations will do")
     if len(env.observation_space.shape) != 1:
         env = gymnasium.wrappers.FlattenObservation(env)
-    low, high = (bound.astype(np.float32) for bound in (env.observation_space.low, env.observation_space.high))
-    env = gymnasium.wrappers.TransformObservation(env, np.float32, Box(low, high, dtype=np.float32))
+    bounds = (env.observation_space.low, env.observation_space.high)
+    space = Box(*(bound.astype(np.float32) for bound in bounds), dtype=np.float32)
+    env = gymnasium.wrappers.TransformObservation(env, np.float32, space)
     actions = env.action_space
     if isinstance(actions, Discrete):
         return env
     if not isinstance(actions, Box) or len(actions.shape) != 1 or not actions.is_bounded():
-        raise ValueError(f"{name} acts in {actions}; only bounded Box (A,) and Discrete actions are supported")
-    low, high = np.array([-1, 1], actions.dtype)
-    return gymnasium.wrappers.RescaleAction(env, low, high)
+        raise ValueError(f"{name} acts in {actions}; only bounded Box (A,) and Discrete will do")
+    return gymnasium.wrappers.RescaleAction(env, *np.array([-1, 1], actions.dtype))
 
 
 def expert(env):
-    """A scripted policy that reaches the goal: obs (O,) -> action. For upper bounds; the learner never sees it."""
+    """A scripted policy that reaches the goal, obs -> action. The learner never sees it."""
     act = getattr(env.unwrapped, "expert_action", None)
     if act is None:
-        raise ValueError(f"no scripted expert for {env.spec.id if env.spec else env}; there is one for {', '.join(TASKS)}")
+        raise ValueError(f"no scripted expert here; there is one for {', '.join(TASKS)}")
     return act
 
 
 # ---- python envs.py: a contact sheet of all tasks, and how fast they are ----
-def episode(env, policy, seed=0):
-    """One episode's pictures [(200, 200, 3), ...] and progress [float, ...]; the first of each is that of the start."""
-    obs, info = env.reset(seed=seed)
+def episode(env, policy):
+    """One episode's pictures [(200, 200, 3), ...] and progress [float, ...], start included."""
+    obs, info = env.reset(seed=0)
     images, progress, over = [env.picture(200)], [info["progress"]], False
     while not over:
         obs, _, terminated, truncated, info = env.step(policy(obs))
@@ -505,34 +507,34 @@ def episode(env, policy, seed=0):
 
 
 def contact_row(env):
-    """(200, 800, 3) uint8: start | end of a random episode | expert halfway to its last progress | expert's end."""
+    """(200, 800, 3) uint8: start | random episode's end | expert halfway in progress | its end."""
     images, progress = episode(env, expert(env))
     half = np.argmin(np.abs(np.array(progress) - (progress[0] + progress[-1]) / 2))
     random_end = episode(env, lambda obs: env.action_space.sample())[0][-1]
     return np.concatenate([images[0], random_end, images[half], images[-1]], axis=1)
 
 
-def per_second(do, seconds=0.5):
-    """How often do() runs in a second."""
-    do()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        do()
-        count += 1
-    return count / (time.perf_counter() - start)
-
-
 def random_step(env):
-    """One step with a random action, and the reset where an episode ends: the cost that training sees."""
+    """A step with a random action, and the reset where an episode ends: the cost training sees."""
     _, _, terminated, truncated, _ = env.step(env.action_space.sample())
     if terminated or truncated:
         env.reset()
 
 
+def per_second(do, *args, seconds=0.5):
+    """How often do(*args) runs in a second."""
+    do(*args)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        do(*args)
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Draw all tasks into a contact sheet and measure their speed.")
-    parser.add_argument("--out", default="contact_envs.png", help="the picture: a row for each task")
-    parser.add_argument("--csv", help="also write task, size, pictures_per_s, steps_per_s there")
+    parser = argparse.ArgumentParser(description="Draw all tasks and measure how fast they are.")
+    parser.add_argument("--out", default="contact_envs.png", help="the picture, a row a task")
+    parser.add_argument("--csv", help="write task, size, pictures_per_s, steps_per_s there")
     args = parser.parse_args()
     from PIL import Image
 
@@ -541,17 +543,18 @@ def main():
         try:
             env = make(name)
             sheet.append(contact_row(env))
-            env.reset()
-            steps = per_second(lambda: random_step(env))
-            speeds = [(size, per_second(lambda: env.picture(size))) for size in (84, 100, 200, 300)]
         except ValueError as error:
             print(f"{name:15s} left out: {error}")
             continue
-        print(f"{name:15s}{steps:7.0f} steps/s   pictures/s:", *(f"{rate:6.0f} at {size} px" for size, rate in speeds))
-        table += [(name, size, round(rate), round(steps)) for size, rate in speeds]
+        env.reset()
+        steps = per_second(random_step, env)
+        rates = {size: per_second(env.picture, size) for size in (84, 100, 200, 300)}
+        pictures = "".join(f"{rate:6.0f} ({size} px)" for size, rate in rates.items())
+        print(f"{name:15s}{steps:7.0f} steps/s, pictures/s:{pictures}")
+        table += [(name, size, round(rate), round(steps)) for size, rate in rates.items()]
         env.close()
     Image.fromarray(np.concatenate(sheet)).save(args.out)
-    print(f"{args.out}: {len(sheet)} tasks; columns: start, end of a random episode, expert midway, expert at the end")
+    print(f"{args.out}: start, end of a random episode, expert halfway, expert at the end")
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             csv.writer(file).writerows(table)

@@ -1,36 +1,37 @@
 """A stand-in for a vision-language model (VLM): a real HTTP server, but no VLM.
 
-It lets everything run without a key, a network or a GPU.  It speaks the wire formats of OpenAI (chat
-completions and responses), Gemini (generateContent) and Anthropic (messages) on loopback, decodes
-the pictures it was sent, measures them with a few lines of numpy per goal (READERS), says in words
-what it measured, and decides from the words, as a VLM does in the two stages of STEP 3.  It never
-sees the simulator.  It knows the goals of the built-in tasks only; any other is an HTTP 400 that
-names them.  Its answers and its model name say that it is no VLM.
+It lets everything run without a key, a network or a GPU. On loopback it speaks the wire formats of
+OpenAI (chat completions, responses), Gemini (generateContent) and Anthropic (messages), decodes the
+pictures it was sent, measures them with a few lines of numpy per goal (READERS), says in words what
+it measured, and decides from the words: the two stages of STEP 3. It never sees the simulator. It
+knows the goals of the built-in tasks only; any other is an HTTP 400 that names them. Its answers
+and its model name say that it is no VLM.
 
 What it does with a question, by what is in it:
-  two images                 describe both; decide as well if the text asks for 0, 1 or -1
-  its description, no image  decide from the numbers in the words
-  one image                  describe it; give a score as well if the text asks for one
-  notes on one image         a score from the words
+  two images                  describe both; decide as well if the text asks for 0, 1 or -1
+  notes on two, no image      decide from the numbers in the words
+  one image, notes on one     the same with a score from 0 to 1
 Where the images differ by less than the reader's margin it answers -1.
 
-Mistakes, unsure answers: drawn from a hash of (seed, goal, images), so they depend on neither order
-nor threads.  A mistaken description has its two images exchanged, so both stages tell the same lie.
-Faults: see FAULTS; drawn from a hash of (seed, request, how often it was seen), so retries succeed.
+Mistakes and unsure answers are drawn from a hash of (seed, goal, images in their order): neither
+threads nor history matter. A mistaken description has its two images exchanged, so both stages
+tell the same lie. Faults (see FAULTS) are drawn from a hash of (seed, request, how often it was
+seen), so asking again succeeds.
 
-Shapes: a reader maps (H, W, 3) uint8 to a float in the unit of its sentence, nan if it sees nothing.
+Shapes: a reader maps (H, W, 3) uint8 to a float in the unit of its sentence, nan if it sees none.
 
-To use it elsewhere (any HTTP client will do; the openai package takes base_url=url):
-    with OfflineVLM(mistakes=0.1) as url:
-        goal = "Hello! The goal is " + SIGHT  # or content parts with images, as OpenAI has them
-        body = json.dumps({"model": "any", "messages": [{"role": "user", "content": goal}]}).encode()
-        reply = json.load(urllib.request.urlopen(url + "/chat/completions", body))
-        print(reply["choices"][0]["message"]["content"])
+To use it elsewhere (point any client at url, as if it were OpenAI's):
+    import json, urllib.request
+    from offline_vlm import SIGHT, OfflineVLM
+    body = json.dumps({"messages": [{"content": f"The goal is {SIGHT}"}]}).encode()
+    with OfflineVLM(latency=0.1) as url:
+        print(urllib.request.urlopen(url + "/chat/completions", body).read())
 """
 
 import argparse
 import base64
 import hashlib
+import inspect
 import json
 import re
 import threading
@@ -67,11 +68,145 @@ def read_pole(image):
     rows = np.flatnonzero(amount > 0.6 * np.median(amount[amount > 0.5]))
     if len(rows) < 6:
         return float("nan")
-    cut = max(1, len(rows) // 8)  # at the slanted tip, and where the cart cuts it, the middle is off
+    cut = max(1, len(rows) // 8)  # the slanted tip and the cart's cut are off the middle
     rows = rows[cut:-cut]
-    middle = (brown[rows] * np.arange(brown.shape[1])).sum(axis=1) / amount[rows]  # (rows,) columns
-    slope = np.polyfit(rows, middle, 1)[0]  # columns per row, rows counted downwards
+    middle = (brown[rows] * np.arange(brown.shape[1])).sum(axis=1) / amount[rows]  # (rows,)
+    off = rows - rows.mean()
+    slope = (off * middle).sum() / (off**2).sum()  # columns per row, rows counted downwards
     return float(-np.degrees(np.arctan(slope)))
+
+
+def read_drawer(image):
+    """(H, W, 3) uint8 -> how far the drawer is open, percent; above 100 if pulled past the stop.
+
+    The white handle is the only grey thing below the wall; it slides down and right as it opens.
+    """
+    pixels = image.astype(np.float64)
+    height, width = pixels.shape[:2]
+    bright, dark = pixels.max(axis=2), pixels.min(axis=2)
+    handle = (bright > 140) & (bright - dark < 30)
+    handle[:height // 3] = False  # the wall, and the floor behind it
+    if handle.sum() < 0.002 * height * width:
+        return float("nan")
+    rows, columns = np.nonzero(handle)
+    along = 0.8 * (columns.mean() + 0.5) / width + 0.6 * (rows.mean() + 0.5) / height
+    # Picture widths at even steps of the way: they look larger as they come nearer.
+    places = [0.5700, 0.6128, 0.6550, 0.6988, 0.7456, 0.7956, 0.8480, 0.9040, 0.9645, 1.0284]
+    return float(np.interp(along, places, np.linspace(-15.6, 125.0, 10)).clip(0, 125))
+
+
+def read_ball(image):
+    """(H, W, 3) uint8 -> distance of the ball from the middle of the goal, in ball widths.
+
+    The ball's black patches say where it is in the picture; from there a ray goes to the level of
+    its centre, 2.6 cm up.  The camera is 55 cm from (0, 75, 3) cm, looks 45 degrees down and is 45
+    degrees wide; the goal is at (0, 85) cm.
+    """
+    pixels = image.astype(np.float64)
+    height, width = pixels.shape[:2]
+    bright, dark = pixels.max(axis=2), pixels.min(axis=2)
+    black = (bright < 90) & (bright - dark < 8)  # the table is brown, the net blue
+    black[:int(0.28 * height)] = False  # the wall behind, and its shade
+    if black.sum() < 0.0003 * height * width:
+        return float("nan")
+    rows, columns = np.nonzero(black)
+    right = ((columns.mean() + 0.5) / width - 0.5) * 2 * np.tan(np.pi / 8)
+    up = (0.5 - (rows.mean() + 0.5) / height) * 2 * np.tan(np.pi / 8)
+    half = np.sqrt(0.5)  # sine and cosine of 45 degrees
+    reach = (55.0 * half + 3.0 - 2.6) / (half - up * half)  # cm along the ray
+    x, y = reach * right, 75.0 - 55.0 * half + reach * (half + up * half)
+    return float(np.hypot(x, y - 85.0) / 5.2)
+
+
+def read_cube(image):
+    """(H, W, 3) uint8 -> distance of the green cube from the middle of the hole, in cube widths.
+
+    A ray from the camera (52 cm from (0, 74, 5) cm, 60 degrees down, 45 degrees wide, from behind
+    the hole) meets the table 5 cm up, or the floor of the hole: 16 cm wide, its middle at (0, 84) cm.
+    """
+    pixels = image.astype(np.float64)
+    height, width = pixels.shape[:2]
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    cube = (green > 1.5 * red) & (green > 1.5 * blue) & (green > 60)
+    if cube.sum() < 0.0005 * height * width:
+        return float("nan")
+    rows, columns = np.nonzero(cube)
+    right = ((columns.mean() + 0.5) / width - 0.5) * 2 * np.tan(np.pi / 8)
+    up = (0.5 - (rows.mean() + 0.5) / height) * 2 * np.tan(np.pi / 8)
+    sine, cosine = np.sin(np.pi / 3), np.cos(np.pi / 3)
+    for level in (2.7, 7.7):  # cm: the cube's centre in the hole, on the table
+        reach = (52.0 * sine + 5.0 - level) / (sine - up * cosine)
+        x, y = -reach * right, 74.0 + 52.0 * cosine - reach * (cosine + up * sine)
+        if y >= 77.5 and abs(x) <= 8.0:
+            break  # where the ray meets the hole's floor is inside the hole
+    return float(np.hypot(x, y - 84.0) / 4.0)
+
+
+def read_cloth(image):
+    """(H, W, 3) uint8 -> overlap, in percent, of the yellow back with the triangle it should fill.
+
+    Overlap is intersection over union. The flat cloth spans 0.145 to 0.855 of the picture; the
+    triangle of a perfect fold is its lower right half.
+    """
+    pixels = image.astype(np.float64)
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    back = (red > 60) & (green > 0.55 * red) & (blue < 0.5 * green)
+    front = (red > 80) & (green < 0.4 * red) & (blue < 0.4 * red)
+    size = image.shape[1]
+    if (back | front).sum() < 0.02 * size * size:
+        return float("nan")
+    row, column = np.meshgrid(np.arange(size) / size, np.arange(size) / size, indexing="ij")
+    square = (row > 0.145) & (row < 0.855) & (column > 0.145) & (column < 0.855)
+    should = square & (row + column > 1)
+    return float(100 * (back & should).sum() / (back | should).sum())
+
+
+def read_rope(image):
+    """(H, W, 3) uint8 -> largest distance of two blue pixels, percent of the picture's width."""
+    pixels = image.astype(np.float64)
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    rows, columns = np.nonzero((blue > 60) & (blue > 1.6 * red) & (blue > 1.3 * green))
+    if len(rows) < 5:
+        return float("nan")
+    angles = np.linspace(0, np.pi, 60)[:-1, None]
+    along = columns * np.cos(angles) + rows * np.sin(angles)  # (59, pixels)
+    return float(100 * (along.max(axis=1) - along.min(axis=1)).max() / image.shape[1])
+
+
+def read_rooms(image):
+    """(H, W, 3) uint8 -> stage of a key-and-door errand, and how near the agent is to the next.
+
+    0 to 1 on the way to the key, 1 to 2 with it, 2 to 3 with the door open, 3 at the end: on the
+    green square, or with neither square nor box to be seen.
+    """
+    r, g, b = (image[..., i].astype(np.int16) for i in range(3))
+    yellow = (r > 90) & (g > 90) & (b < 70) & (abs(r - g) < 30)  # a locked door is dark yellow
+    agent = (r > 120) & (g < 70) & (b < 70)
+    green, purple = (g > 120) & (r < 70) & (b < 70), (b > r + 25) & (b > g + 40)
+    y, x = np.nonzero(green)
+    square = np.zeros(green.shape, bool)
+    if len(y):
+        square[y.min():y.max() + 1, x.min():x.max() + 1] = True
+    yellow &= ~square  # where the red agent covers the green, their mixture is yellow
+    columns = np.flatnonzero(yellow.any(axis=0))
+    if len(columns) == 0 or agent.sum() < 4:
+        return float("nan")
+    # The door stands in the wall between the rooms; the key, while it lies there, is on its left.
+    gaps = np.flatnonzero(np.diff(columns) > 1)
+    first = columns[gaps[-1] + 1] if len(gaps) else columns[0]  # the door's first column
+    door, key = yellow.copy(), yellow.copy()
+    door[:, :first], key[:, first:] = False, False
+    tall, wide = door.any(axis=1).sum(), door.any(axis=0).sum()
+    if wide < 0.5 * tall:  # an open door is a bar, seen from its edge
+        stage, target = 2, green | purple
+        if target.sum() < 4 or (agent & square).any():
+            return 3.0
+    else:
+        stage, target = (0, key) if key.any() else (1, door)
+    y, x = np.nonzero(target)
+    y0, x0 = np.nonzero(agent)
+    away = abs(y.mean() - y0.mean()) + abs(x.mean() - x0.mean())
+    return float(stage + 1 - away / (2 * image.shape[1]))
 
 
 # read: the function; says: the sentence; merit(value): larger is closer to the goal; worst, best:
@@ -83,7 +218,27 @@ READERS = {
                   lambda value: value, 0, 255, 8),
     "to balance the brown pole on the black cart to be upright": Reader(
         read_pole, "the brown pole leans {value:+.1f} degrees from upright",
-        lambda degrees: -abs(degrees), -30, 0, 0.5),
+        lambda value: -abs(value), -30, 0, 0.5),
+    "to open the drawer": Reader(
+        read_drawer, "the drawer is {value:.1f} percent open", lambda value: value, 0, 100, 1),
+    "to move the soccer ball into the goal": Reader(
+        read_ball, "the soccer ball is {value:.2f} ball widths from the middle of the goal",
+        lambda value: -value, -4, 0, 0.05),
+    "to minimize the distance between the green cube and the hole": Reader(
+        read_cube, "the green cube is {value:.2f} cube widths from the middle of the hole",
+        lambda value: -value, -5, 0, 0.05),
+    "to fold the cloth diagonally from top left corner to bottom right corner": Reader(
+        read_cloth, "the yellow back covers {value:.1f} percent of the triangle it should",
+        lambda value: value, 0, 80, 1),
+    "to straighten the blue rope": Reader(
+        read_rope, "the blue rope reaches over {value:.1f} percent of the picture",
+        lambda value: value, 25, 110, 1),
+    **dict.fromkeys((
+        "to pick up the key, open the yellow door with it, and get to the green square",
+        "to pick up the key and open the yellow door with it",
+        "to pick up the key, open the yellow door with it, and pick up the purple box behind it"),
+        Reader(read_rooms, "the errand is at stage {value:.2f} of 3",
+               lambda value: value, 0, 3, 0.03)),
 }
 
 
@@ -132,6 +287,155 @@ def chance(*what):
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
+# ---- the two questions of code_as_reward.py: which sub-tasks, and a program for one ----
+# The stand-in writes down what its own eyes do: the source of a reader, or, for MiniGrid, ROOMS.
+
+READ = '''
+def progress(image, first_image):
+    value, first = {read}(image), {read}(first_image)
+    if not np.isfinite(value) or not np.isfinite(first):
+        return 0.0
+    return min(1.0, max(0.0, {share}))
+'''
+
+ROOMS = '''import numpy as np
+
+def yellow(images):
+    r, g, b = [images[..., i] for i in range(3)]
+    return (r > 90) & (g > 90) & (b < 70) & (np.maximum(r, g) - np.minimum(r, g) < 30)
+
+def door(first_image):
+    """Top, bottom, left, right of the locked door: the rightmost yellow thing, if it fills a square."""
+    mask = yellow(first_image)
+    columns = np.flatnonzero(mask.any(0))
+    if len(columns) == 0:
+        return None
+    gaps = np.flatnonzero(np.diff(columns) > 1)
+    columns = columns[gaps[-1] + 1:] if len(gaps) else columns
+    rows = np.flatnonzero(mask[:, columns].any(1))
+    box = (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)
+    square = len(rows) < 1.5 * len(columns) and len(columns) > 0.04 * mask.shape[1]
+    return box if square and mask[box[0]:box[1], box[2]:box[3]].mean() > 0.6 else None
+
+def near(images, y, x):
+    """(N,) 0.9 where the red agent is at (y, x), less with the distance; 0 where no agent is seen."""
+    red = (images[..., 0] > 120) & (images[..., 1] < 70) & (images[..., 2] < 70)
+    count = red.sum(axis=(1, 2))
+    ys = red.sum(axis=2) @ np.arange(red.shape[1]) / np.maximum(count, 1)
+    xs = red.sum(axis=1) @ np.arange(red.shape[2]) / np.maximum(count, 1)
+    away = np.abs(ys - y) / red.shape[1] + np.abs(xs - x) / red.shape[2]
+    return np.where(count < 4, 0.0, np.maximum(0.0, 0.9 - 0.45 * away))
+'''
+
+KEY = ROOMS + '''
+def progress(images, first_image):
+    box = door(first_image)
+    if box is None:
+        return np.zeros(len(images))
+    ys, xs = np.nonzero(yellow(first_image)[:, :box[2]])  # the key lies left of the door
+    if len(ys) == 0:
+        return np.zeros(len(images))
+    agent = near(images, ys.mean(), xs.mean())
+    gone = yellow(images)[:, :, :box[2]].sum(axis=(1, 2)) < 0.3 * len(ys)
+    return np.where(agent == 0, 0.0, np.where(gone, {done}, {agent}))
+'''
+
+DOOR = ROOMS + '''
+def progress(images, first_image):
+    box = door(first_image)
+    if box is None:
+        return np.zeros(len(images))
+    top, bottom, left, right = box
+    agent = near(images, (top + bottom) / 2, (left + right) / 2)
+    opened = yellow(images[:, top:bottom, left:right]).mean(axis=(1, 2)) < 0.35  # locked: all yellow
+    return np.where(agent == 0, 0.0, np.where(opened, {done}, {agent}))
+'''
+
+SQUARE = ROOMS + '''
+def progress(images, first_image):
+    r, g, b = [first_image[..., i] for i in range(3)]
+    ys, xs = np.nonzero((g > 120) & (r < 70) & (b < 70))
+    if len(ys) == 0 or door(first_image) is None:
+        return np.zeros(len(images))
+    part = images[:, ys.min():ys.max() + 1, xs.min():xs.max() + 1]
+    inside = ((part[..., 0] > 120) & (part[..., 1] < 70)).any(axis=(1, 2))
+    agent = near(images, ys.mean(), xs.mean())
+    return np.where(agent == 0, 0.0, np.where(inside, {done}, {agent}))
+'''
+
+BOX = ROOMS + '''
+def purple(images):
+    r, g, b = [images[..., i].astype(np.int16) for i in range(3)]
+    return (b > r + 25) & (b > g + 40)
+
+def progress(images, first_image):
+    ys, xs = np.nonzero(purple(first_image))
+    if len(ys) == 0 or door(first_image) is None:
+        return np.zeros(len(images))
+    agent = near(images, ys.mean(), xs.mean())
+    gone = purple(images).sum(axis=(1, 2)) < 0.3 * len(ys)
+    return np.where(agent == 0, 0.0, np.where(gone, {done}, {agent}))
+'''
+
+PICK = ("the key is no longer on the floor", KEY)
+OPEN = ("the yellow door is open", DOOR)
+# goal: its sub-tasks in order, each (sentence, how it is read): a whole program, or the share done, from
+# what the goal's reader sees now (value) and in the first picture (first).
+SUBTASKS = {
+    "to balance the brown pole on the black cart to be upright":
+        [("the pole stands upright", "1 - abs(value) / (90 if abs(value) < 4.5 else 30)")],
+    "to open the drawer": [("the drawer is open", "(value - first) / max(10, 95 - first)")],
+    "to move the soccer ball into the goal":
+        [("the ball is in the goal", "(first - value) / max(0.5, first - 0.5)")],
+    "to minimize the distance between the green cube and the hole":
+        [("the green cube is in the hole", "(first - value) / max(0.5, first - 0.5)")],
+    "to fold the cloth diagonally from top left corner to bottom right corner":
+        [("the cloth is a triangle", "value / 80")],
+    "to straighten the blue rope":
+        [("the rope is straight", "(value - first) / max(5, 73 - first)")],
+    "to move the container, which holds water, to be as close to the red circle as possible "
+    "without causing too many water droplets to spill":
+        [("the container is at the red circle", "(first - value) / max(0.1, first - 0.1)")],
+    "to pick up the key, open the yellow door with it, and get to the green square":
+        [PICK, OPEN, ("the red agent is on the green square", SQUARE)],
+    "to pick up the key and open the yellow door with it": [PICK, OPEN],
+    "to pick up the key, open the yellow door with it, and pick up the purple box behind it":
+        [PICK, OPEN, ("the purple box is no longer there", BOX)],
+}
+
+
+def write_code(goal, sentence, wrong):
+    """The program for a sub-task; a wrong one takes done for undone."""
+    how = dict(SUBTASKS[goal])[sentence]
+    if "def progress" in how:
+        done, agent = ("0.5", "1.0") if wrong else ("1.0", "agent")
+        return how.replace("{done}", done).replace("{agent}", agent)
+    read = READERS[goal].read
+    share = f"1 - ({how})" if wrong else how
+    return ("import numpy as np\n\n" + inspect.getsource(read)
+            + READ.replace("{read}", read.__name__).replace("{share}", share))
+
+
+def answer_code(goal, text, mistakes, seed):
+    """A prompt of STEP C1 or C2 -> the answer; None if the text is neither.
+
+    A mistake is made in the first program only: told what failed, the stand-in puts it right.
+    """
+    if goal not in SUBTASKS:
+        return None
+    sentences = [sentence for sentence, _ in SUBTASKS[goal]]
+    if "List the sub-tasks" in text:
+        return "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(sentences, start=1))
+    asked = re.search(r"^The sub-task: (.+)$", text, re.MULTILINE)
+    if not asked or asked.group(1) not in sentences:
+        return None
+    told = "It was tested and failed" in text
+    wrong = not told and chance("program", seed, goal, asked.group(1)) < mistakes
+    return f"```python\n{write_code(goal, asked.group(1), wrong)}```"
+
+
+# ---- the one entrance ----
+
 def answer(parts, mistakes=0.0, unsure=0.0, seed=0):
     """parts: list of str | (H, W, 3) uint8 -> the text a model would have written."""
     text = "\n".join(part for part in parts if isinstance(part, str))
@@ -141,6 +445,8 @@ def answer(parts, mistakes=0.0, unsure=0.0, seed=0):
         known = "; ".join(f'"{goal}"' for goal in READERS if goal != SIGHT)
         raise BadQuestion(f"the offline stand-in is not a VLM and knows only these goals: {known}")
     reader = READERS[goals[-1]]
+    if code := answer_code(goals[-1], text, mistakes, seed):
+        return f"{SAYS}\n{code}"
     if len(images) > 2:
         raise BadQuestion("the offline stand-in takes one image or two")
     if not images and "Image 2:" in text:
@@ -217,7 +523,8 @@ def write_responses(text, end, tokens):
             "tool_choice": "auto", "tools": [], "status": message["status"],
             "incomplete_details": {"reason": "max_output_tokens"} if end == "cut off" else None,
             "usage": {"input_tokens": tokens[0], "output_tokens": tokens[1],
-                      "total_tokens": sum(tokens), "input_tokens_details": {"cached_tokens": 0},
+                      "total_tokens": sum(tokens), "input_tokens_details": {"cached_tokens": 0,
+                                                                    "cache_write_tokens": 0},
                       "output_tokens_details": {"reasoning_tokens": 0}}}
 
 
@@ -267,13 +574,15 @@ def fail_gemini(status, kind, message, wait):
     if kind == "insufficient_quota":
         details = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure",
                     "violations": [{"quotaId": "GenerateRequestsPerDayPerProject"}]}]
-    return {"error": {"code": status, "message": message, "status": name.get(status, "UNAVAILABLE"),
-                      "details": details if status == 429 and (wait or "quota" in kind) else []}}
+    details = details if status == 429 and (wait or "quota" in kind) else []
+    return {"error": {"code": status, "message": message, "details": details,
+                      "status": name.get(status, "UNAVAILABLE")}}
 
 
 def fail_messages(status, kind, message, wait):
-    details = {"error_code": "enforced_spend_limit_reached"} if kind == "insufficient_quota" else None
-    kind = "rate_limit_error" if kind == "insufficient_quota" else kind
+    details = None
+    if kind == "insufficient_quota":
+        kind, details = "rate_limit_error", {"error_code": "enforced_spend_limit_reached"}
     return {"type": "error", "error": {"type": kind, "message": message, "details": details},
             "request_id": "req_0"}
 
@@ -324,7 +633,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         vlm = self.server.vlm
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        wire = next((wire for wire in WIRES if self.path.split("?")[0].endswith(wire.ending)), None)
+        path = self.path.split("?")[0]
+        wire = next((wire for wire in WIRES if path.endswith(wire.ending)), None)
         if wire is None:
             return self.do_GET()
         digest, fault = vlm.register(raw, self.path, self.headers)
@@ -420,13 +730,14 @@ class OfflineVLM:
 
     hang, drip = 5.0, 0.05  # seconds of silence; seconds between two bytes
 
-    def __init__(self, port=0, mistakes=0.0, unsure=0.0, latency=0.0, faults=0.0, seed=0, key=None):
+    def __init__(self, port=0, mistakes=0.0, unsure=0.0, latency=0.0, faults=0.0, seed=0,
+                 key=None):
         if isinstance(faults, str) and faults not in FAULTS:
             raise ValueError(f"no fault {faults!r}: use a share or one of {', '.join(FAULTS)}")
         self.port, self.mistakes, self.unsure, self.latency = port, mistakes, unsure, latency
         self.faults, self.seed, self.key = faults, seed, key
         self.requests, self.answers, self.last = Counter(), Counter(), None
-        # Whatever changes its answers is in its name, so that a cache of answers never mixes them up.
+        # Whatever changes its answers is in its name, so that no cache of answers mixes them up.
         version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:6]
         self.model = f"{NAME}-{version}-mistakes{mistakes}-unsure{unsure}-seed{seed}"
         self.lock, self.stopping = threading.Lock(), threading.Event()

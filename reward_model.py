@@ -28,6 +28,8 @@ To use it elsewhere:
     model = reward_model.RewardModel((64, 64, 3))
     print(model.fit(data, epochs=3), model.predict(images).shape)
 """
+import copy
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -250,7 +252,8 @@ class RewardModel:
 
     def load_state_dict(self, state):
         self.nets.load_state_dict(state["nets"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # trap: an optimiser takes over the step counter it is given, so without the copy two models would share it
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.rng.bit_generator.state = state["rng"]
 
 

@@ -229,7 +229,7 @@ class SAC:
     def __init__(self, obs_dim, action_space, hidden=(256, 256), lr=3e-4, discount=0.99, tau=0.005, device="cpu",
                  seed=0):
         self.discrete = hasattr(action_space, "n")
-        if not self.discrete and not hasattr(action_space, "low"):
+        if type(action_space).__name__ not in ("Box", "Discrete"):  # by name: this file does not need gymnasium
             raise ValueError(f"SAC needs a Box or Discrete action space, not {action_space}")
         self.actions = int(action_space.n) if self.discrete else 0
         self.action_dim = 0 if self.discrete else int(np.prod(action_space.shape))
@@ -340,6 +340,8 @@ class SAC:
                 "log_alpha": self.log_alpha.detach().clone(), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
+        # trap: an optimiser takes over the step counter it is given, so without the copy two agents would share it
+        state = copy.deepcopy(state)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.log_alpha.data.copy_(state["log_alpha"])

@@ -25,208 +25,138 @@ Differs from the paper:
 
 Every run leaves a folder: config.json, metrics.csv, labels.jsonl, pairs/, checkpoint/, eval_*.gif, report.html.
 """
-import argparse
 import csv
 import dataclasses
-import inspect
 import json
 import os
-import shlex
 import shutil
 import sys
 import time
 
 import numpy as np
 
-
-@dataclasses.dataclass
-class Config:
-    """Every tunable, once. The comment behind a field is its --help text; None means: the task's own (envs.py)."""
-
-    # The task and the method
-    env: str = "CartPole"  # a built-in task or any Gymnasium id (then with --goal)
-    goal: str | None = None  # what to achieve, in words
-    reward: str = "preference"  # where the reward comes from: preference (RL-VLM-F), true or sparse
-    labels: str = "vlm"  # who compares the pictures: vlm, or oracle (from true progress, for comparison)
-    seed: int = 0  # the one seed of everything
-    schedule: str = "ours"  # the task's schedule: ours, or paper
-    # The VLM
-    vlm: str = "offline"  # offline (a stand-in, not a VLM), openai/MODEL, gemini/MODEL, anthropic/MODEL or local/MODEL
-    vlm_url: str | None = None  # where local/MODEL answers, such as http://localhost:11434/v1
-    vlm_extra: str = "{}"  # JSON merged into every request, such as {"reasoning_effort": "low"}
-    vlm_mistakes: float = 0.0  # share of wrong answers of the stand-in, or of the oracle
-    vlm_unsure: float = 0.0  # share of unsure answers of the stand-in
-    vlm_latency: float = 0.0  # seconds the stand-in takes for an answer
-    stages: int = 2  # 2: describe, then decide (the paper's); 1: both in one call
-    workers: int = 8  # questions asked at the same time
-    max_calls: int | None = None  # stop asking after so many calls that were paid for
-    max_usd: float | None = None  # stop asking after so many dollars; needs --usd-per-mtok
-    usd_per_mtok: str | None = None  # price of a million tokens, IN,OUT
-    # The schedule
-    total_steps: int | None = None  # environment steps in all
-    seed_steps: int | None = None  # of them, with random actions at first
-    explore_steps: int | None = None  # of them, before the first question (random, then novelty)
-    feedback_every: int | None = None  # environment steps between two sessions of questions
-    pairs_per_session: int | None = None  # pairs asked in one session
-    max_pairs: int | None = None  # pairs asked in all
-    sampler: str = "uniform"  # which pairs are asked: uniform (the paper's), disagreement, entropy or stratified
-    candidates: int = 1000  # pictures kept to ask about
-    # The reward model
-    members: int = 3  # networks in the ensemble
-    reward_lr: float | None = None  # learning rate of the reward model
-    reward_epochs: int | None = None  # passes over all answers in one session, at most
-    query_size: int | None = None  # pixels of the picture the VLM sees
-    reward_size: int | None = None  # pixels of the picture the reward model sees
-    # SAC
-    sac_lr: float | None = None  # learning rate of actor, critics and temperature
-    batch_size: int | None = None  # transitions in one update
-    updates: int | None = None  # updates after each environment step
-    hidden: int | None = None  # width of the two hidden layers
-    discount: float = 0.99  # what a reward one step later is worth
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
-    # Watching
-    horizon: int | None = None  # steps in an episode
-    eval_every: int | None = None  # environment steps between evaluations
-    eval_episodes: int | None = None  # episodes in one evaluation
-    out: str | None = None  # the run folder to make (default: runs/...)
-    resume: str | None = None  # go on with the run in this folder
+from run import METRICS, Config, Run, UserError, closing_text, parse_args, resolve, status, who_labels, write_json
 
 
-CHOICES = {
-    "reward": ("preference", "true", "sparse"), "labels": ("vlm", "oracle"), "schedule": ("ours", "paper"),
-    "sampler": ("uniform", "disagreement", "entropy", "stratified"), "stages": (1, 2),
-}
-# What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
-DEFAULTS = dict(
-    total_steps=50_000, seed_steps=1000, explore_steps=4000, feedback_every=2000, pairs_per_session=40, max_pairs=1000,
-    reward_lr=3e-4, reward_epochs=50, query_size=300, reward_size=84, sac_lr=3e-4, batch_size=256, updates=1,
-    hidden=256, eval_every=5000, eval_episodes=10,
-)
-MAY_CHANGE = ("max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_latency", "workers")  # on resume
-METRICS = (
-    "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical", "label_accuracy",
-    "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return", "eval_success", "eval_success_any",
-    "eval_success_frames", "eval_progress", "critic_loss", "q_mean", "alpha",
-)
 EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000  # episodes no training episode shares a seed with
 CANDIDATE_SHARE = 0.1  # of all pictures may be asked about; each of these is drawn twice, small and large
 SOLVED = 0.99  # share of evaluation steps with success at which the run's clock of "seconds until solved" stops
 RESET_UPDATES = 100  # updates of the fresh critics at once, as in the paper
 
 
-class UserError(Exception):
-    """Something the user can put right; main() prints it as one line."""
+# ---- the algorithm ----
+def train(config):
+    """Run the whole algorithm -> the rows of metrics.csv. What it leaves in the run folder: see the header."""
+    import torch
+    from tqdm import tqdm
+
+    import reward_model
+    import sac
+    import vlm_query
+
+    torch.set_num_threads(1)  # two threads only get into each other's way on networks this small
+    config, env, eval_env = prepare(config)
+    run = Run(config)
+    print(f"{config.env}: {config.goal}\nlabels from: {who_labels(config)}\nrun folder: {run.folder}", flush=True)
+    rng, space, small = np.random.default_rng(config.seed), env.action_space, (config.reward_size, config.reward_size, 3)
+    labeler = Labeler(config, run)
+    agent = sac.SAC(env.observation_space.shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount,
+                    device=config.device, seed=config.seed)
+    buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small,
+                              run.path("buffer"), config.seed)
+    pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
+    model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed)
+    data = reward_model.PreferenceDataset(config.max_pairs, small)
+    parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler}
+    learned = config.reward == "preference"  # otherwise an episode is priced as it ends, and nobody is asked
+    at = {"step": 0, "episode": 0, "sessions": 0, "fitted": not learned, "fit": {}, "solved": None}
+    if run.state:
+        load_all(run.state, parts, at, rng)
+    else:
+        write_gif(run.path("eval_before.gif"), eval_env, lambda obs: agent.act(obs, explore=False), config)
+        run.write({"step": 0, "episodes": 0, **evaluate(agent, eval_env, config)})
+
+    obs, _ = env.reset(seed=train_seed(config, at))
+    successes, losses = [], {}
+    bar = tqdm(range(at["step"], config.total_steps), initial=at["step"], total=config.total_steps, unit="step")
+    try:
+        for step in bar:
+            # ---- STEP 0: explore without any reward ----
+            exploring = step < config.explore_steps or not at["fitted"]  # random, then SAC on state novelty
+            action = random_action(space, rng) if step < config.seed_steps else agent.act(obs)
+
+            # ---- STEP 1: act, and store the transition with the image seen after it ----
+            next_obs, true_reward, terminated, truncated, info = env.step(action)
+            image = env.picture(config.reward_size)
+            buffer.add(obs, action, next_obs, terminated, image, true_reward)
+            successes.append(info["success"])
+            if learned and rng.random() < CANDIDATE_SHARE:
+                pool.offer(env.picture(config.query_size), image, info["progress"], rng)
+            obs, done = next_obs, terminated or truncated
+
+            due = step + 1 >= config.explore_steps + at["sessions"] * config.feedback_every
+            session = done and due and labeler.may_ask()
+            if session:
+                # ---- STEP 2: pick pairs of images ----
+                count = min(config.pairs_per_session, config.max_pairs - labeler.counts["asked"])
+                pairs = reward_model.sample_pairs(pool.small[: len(pool)], count, rng, config.sampler,
+                                                  model if at["fitted"] else None)  # (M, 2)
+
+                # ---- STEP 3: ask the VLM which image is closer to the goal ----
+                labels = labeler(pool, pairs, step + 1, rng)  # (M,) 0, 1, -1 unsure, -2 no label
+                pairs, labels = pairs[labels >= 0], labels[labels >= 0]
+                data.add(pool.small[pairs[:, 0]], pool.small[pairs[:, 1]], labels)
+                at["sessions"] += 1
+
+                if len(labels):
+                    # ---- STEP 4: fit the reward model to the answers ----
+                    at["fit"] = model.fit(data, config.reward_epochs)
+                    at["fit"]["reward_accuracy"] = order_accuracy(model, pool, rng)
+
+                    # ---- STEP 5: relabel every stored transition with the new reward ----
+                    buffer.relabel(model.predict)
+                    if not at["fitted"]:  # so far the critics have learned what is novel, not what is wanted
+                        agent.reset_critic()
+                        for _ in range(RESET_UPDATES):
+                            agent.update(buffer.sample(config.batch_size))
+                    at["fitted"] = True
+            elif done:
+                price_episode(config.reward, buffer, model if at["fitted"] else None, successes)
+
+            # ---- STEP 6: improve the policy with SAC on the learned reward ----
+            for _ in range(config.updates if step >= config.seed_steps else 0):
+                draw = sac.novelty_batch if exploring else sac.ReplayBuffer.sample
+                losses = agent.update(draw(buffer, config.batch_size))
+
+            # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
+            at["step"] = step + 1
+            if at["step"] % config.eval_every == 0 or at["step"] == config.total_steps:
+                row = {"step": at["step"], "episodes": at["episode"] + done, **labeler.row(), **at["fit"],
+                       **evaluate(agent, eval_env, config), **{name: float(x) for name, x in losses.items()}}
+                run.write(row)
+                if at["solved"] is None and row["eval_success_frames"] >= SOLVED:
+                    at["solved"] = [at["step"], run.seconds()]
+            if done:
+                at["episode"] += 1
+                # trap: at once after a session, or pictures it chose from may be gone when a killed run goes on
+                if session or at["step"] % config.eval_every < len(successes):
+                    run.save(save_all(parts, at, rng))
+                obs, _ = env.reset(seed=train_seed(config, at))
+                successes = []
+                bar.set_postfix_str(status(run.rows[-1], labeler))
+        finished = True
+    except KeyboardInterrupt:
+        finished = False
+    except vlm_query.VLMError as error:
+        raise UserError(f"{error} [nothing is lost; go on with: python train.py --resume {run.folder}]") from None
+    finally:
+        bar.close()
+        labeler.close()
+    print("\n" + finish(config, run, finished, at, labeler, agent, model if learned else None, eval_env))
+    return run.rows
 
 
-# ---- the run's settings and files ----
-def resolve(config):
-    """Fill every None from the task's entry, and check what can be checked before anything is made."""
-    import envs
-
-    for name, allowed in CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise UserError(f"--{name} {getattr(config, name)}: there are {', '.join(map(str, allowed))}")
-    task = envs.TASKS.get(config.env)
-    preset = dict(DEFAULTS)
-    if task is not None:
-        preset.update(goal=task.goal, horizon=task.horizon, query_size=task.query_size, reward_size=task.reward_size)
-        preset.update(task.train)
-        preset.update(task.paper if config.schedule == "paper" else {})
-    elif config.schedule == "paper":
-        raise UserError(f"--schedule paper: the paper has no task {config.env}")
-    open_fields = {name: value for name, value in preset.items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **open_fields)
-    if config.device == "auto":
-        import torch
-
-        config = dataclasses.replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
-    return config
-
-
-def who_labels(config):
-    """The name of whoever judges, for every banner, table and plot: nothing here may pass for a VLM that is none."""
-    if config.reward != "preference":
-        return f"nobody ({config.reward} reward)"
-    mistakes = f", wrong on purpose in {config.vlm_mistakes:.0%}" if config.vlm_mistakes else ""
-    if config.labels == "oracle":
-        return f"oracle (labels from true progress, not a VLM{mistakes})"
-    return f"offline stand-in (not a VLM{mistakes})" if config.vlm == "offline" else config.vlm
-
-
-class Run:
-    """The run folder: what was set, measured and paid for. With resume, back to the moment of its last checkpoint."""
-
-    def __init__(self, config):
-        import torch
-        import vlm_query
-
-        self.folder, self.started = config.out, time.time()
-        self.state = None  # the last checkpoint
-        if config.resume and os.path.exists(self.path("checkpoint", "state.pt")):
-            # weights_only: tensors, numbers and strings; a foreign run folder cannot run code here
-            self.state = torch.load(self.path("checkpoint", "state.pt"), weights_only=True)
-        elif not config.resume:
-            os.makedirs(self.folder)
-        os.makedirs(self.path("pairs"), exist_ok=True)
-        self.rows = self.state["rows"] if self.state else []
-        self.seconds_before = self.state["seconds"] if self.state else 0.0
-        self._keep("metrics.csv", 1 + len(self.rows) if self.rows else 0)
-        self._keep("timing.csv", 1 + len(self.rows) if self.rows else 0)
-        self.logged = self.state["logged"] if self.state else 0  # pairs in labels.jsonl
-        self.labels = vlm_query.LabelLog(self.path("labels.jsonl"), keep=self.logged)
-        fields = {**dataclasses.asdict(config), "labeler": who_labels(config), "command": command_line(config)}
-        write_json(self.path("config.json"), {**fields, "resume": None})
-
-    def path(self, *names):
-        return os.path.join(self.folder, *names)
-
-    def seconds(self):
-        return self.seconds_before + time.time() - self.started
-
-    def _keep(self, name, lines):
-        """Forget what was written after the checkpoint; it is about to happen again."""
-        if os.path.exists(self.path(name)):
-            with open(self.path(name), newline="") as file:
-                kept = file.readlines()[:lines]
-            with open(self.path(name), "w", newline="") as file:
-                file.writelines(kept)
-
-    def write(self, row):
-        """One evaluation: a line in metrics.csv (no clock in it: the same seed gives the same bytes) and timing.csv."""
-        self.rows.append(row)
-        for name, columns, values in (("metrics.csv", METRICS, [row.get(key) for key in METRICS]),
-                                      ("timing.csv", ("step", "seconds"), [row["step"], round(self.seconds(), 2)])):
-            with open(self.path(name), "a", newline="") as file:
-                writer = csv.writer(file)
-                if len(self.rows) == 1:
-                    writer.writerow(columns)
-                writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
-
-    def save(self, state):
-        """Everything that a resumed run needs and that is not in a file already; the old checkpoint stays until then."""
-        import torch
-
-        os.makedirs(self.path("checkpoint"), exist_ok=True)
-        state = {**state, "rows": self.rows, "seconds": self.seconds(), "logged": self.logged}
-        torch.save(state, self.path("checkpoint", "state.pt.new"))
-        # trap: written under another name first: killed half-way, the old checkpoint is still whole
-        os.replace(self.path("checkpoint", "state.pt.new"), self.path("checkpoint", "state.pt"))
-
-
-def write_json(path, content):
-    with open(path + ".new", "w") as file:
-        json.dump(content, file, indent=1)
-    os.replace(path + ".new", path)
-
-
-def command_line(config):
-    """The command that makes this run again: every field that differs from its default."""
-    flags = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)
-             if field.name not in ("resume", "out") and getattr(config, field.name) != field.default]
-    return shlex.join(["python", "train.py"] + [part for name, value in flags
-                                                for part in ("--" + name.replace("_", "-"), str(value))])
-
-
+# ---- STEPs 1 and 2: the pictures that may be asked about ----
 class Candidates:
     """Pictures that may be asked about: a reservoir in which every picture offered so far is equally likely to be.
 
@@ -258,7 +188,7 @@ class Candidates:
         self.offered, self.progress[:] = state["offered"], state["progress"]
 
 
-# ---- asking: the labeler behind STEP 3 ----
+# ---- STEP 3: ask the VLM which image is closer to the goal ----
 class Labeler:
     """Whoever compares the pictures: a VLM over HTTP, the stand-in likewise, or the oracle. Keeps the books of it.
 
@@ -426,118 +356,7 @@ def train_seed(config, at):
     return config.seed * 100_000 + at["episode"]
 
 
-# ---- the algorithm ----
-def train(config):
-    """Run the whole algorithm -> the rows of metrics.csv. What it leaves in the run folder: see the header."""
-    import torch
-    from tqdm import tqdm
-
-    import reward_model
-    import sac
-    import vlm_query
-
-    torch.set_num_threads(1)  # two threads only get into each other's way on networks this small
-    config, env, eval_env = prepare(config)
-    run = Run(config)
-    print(f"{config.env}: {config.goal}\nlabels from: {who_labels(config)}\nrun folder: {run.folder}", flush=True)
-    rng, space, small = np.random.default_rng(config.seed), env.action_space, (config.reward_size, config.reward_size, 3)
-    labeler = Labeler(config, run)
-    agent = sac.SAC(env.observation_space.shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount,
-                    device=config.device, seed=config.seed)
-    buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small,
-                              run.path("buffer"), config.seed)
-    pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
-    model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed)
-    data = reward_model.PreferenceDataset(config.max_pairs, small)
-    parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler}
-    learned = config.reward == "preference"  # otherwise an episode is priced as it ends, and nobody is asked
-    at = {"step": 0, "episode": 0, "sessions": 0, "fitted": not learned, "fit": {}, "solved": None}
-    if run.state:
-        load_all(run.state, parts, at, rng)
-    else:
-        write_gif(run.path("eval_before.gif"), eval_env, lambda obs: agent.act(obs, explore=False), config)
-        run.write({"step": 0, "episodes": 0, **evaluate(agent, eval_env, config)})
-
-    obs, _ = env.reset(seed=train_seed(config, at))
-    successes, losses = [], {}
-    bar = tqdm(range(at["step"], config.total_steps), initial=at["step"], total=config.total_steps, unit="step")
-    try:
-        for step in bar:
-            # ---- STEP 0: explore without any reward ----
-            exploring = step < config.explore_steps or not at["fitted"]  # random, then SAC on state novelty
-            action = random_action(space, rng) if step < config.seed_steps else agent.act(obs)
-
-            # ---- STEP 1: act, and store the transition with the image seen after it ----
-            next_obs, true_reward, terminated, truncated, info = env.step(action)
-            image = env.picture(config.reward_size)
-            buffer.add(obs, action, next_obs, terminated, image, true_reward)
-            successes.append(info["success"])
-            if learned and rng.random() < CANDIDATE_SHARE:
-                pool.offer(env.picture(config.query_size), image, info["progress"], rng)
-            obs, done = next_obs, terminated or truncated
-
-            due = step + 1 >= config.explore_steps + at["sessions"] * config.feedback_every
-            session = done and due and labeler.may_ask()
-            if session:
-                # ---- STEP 2: pick pairs of images ----
-                count = min(config.pairs_per_session, config.max_pairs - labeler.counts["asked"])
-                pairs = reward_model.sample_pairs(pool.small[: len(pool)], count, rng, config.sampler,
-                                                  model if at["fitted"] else None)  # (M, 2)
-
-                # ---- STEP 3: ask the VLM which image is closer to the goal ----
-                labels = labeler(pool, pairs, step + 1, rng)  # (M,) 0, 1, -1 unsure, -2 no label
-                pairs, labels = pairs[labels >= 0], labels[labels >= 0]
-                data.add(pool.small[pairs[:, 0]], pool.small[pairs[:, 1]], labels)
-                at["sessions"] += 1
-
-                if len(labels):
-                    # ---- STEP 4: fit the reward model to the answers ----
-                    at["fit"] = model.fit(data, config.reward_epochs)
-                    at["fit"]["reward_accuracy"] = order_accuracy(model, pool, rng)
-
-                    # ---- STEP 5: relabel every stored transition with the new reward ----
-                    buffer.relabel(model.predict)
-                    if not at["fitted"]:  # so far the critics have learned what is novel, not what is wanted
-                        agent.reset_critic()
-                        for _ in range(RESET_UPDATES):
-                            agent.update(buffer.sample(config.batch_size))
-                    at["fitted"] = True
-            elif done:
-                price_episode(config.reward, buffer, model if at["fitted"] else None, successes)
-
-            # ---- STEP 6: improve the policy with SAC on the learned reward ----
-            for _ in range(config.updates if step >= config.seed_steps else 0):
-                draw = sac.novelty_batch if exploring else sac.ReplayBuffer.sample
-                losses = agent.update(draw(buffer, config.batch_size))
-
-            # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
-            at["step"] = step + 1
-            if at["step"] % config.eval_every == 0 or at["step"] == config.total_steps:
-                row = {"step": at["step"], "episodes": at["episode"] + done, **labeler.row(), **at["fit"],
-                       **evaluate(agent, eval_env, config), **{name: float(x) for name, x in losses.items()}}
-                run.write(row)
-                if at["solved"] is None and row["eval_success_frames"] >= SOLVED:
-                    at["solved"] = [at["step"], run.seconds()]
-            if done:
-                at["episode"] += 1
-                # trap: at once after a session, or pictures it chose from may be gone when a killed run goes on
-                if session or at["step"] % config.eval_every < len(successes):
-                    run.save(save_all(parts, at, rng))
-                obs, _ = env.reset(seed=train_seed(config, at))
-                successes = []
-                bar.set_postfix_str(status(run.rows[-1], labeler))
-        finished = True
-    except KeyboardInterrupt:
-        finished = False
-    except vlm_query.VLMError as error:
-        raise UserError(f"{error} [nothing is lost; go on with: python train.py --resume {run.folder}]") from None
-    finally:
-        bar.close()
-        labeler.close()
-    print("\n" + finish(config, run, finished, at, labeler, agent, model if learned else None, eval_env))
-    return run.rows
-
-
+# ---- before and after ----
 def prepare(config):
     """Settle every setting before anything is made -> (config, training environment, evaluation environment)."""
     import envs
@@ -557,19 +376,6 @@ def prepare(config):
     return dataclasses.replace(config, goal=env.goal, horizon=env.horizon, out=out), env, eval_env
 
 
-def status(row, labeler):
-    """The numbers behind the progress bar."""
-    parts = [f"return {row['eval_return']:.0f}", f"success {row['eval_success']:.0%}"]
-    if labeler.counts["asked"]:
-        parts += [f"pairs {labeler.counts['asked']}", f"labels right {labeler.accuracy():.0%}"]
-    if row.get("reward_accuracy"):
-        parts += [f"reward right {row['reward_accuracy']:.0%}"]
-    if labeler.usd():
-        parts += [f"${labeler.usd():.2f}"]
-    return ", ".join(parts)
-
-
-# ---- afterwards: what was learned ----
 def finish(config, run, finished, at, labeler, agent, model, env):
     """Watch the policy once more, write summary.json and the report -> the closing paragraph."""
     import report
@@ -592,28 +398,6 @@ def finish(config, run, finished, at, labeler, agent, model, env):
     if finished:
         shutil.rmtree(run.path("buffer"))  # gigabytes that only a resumed run needs
     return text
-
-
-def closing_text(config, run, finished, at, labeler, spearman):
-    """What was learned, from how many pairs, by which labeler, how right its labels were, and where to read on."""
-    first, last, counts = run.rows[0], run.rows[-1], labeler.counts
-    text = [f"{config.env}, {'finished' if finished else 'interrupted'} after {at['step']:,} steps and "
-            f"{run.seconds():.0f} s: return {last['eval_return']:.1f} (before: {first['eval_return']:.1f}); success at "
-            f"the end of {last['eval_success']:.0%} of {config.eval_episodes} evaluation episodes, and on "
-            f"{last['eval_success_frames']:.0%} of their steps."]
-    if labeler.asks:
-        text += [f"Learned from {counts['labels']} answers to {counts['asked']} pairs of pictures ({counts['unsure']} "
-                 f"unsure, {counts['unreadable']} unreadable, {counts['no_answer']} unanswered) by "
-                 f"{who_labels(config)}; {labeler.accuracy():.0%} of them were right.",
-                 f"The learned reward has the true order on {at['fit'].get('reward_accuracy', float('nan')):.0%} of "
-                 f"picture pairs; Spearman with the true reward over fresh random episodes: {spearman:.2f}."]
-    else:
-        text += [f"Learned from the {config.reward} reward; nobody was asked."]
-    if labeler.vlm:
-        cost = "" if labeler.vlm.usd is None else f", ${labeler.vlm.usd:.2f}"
-        text += [f"{labeler.vlm.calls} calls, {labeler.vlm.tokens_in + labeler.vlm.tokens_out:,} tokens{cost}."]
-    text += [f"Report: {run.path('report.html')}"]
-    return " ".join(text + ([] if finished else [f"- go on with: python train.py --resume {run.folder}"]))
 
 
 def write_episodes(path, env, learned_policy, model, config, random_episodes=5):
@@ -641,56 +425,6 @@ def write_episodes(path, env, learned_policy, model, config, random_episodes=5):
             pairs += [(learned, rewards)] if kind == "random" else []
     learned, rewards = (np.concatenate(part) for part in zip(*pairs))
     return float(spearmanr(learned, rewards).statistic) if model else float("nan")
-
-
-# ---- the command line ----
-def field_help():
-    """{field: its trailing comment}: each tunable is explained where it stands, once."""
-    lines = inspect.getsource(Config).splitlines()
-    return {line.split(":")[0].strip(): line.split("  # ", 1)[1] for line in lines if ":" in line and "  # " in line}
-
-
-def parse_args(arguments):
-    """The shell's flags -> Config. One flag for every field; numbers may be written 4e3."""
-
-    def fail(message):
-        flags = ", ".join("--" + field.name.replace("_", "-") for field in dataclasses.fields(Config))
-        raise UserError(f"{message}; there are {flags}" if "unrecognized" in message else message)
-
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error = fail
-    types = {"int": lambda text: int(float(text)), "float": float, "str": str}
-    for field in dataclasses.fields(Config):
-        kind = str(getattr(field.type, "__name__", field.type)).split(" ")[0]
-        default = "the task's" if field.default is None else field.default
-        parser.add_argument("--" + field.name.replace("_", "-"), type=types[kind], choices=CHOICES.get(field.name),
-                            help=f"{field_help()[field.name]} (default: {default})".replace("%", "%%"))
-    given = vars(parser.parse_args(arguments))
-    if "resume" not in given:
-        return Config(**given)
-    fixed = sorted(set(given) - {"resume"} - set(MAY_CHANGE))
-    if fixed:
-        raise UserError(f"a resumed run keeps its --{fixed[0].replace('_', '-')}; what may change is "
-                        + ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE))
-    return resumed(given)
-
-
-def resumed(given):
-    """The stored settings of the run in given["resume"], with those changes that a started run allows."""
-    folder, stored, summary = given["resume"], {}, {"finished": False}
-    try:
-        with open(os.path.join(folder, "config.json")) as file:
-            stored = json.load(file)
-        if os.path.exists(os.path.join(folder, "summary.json")):
-            with open(os.path.join(folder, "summary.json")) as file:
-                summary = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume {folder}: no run folder of train.py ({error})") from None
-    if summary["finished"]:
-        raise UserError(f"the run in {folder} has finished: see {os.path.join(folder, 'report.html')}")
-    names = {field.name for field in dataclasses.fields(Config)}
-    return Config(**{**{key: value for key, value in stored.items() if key in names}, **given})
 
 
 def main(arguments=None):

@@ -1,30 +1,30 @@
 """Ask a vision-language model (VLM) which of two images is closer to a goal, over plain HTTP.
 
 STEP 3 of RL-VLM-F: call 1 shows both images and asks for words (ANALYSE), call 2 shows only those
-words and asks for a label (DECIDE).  One client speaks the formats of OpenAI (and every server that
-copies it: Ollama, vLLM, llama.cpp, LM Studio, SGLang), Gemini and Anthropic.
+words and asks for a label (DECIDE). One client speaks the formats of OpenAI (and all who copy it:
+Ollama, vLLM, llama.cpp, LM Studio, SGLang), Gemini and Anthropic.
 
 A label is 0 (first image closer), 1 (second), -1 (the VLM said it cannot tell) or -2 (no label).
-Four things are no label, and counted apart: "unreadable" (we could not parse the answer), "no
-answer" (outage, refusal, cut off, empty), "identical" (never sent) and "limit" (not affordable).
+Four things are no label, and counted apart: "unreadable" (the answer did not parse), "no answer"
+(outage, refusal, cut off, empty), "identical" (never sent) and "limit" (calls or money used up).
 
 Differs from the paper:
   1. Our own wording of the prompts; the official code has no licence.
-  2. No temperature is sent: current models refuse it.  The cache makes runs repeatable instead.
-  3. A failed call is no "-1": it is retried, then counted as "no answer"; half a batch of those
-     stops the run.  The official client trains on through an expired key.
-  4. Pairs that look the same are not sent at all; the official client pays and then drops them.
-  5. Pairs of a batch are asked side by side, in threads; results never depend on their timing.
+  2. No temperature is sent: current models refuse it. The cache makes runs repeatable instead.
+  3. A failed call is no "-1": it is asked again, then counted as "no answer", and half a batch of
+     those stops the run. The official client trains on through an expired key.
+  4. Pairs that look the same are not sent; the official client pays for them and drops them.
+  5. The pairs of a batch are asked side by side, in threads; no result depends on their timing.
 
-Shapes: images (M, H, W, 3) uint8 in RGB, labels (M,) int8.  Names: `ask` is any callable that takes
-a list of str and (H, W, 3) images and returns a Reply; VLM.ask is one.
+Shapes: images (M, H, W, 3) uint8 RGB, labels (M,) int8. `ask` is any callable that takes a list
+of str and (H, W, 3) images and returns a Reply; VLM.ask is one.
 
-To use it elsewhere (replace the first line by: ask = VLM("gemini/MODEL", cache="answers").ask):
-    ask = lambda parts: Reply("Image 2 looks better.\\n1", "complete", 0, 0, False)
-    first, second = np.zeros((2, 200, 200, 3), np.uint8), np.full((2, 200, 200, 3), 255, np.uint8)
-    labels, counts = label_pairs(ask, first, second, goal="to switch on the light")
-    keep = labels >= 0  # (M,) bool: train on these pairs only
-    print(labels, counts)
+To use it elsewhere, with ask = VLM("gemini/MODEL", cache="answers").ask in place of the third line:
+    import numpy as np
+    from vlm_query import VLM, Reply, label_pairs
+    ask = lambda parts: Reply("1", "complete", tokens_in=9, tokens_out=1, cached=False)
+    dark, light = np.zeros((4, 200, 200, 3), np.uint8), np.full((4, 200, 200, 3), 255, np.uint8)
+    print(label_pairs(ask, dark, light, goal="to switch on the light"))
 """
 
 import argparse
@@ -60,7 +60,7 @@ ANSWER = """Finish with one last line that holds a single number and nothing els
 0 if Image 1 is closer to the goal, 1 if Image 2 is closer to the goal,
 -1 if it cannot be told or makes no difference."""
 
-DECIDE = """Someone compared two images of the same scene, with this goal in mind: {goal}. The notes:
+DECIDE = """Someone compared two images of the same scene. The goal was {goal}. The notes:
 <notes>
 {notes}
 </notes>
@@ -69,13 +69,13 @@ Judge from these notes alone which image is closer to the goal.
 
 ONE_CALL = ANALYSE + "\n4. Decide which image is closer to the goal.\n" + ANSWER
 
-SCORE_ANALYSE = """The goal is {goal}. Describe what matters for this goal in the image, and how far
-the goal has been reached."""
+SCORE_ANALYSE = """The goal is {goal}. Describe what matters for this goal in the image, and how
+far the goal has been reached."""
 
 SCORE_ANSWER = """Finish with one last line that holds a single number and nothing else: a decimal
 number from 0 (as far from the goal as can be) to 1 (the goal is fully reached)."""
 
-SCORE_DECIDE = """Someone described an image of a scene, with this goal in mind: {goal}. The notes:
+SCORE_DECIDE = """Someone described an image of a scene. The goal was {goal}. The notes:
 <notes>
 {notes}
 </notes>
@@ -90,7 +90,7 @@ Reply = namedtuple("Reply", "text end tokens_in tokens_out cached")
 
 
 class VLMError(Exception):
-    """Stop asking. The message is one line: what happened, in the provider's words, and what to do."""
+    """Stop asking. One line: what happened, in the provider's words, and what to do."""
 
 
 class LimitReached(VLMError):
@@ -110,7 +110,8 @@ def after_thinking(text):
 def _numbers(text, pattern):
     """The distinct numbers, as words of their own, in the last line that holds any word."""
     lines = [line for line in after_thinking(text).splitlines() if re.search(r"\w", line)]
-    line = re.sub("[\u2010-\u2013\u2212\ufe63\uff0d]", "-", lines[-1] if lines else "")  # minus signs
+    dashes = "[\u2010-\u2013\u2212\ufe63\uff0d]"  # models write a minus sign in many ways
+    line = re.sub(dashes, "-", lines[-1] if lines else "")
     # trap: "Image 1 is better" names an image; taken as the label 1 it would mean Image 2.
     name = r"\W?[012]\b(?!\.\d)"
     line = re.sub(rf"(?i)\b(image|picture)s?\s*{name}(\s*(and|or|vs\.?|,|&)\s*{name})?", "", line)
@@ -120,17 +121,17 @@ def _numbers(text, pattern):
 def parse_label(text):
     """The last line of an answer -> 0, 1, -1, or None where it does not hold exactly one of them.
 
-    "1" -> 1            "**0**" -> 0         "Answer: -1." -> -1    minus sign "\u22121" -> -1
-    "100% sure: 1" -> 1 "0.5" -> None        "0 or 1" -> None       "1/10" -> None
-    "Image 1." -> None  "Image 1 wins: 0" -> 0                      "- 1" -> None (bullet or minus?)
-    "1\\n0" -> 0         "<think>1</think>0" -> 0   "<think>1" -> None     "" -> None
+    "1" -> 1               "**0**" -> 0            "Answer: -1." -> -1    U+2212 and 1 -> -1
+    "100% sure: 1" -> 1    "0.5" -> None           "0 or 1" -> None       "1/10" -> None
+    "Image 1." -> None     "Image 1 wins: 0" -> 0  "- 1" -> None: a bullet, or a minus?
+    "1", newline, "0" -> 0      "<think>1</think>0" -> 0      "<think>1" -> None      "" -> None
     """
     found = _numbers(text, "-1|0|1")
     return int(found.pop()) if len(found) == 1 else None
 
 
 def parse_score(text):
-    """The last line of an answer -> its number in [0, 1], or None: "Score: 0.7" -> 0.7, "70" -> None."""
+    """The last line -> its one number in [0, 1], or None: "Score: 0.7" -> 0.7, "70" -> None."""
     found = _numbers(text, r"\d+(?:\.\d+)?")
     score = float(found.pop()) if len(found) == 1 else -1.0
     return score if 0 <= score <= 1 else None
@@ -140,10 +141,11 @@ def parse_score(text):
 
 def png_base64(image):
     """(H, W, 3) uint8 -> base64 of a PNG: lossless, and the same bytes for the same picture."""
-    return base64.b64encode(iio.imwrite("<bytes>", image, extension=".png", compress_level=1)).decode()
+    png = iio.imwrite("<bytes>", image, extension=".png", compress_level=1)
+    return base64.b64encode(png).decode()
 
 
-# trap: Anthropic compares the declared media type with the bytes; a PNG called image/jpeg is a 400.
+# trap: Anthropic compares the declared type with the bytes; a PNG called image/jpeg is a 400.
 MEDIA = "image/png"
 
 
@@ -165,7 +167,7 @@ def _openai_read(data):
 
 
 def _gemini_body(model, parts):
-    # trap: some gateways drop camelCase "inlineData" without a word and answer from the text alone.
+    # trap: some gateways drop camelCase "inlineData" silently and answer from the text alone.
     return {"contents": [{"role": "user", "parts": [
         {"text": part} if isinstance(part, str) else
         {"inline_data": {"mime_type": MEDIA, "data": png_base64(part)}} for part in parts]}]}
@@ -203,11 +205,11 @@ def _anthropic_read(data):
     return text, end, sum(usage.get(kind) or 0 for kind in kinds), usage.get("output_tokens")
 
 
-# body(model, parts) -> dict; read(dict) -> (text, end, tokens in, tokens out); headers(key) -> dict
+# headers(key) -> dict; body(model, parts) -> dict; read(dict) -> (text, end, tokens in and out)
 Wire = namedtuple("Wire", "path headers body read")
 OPENAI = Wire("/chat/completions", lambda key: {"Authorization": f"Bearer {key}"} if key else {},
               _openai_body, _openai_read)
-# trap: Gemini also takes ?key=..., which ends up in logs and in error messages; the header does not.
+# trap: Gemini also takes ?key=..., which ends up in logs and error messages; a header does not.
 GEMINI = Wire("/models/{model}:generateContent", lambda key: {"x-goog-api-key": key},
               _gemini_body, _gemini_read)
 ANTHROPIC = Wire("/messages", lambda key: {"x-api-key": key, "anthropic-version": "2023-06-01"},
@@ -234,7 +236,7 @@ CURE = {401: "check the key", 403: "check the key and what it may use",
 
 
 def wait_wished(headers, error):
-    """Seconds the server asked to wait, or None. Headers first, then Gemini's retryDelay: "34s"."""
+    """Seconds the server asked to wait, or None. Headers, or Gemini's retryDelay: "34s"."""
     wish, scale = headers.get("retry-after-ms"), 1e-3
     if wish is None:
         wish, scale = headers.get("retry-after"), 1.0
@@ -273,15 +275,15 @@ def _error_in(raw):
 class VLM:
     """One model behind one URL. Safe to call from several threads.
 
-    name: "openai/MODEL", "gemini/MODEL", "anthropic/MODEL", "local/MODEL", "offline".  url: the base
-    of the server (needed for local and offline; elsewhere it replaces the official one).  key: by
-    default from the environment.  cache: folder.  workers: connections kept.  timeout: seconds to
-    connect, and for one try as a whole.  extra: dict merged into every body, such as
-    {"reasoning_effort": "low"}.  usd_per_mtok: (in, out), dollars per million tokens, for max_usd.
-    deadline: seconds after which no further try of a question begins.
+    name: "openai/MODEL", "gemini/MODEL", "anthropic/MODEL", "local/MODEL" or "offline".
+    url: base of the server; needed for local and offline, elsewhere instead of the official one.
+    key: by default from the environment.  cache: a folder.  workers: connections kept open.
+    timeout: seconds (to connect, for one try as a whole).  deadline: seconds after which no
+    further try of a question begins.  extra: merged into every body: {"reasoning_effort": "low"}.
+    usd_per_mtok: dollars per million tokens (in, out), for usd and max_usd.
 
-    calls, tokens_in, tokens_out, usd count every answer used, also one from the cache, so that a
-    repeated or resumed run meets its limits at the same pair; cached_calls of the calls were free.
+    calls, tokens_in, tokens_out and usd count every answer used, also those from the cache, so
+    that a repeated or resumed run meets its limits at the same pair; cached_calls were free.
     """
 
     backoff = 1.0  # seconds; full jitter: wait random() * min(60, 2**try) * backoff
@@ -297,9 +299,9 @@ class VLM:
         base = (url or base or "").rstrip("/")
         parts = urlsplit(base)
         if not base:
-            raise VLMError(f"{name} needs the URL of its server, such as http://localhost:11434/v1")
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in base or "?" in base:
-            raise VLMError("the VLM's URL must look like http://host:port/v1, without user or query")
+            raise VLMError(f"{name} needs its server's URL, such as http://localhost:11434/v1")
+        if parts.scheme not in ("http", "https") or not parts.hostname or re.search("[@?]", base):
+            raise VLMError("the VLM's URL must look like http://host:port/v1, no user, no query")
         if not self.model:
             raise VLMError(f"name the model too: {name}/MODEL")
         if max_usd is not None and usd_per_mtok is None:
@@ -389,11 +391,11 @@ class VLM:
         """Body of an answer -> (text, end, tokens in, tokens out)."""
         data = json.loads(raw)
         if "error" in data and data["error"]:
-            return "(filtered)", "refused", 0, 0  # a filter's 400; _judge let no other error through
+            return "(filtered)", "refused", 0, 0  # _judge let no other error through
         try:
             text, end, tokens_in, tokens_out = self.wire.read(data)
         except (KeyError, IndexError, TypeError, AttributeError):
-            text, end, tokens_in, tokens_out = "", "empty", 0, 0  # "choices": [], or another service
+            text, end, tokens_in, tokens_out = "", "empty", 0, 0  # such as "choices": []
         text = text if isinstance(text, str) else ""
         if end == "complete" and text and not after_thinking(text).strip():
             end = "cut off"  # all of it was thinking
@@ -424,14 +426,14 @@ class VLM:
         os.replace(new, self.cache / f"{key}.json")
 
     def _send(self, body, deadline):
-        """POST until there is an answer -> its body. Raises _GaveUp, or VLMError for the hopeless."""
+        """POST until there is an answer -> its body. Raises _GaveUp; VLMError if hopeless."""
         stop_at = time.monotonic() + deadline
         for tries in range(1, 10_000):
             self._sleep_until(self._not_before, stop_at, "told to wait")
             status, wish = None, None
             try:
                 status, headers, raw = self._post(body)
-            # trap: while the body is read, urllib3's own errors come through, not those of requests.
+            # trap: while the body is read, errors of urllib3 come through, not those of requests.
             except (requests.RequestException, requests.exceptions.BaseHTTPError) as error:
                 why = f"{type(error).__name__} at {self.url}"
             else:
@@ -448,7 +450,8 @@ class VLM:
 
     def _sleep_until(self, moment, stop_at, why):
         if moment > stop_at:
-            raise _GaveUp(f"{why}; {max(0, moment - time.monotonic()):.0f} s more is past the deadline")
+            more = max(0, moment - time.monotonic())
+            raise _GaveUp(f"{why}; {more:.0f} s more is past the deadline")
         if self._halt.wait(max(0.0, moment - time.monotonic())):
             raise _GaveUp("stopped")
 
@@ -459,16 +462,17 @@ class VLM:
         with self._session.post(self.url, data=body, timeout=self.timeout, stream=True,
                                 allow_redirects=False) as response:
             pieces = []
-            # trap: the timeout of requests is for one read of the socket; a server that drips a byte
-            # a second never meets it.  So the body is read piece by piece, against the clock.
+            # trap: the timeout of requests is for one read of the socket: a server that drips a
+            # byte a second never meets it. So the body is read piece by piece, against the clock.
             while piece := response.raw.read1(65536, decode_content=True):
                 pieces.append(piece)
                 if time.monotonic() > limit:
                     raise requests.Timeout("the answer drips")
-            return response.status_code, response.headers, b"".join(pieces).decode("utf-8", "replace")
+            raw = b"".join(pieces).decode("utf-8", "replace")
+            return response.status_code, response.headers, raw
 
     def _judge(self, status, headers, raw):
-        """-> ("", None) for an answer, (why, seconds wished or None) for a retry; else VLMError."""
+        """-> ("", None): an answer; (why, seconds wished or None): ask again; else VLMError."""
         error = _error_in(raw)
         code = str(error.get("code") or error.get("type") or "")
         if status == 400 and code in FILTERED:
@@ -496,8 +500,8 @@ class VLM:
     def check_sight(self):
         """Black against white, in both orders: did both pictures arrive, in that order?
 
-        A server that drops pictures, a text-only model and a truncated context all answer something.
-        Two calls. With load_state_dict(), call this first: the totals loaded then include it.
+        A server that drops pictures, a text-only model, a truncated context: all answer something.
+        Two calls. On resume, call it before load_state_dict(): the totals loaded include it.
         """
         black, white = np.zeros((200, 200, 3), np.uint8), np.full((200, 200, 3), 255, np.uint8)
         for first, second, right in ((black, white, 1), (white, black, 0)):
@@ -512,7 +516,7 @@ class VLM:
 
 
 def _merged(body, extra):
-    """extra laid over body, dict by dict, so that one Gemini setting leaves its neighbours alone."""
+    """extra laid over body, dict by dict, so that a setting leaves its neighbours alone."""
     both = {k: _merged(body[k], v) if isinstance(v, dict) and isinstance(body.get(k), dict) else v
             for k, v in extra.items()}
     return {**body, **both}
@@ -523,10 +527,10 @@ def _merged(body, extra):
 def _ask_all(ask, jobs, calls_each, workers):
     """Run jobs (each: ask -> record with tokens_in, tokens_out) side by side -> list of records.
 
-    None stands for a job that the limits of a VLM's ask did not allow.  trap: with threads, "stop when
-    the money is gone" would depend on who finishes first.  So the limits are decided here, in
-    order, from the jobs at least 4 * workers places back: the same labels every time.
+    None stands for a job that the limits of a VLM's ask did not allow.
     """
+    # trap: with threads, "stop when the money is gone" depends on who finishes first. So limits are
+    # decided here, in order, from the jobs at least 4 * workers places back: always the same.
     vlm = getattr(ask, "__self__", None)
     vlm = vlm if isinstance(vlm, VLM) else None
     used = (vlm.calls, vlm.tokens_in, vlm.tokens_out) if vlm else (0, 0, 0)
@@ -580,7 +584,12 @@ def _record(replies, value, began):
             "kind": "no answer" if failed else "unreadable" if value is None else "label",
             "tokens_in": sum(r.tokens_in for r in replies),
             "tokens_out": sum(r.tokens_out for r in replies),
-            "cached": all(r.cached for r in replies), "seconds": round(time.monotonic() - began, 3)}
+            "cached": all(r.cached for r in replies),
+            "seconds": round(time.monotonic() - began, 3)}
+
+
+def _sums(records):
+    return {name: sum(r[name] for r in records) for name in ("cached", "tokens_in", "tokens_out")}
 
 
 def _half_or_more(records):
@@ -589,8 +598,8 @@ def _half_or_more(records):
     if len(records) >= 4 and 2 * len(lost) > len(records):
         ends = [r["ends"][-1] if r["kind"] == "no answer" else "unreadable, such as "
                 + repr(" ".join(r["answers"][-1].split())[-80:]) for r in lost]
-        raise VLMError(f"{len(lost)} of {len(records)} questions got no usable answer (most often: "
-                       f"{max(ends, key=ends.count)}); what was answered is kept, resume when cured")
+        raise VLMError(f"{len(lost)} of {len(records)} questions got no usable answer (mostly: "
+                       f"{max(ends, key=ends.count)}); answers are kept: resume when cured")
 
 
 def looks_identical(first, second):
@@ -661,13 +670,12 @@ def label_pairs(ask, first, second, goal, stages=2, workers=8, log=None, progres
     kinds = {name: sum(r["kind"] == name.replace("_", " ") for r in records)
              for name in ("unsure", "unreadable", "no_answer", "identical", "limit")}
     counts = {"asked": len(asked), "label0": sum(r["label"] == 0 for r in records),
-              "label1": sum(r["label"] == 1 for r in records), **kinds,
-              **{name: sum(r[name] for r in records) for name in ("cached", "tokens_in", "tokens_out")}}
+              "label1": sum(r["label"] == 1 for r in records), **kinds, **_sums(records)}
     return np.array([r["label"] for r in records], dtype=np.int8), counts
 
 
 def score_images(ask, images, goal, stages=2, workers=8, log=None):
-    """The paper's VLM Score baseline: images (N, H, W, 3) -> scores (N,) in [0, 1] or nan, counts."""
+    """The paper's VLM Score baseline: images (N, H, W, 3) -> (N,) in [0, 1] or nan, counts."""
     _check_images(images, "images")
     lock = threading.Lock()
 
@@ -690,15 +698,14 @@ def score_images(ask, images, goal, stages=2, workers=8, log=None):
     _half_or_more(asked)
     scores = [r["score"] if r and r["kind"] == "label" else np.nan for r in records]
     counts = {"asked": len(asked), "scored": int(np.isfinite(np.array(scores, float)).sum()),
-              "limit": len(records) - len(asked),
-              **{name: sum(r[name] for r in asked) for name in ("cached", "tokens_in", "tokens_out")}}
+              "limit": len(records) - len(asked), **_sums(asked)}
     return np.array(scores, dtype=np.float64), counts
 
 
 def _check_images(images, name):
     if getattr(images, "ndim", 0) != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"{name} must be (N, H, W, 3) uint8, not "
-                         f"{getattr(images, 'shape', type(images))} {getattr(images, 'dtype', '')}")
+        shape, dtype = getattr(images, "shape", type(images)), getattr(images, "dtype", "")
+        raise ValueError(f"{name} must be (N, H, W, 3) uint8, not {shape} {dtype}")
 
 
 def _short_hash(image):
@@ -709,7 +716,7 @@ def oracle_labels(score0, score1, rng, error_rate=0.0):
     """The paper's "GT Preference": (M,) scores twice -> (M,) int8 labels; equal scores -> -1."""
     score0, score1 = np.asarray(score0, float), np.asarray(score1, float)
     labels = (score1 > score0).astype(np.int8)  # (M,)
-    flip = rng.random(len(labels)) < error_rate  # drawn for all, so the stream never depends on ties
+    flip = rng.random(len(labels)) < error_rate  # drawn for ties too
     return np.where(score0 == score1, -1, labels ^ flip).astype(np.int8)
 
 
@@ -717,7 +724,7 @@ class LabelLog:
     """labels.jsonl: one record a line, on disk when append() returns.
 
     keep: on resume, how many records to keep; what came after the checkpoint is asked again, from
-    the cache.  A last line torn by a crash is cut off, so that the next one starts on its own line.
+    the cache. A last line torn by a crash is cut off, so the next one starts on its own line.
     """
 
     def __init__(self, path, keep=None):
@@ -758,11 +765,11 @@ class LabelLog:
 # ---- command line: label two files ----
 
 def load_image(path, most=4096):
-    """File -> (H, W, 3) uint8. VLMError for what is no picture, or more than `most` pixels a side."""
+    """File -> (H, W, 3) uint8. VLMError if it is no picture, or more than `most` pixels a side."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Pillow only warns of some oversized pictures
-            # trap: a few kilobytes of PNG can unpack to gigabytes; its header tells the size before.
+            # trap: a few kilobytes of PNG can unpack to gigabytes; the header tells before.
             height, width = iio.improps(path).shape[:2]
             if max(height, width) <= most:
                 return np.ascontiguousarray(iio.imread(path, mode="RGB"))
@@ -790,7 +797,7 @@ def main(arguments=None):
     parser.add_argument("images", nargs=2, metavar="image")
     parser.add_argument("--goal", required=True, help='such as "to open the drawer"')
     parser.add_argument("--vlm", default="offline", help=f"{', '.join(PROVIDERS)}, then /MODEL")
-    parser.add_argument("--vlm-url", help="base URL of the server, such as http://localhost:11434/v1")
+    parser.add_argument("--vlm-url", help="its base URL, such as http://localhost:11434/v1")
     parser.add_argument("--stages", type=int, choices=(1, 2), default=2)
     options = parser.parse_args(arguments)
     process = None
@@ -809,10 +816,12 @@ def main(arguments=None):
         if process:
             process.terminate()
     for number, answer in enumerate(records[0]["answers"], start=1):
-        print(f"--- answer {number} of {options.vlm} ({records[0]['ends'][number - 1]}) ---\n{answer}\n")
+        print(f"--- answer {number} of {vlm.name}: {records[0]['ends'][number - 1]} ---")
+        print(answer, end="\n\n")
     meaning = {0: f"{options.images[0]} is closer", 1: f"{options.images[1]} is closer",
                -1: "it cannot tell", -2: f"no label: {records[0]['kind']}"}[int(labels[0])]
-    print(f"label {labels[0]}: {meaning} ({counts['tokens_in']} tokens in, {counts['tokens_out']} out)")
+    tokens = f"{counts['tokens_in']} tokens in, {counts['tokens_out']} out"
+    print(f"label {labels[0]}: {meaning} ({tokens})")
     return 0
 
 

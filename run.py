@@ -1,0 +1,306 @@
+"""The settings of a run, its command line, and the folder it leaves behind.
+
+What this is: everything around the algorithm in train.py that is not the algorithm. One dataclass, Config, holds every
+tunable; its comments are the --help text. One class, Run, owns the run folder. Which STEPs: none.
+
+The run folder:
+  config.json     every setting, the labeler's name, and the command that makes the run again
+  metrics.csv     a row per evaluation; no clock in it, so the same seed gives the same bytes      timing.csv  the clock
+  labels.jsonl    a line per pair asked: answers in full, label, true label, tokens, seconds; on disk before it is used
+  pairs/*.png     what was asked, first image left, second right (small/ the same as the reward model sees them)
+  checkpoint/     state.pt: everything that `--resume` needs and that is in no other file         buffer/  the pictures
+  episodes.csv    learned reward beside true progress, step by step, at the end                 eval_*.gif, report.html
+
+The same run, byte for byte, after `kill -9`: all numbers are drawn from seeded generators whose state is in the
+checkpoint, every episode starts from a seed of its own, and answers that were paid for come from the cache.
+
+Shapes: none. Names: Config, resolve, parse_args, who_labels, Run, UserError.  Needs torch (for checkpoints) and vlm_query
+(for the label log), both imported late, so that --help is instant.
+
+To use it elsewhere:
+    import run
+    config = run.resolve(run.Config(env="CartPole", total_steps=1000))
+    print(config.goal, config.pairs_per_session, run.command_line(config))
+"""
+import argparse
+import csv
+import dataclasses
+import inspect
+import json
+import os
+import shlex
+import sys
+import time
+
+
+# ---- every tunable, once ----
+@dataclasses.dataclass
+class Config:
+    """Every tunable, once. The comment behind a field is its --help text; None means: the task's own (envs.py)."""
+
+    # The task and the method
+    env: str = "CartPole"  # a built-in task or any Gymnasium id (then with --goal)
+    goal: str | None = None  # what to achieve, in words
+    reward: str = "preference"  # where the reward comes from: preference (RL-VLM-F), true or sparse
+    labels: str = "vlm"  # who compares the pictures: vlm, or oracle (from true progress, for comparison)
+    seed: int = 0  # the one seed of everything
+    schedule: str = "ours"  # the task's schedule: ours, or paper
+    # The VLM
+    vlm: str = "offline"  # offline (a stand-in, not a VLM), openai/MODEL, gemini/MODEL, anthropic/MODEL or local/MODEL
+    vlm_url: str | None = None  # where local/MODEL answers, such as http://localhost:11434/v1
+    vlm_extra: str = "{}"  # JSON merged into every request, such as {"reasoning_effort": "low"}
+    vlm_mistakes: float = 0.0  # share of wrong answers of the stand-in, or of the oracle
+    vlm_unsure: float = 0.0  # share of unsure answers of the stand-in
+    vlm_latency: float = 0.0  # seconds the stand-in takes for an answer
+    stages: int = 2  # 2: describe, then decide (the paper's); 1: both in one call
+    workers: int = 8  # questions asked at the same time
+    max_calls: int | None = None  # stop asking after so many calls that were paid for
+    max_usd: float | None = None  # stop asking after so many dollars; needs --usd-per-mtok
+    usd_per_mtok: str | None = None  # price of a million tokens, IN,OUT
+    # The schedule
+    total_steps: int | None = None  # environment steps in all
+    seed_steps: int | None = None  # of them, with random actions at first
+    explore_steps: int | None = None  # of them, before the first question (random, then novelty)
+    feedback_every: int | None = None  # environment steps between two sessions of questions
+    pairs_per_session: int | None = None  # pairs asked in one session
+    max_pairs: int | None = None  # pairs asked in all
+    sampler: str = "uniform"  # which pairs are asked: uniform (the paper's), disagreement, entropy or stratified
+    candidates: int = 1000  # pictures kept to ask about
+    # The reward model
+    members: int = 3  # networks in the ensemble
+    reward_lr: float | None = None  # learning rate of the reward model
+    reward_epochs: int | None = None  # passes over all answers in one session, at most
+    query_size: int | None = None  # pixels of the picture the VLM sees
+    reward_size: int | None = None  # pixels of the picture the reward model sees
+    # SAC
+    sac_lr: float | None = None  # learning rate of actor, critics and temperature
+    batch_size: int | None = None  # transitions in one update
+    updates: int | None = None  # updates after each environment step
+    hidden: int | None = None  # width of the two hidden layers
+    discount: float = 0.99  # what a reward one step later is worth
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    # Watching
+    horizon: int | None = None  # steps in an episode
+    eval_every: int | None = None  # environment steps between evaluations
+    eval_episodes: int | None = None  # episodes in one evaluation
+    out: str | None = None  # the run folder to make (default: runs/...)
+    resume: str | None = None  # go on with the run in this folder
+
+
+CHOICES = {
+    "reward": ("preference", "true", "sparse"), "labels": ("vlm", "oracle"), "schedule": ("ours", "paper"),
+    "sampler": ("uniform", "disagreement", "entropy", "stratified"), "stages": (1, 2),
+}
+# What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
+DEFAULTS = dict(
+    total_steps=50_000, seed_steps=1000, explore_steps=4000, feedback_every=2000, pairs_per_session=40, max_pairs=1000,
+    reward_lr=3e-4, reward_epochs=50, query_size=300, reward_size=84, sac_lr=3e-4, batch_size=256, updates=1,
+    hidden=256, eval_every=5000, eval_episodes=10,
+)
+MAY_CHANGE = ("max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_latency", "workers")  # on resume
+METRICS = (
+    "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical", "label_accuracy",
+    "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return", "eval_success", "eval_success_any",
+    "eval_success_frames", "eval_progress", "critic_loss", "q_mean", "alpha",
+)
+
+
+class UserError(Exception):
+    """Something the user can put right; main() prints it as one line."""
+
+
+# ---- the settings ----
+def resolve(config):
+    """Fill every None from the task's entry, and check what can be checked before anything is made."""
+    import envs
+
+    for name, allowed in CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(f"--{name} {getattr(config, name)}: there are {', '.join(map(str, allowed))}")
+    task = envs.TASKS.get(config.env)
+    preset = dict(DEFAULTS)
+    if task is not None:
+        preset.update(goal=task.goal, horizon=task.horizon, query_size=task.query_size, reward_size=task.reward_size)
+        preset.update(task.train)
+        preset.update(task.paper if config.schedule == "paper" else {})
+    elif config.schedule == "paper":
+        raise UserError(f"--schedule paper: the paper has no task {config.env}")
+    open_fields = {name: value for name, value in preset.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **open_fields)
+    if config.device == "auto":
+        import torch
+
+        config = dataclasses.replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
+    return config
+
+
+def who_labels(config):
+    """The name of whoever judges, for every banner, table and plot: nothing here may pass for a VLM that is none."""
+    if config.reward != "preference":
+        return f"nobody ({config.reward} reward)"
+    mistakes = f", wrong on purpose in {config.vlm_mistakes:.0%}" if config.vlm_mistakes else ""
+    if config.labels == "oracle":
+        return f"oracle (labels from true progress, not a VLM{mistakes})"
+    return f"offline stand-in (not a VLM{mistakes})" if config.vlm == "offline" else config.vlm
+
+
+# ---- the command line ----
+def field_help():
+    """{field: its trailing comment}: each tunable is explained where it stands, once."""
+    lines = inspect.getsource(Config).splitlines()
+    return {line.split(":")[0].strip(): line.split("  # ", 1)[1] for line in lines if ":" in line and "  # " in line}
+
+
+def parse_args(arguments):
+    """The shell's flags -> Config. One flag for every field; numbers may be written 4e3."""
+
+    def fail(message):
+        flags = ", ".join("--" + field.name.replace("_", "-") for field in dataclasses.fields(Config))
+        raise UserError(f"{message}; there are {flags}" if "unrecognized" in message else message)
+
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    types = {"int": lambda text: int(float(text)), "float": float, "str": str}
+    for field in dataclasses.fields(Config):
+        kind = str(getattr(field.type, "__name__", field.type)).split(" ")[0]
+        default = "the task's" if field.default is None else field.default
+        parser.add_argument("--" + field.name.replace("_", "-"), type=types[kind], choices=CHOICES.get(field.name),
+                            help=f"{field_help()[field.name]} (default: {default})".replace("%", "%%"))
+    given = vars(parser.parse_args(arguments))
+    if "resume" not in given:
+        return Config(**given)
+    fixed = sorted(set(given) - {"resume"} - set(MAY_CHANGE))
+    if fixed:
+        raise UserError(f"a resumed run keeps its --{fixed[0].replace('_', '-')}; what may change is "
+                        + ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE))
+    return resumed(given)
+
+
+def resumed(given):
+    """The stored settings of the run in given["resume"], with those changes that a started run allows."""
+    folder, stored, summary = given["resume"], {}, {"finished": False}
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            stored = json.load(file)
+        if os.path.exists(os.path.join(folder, "summary.json")):
+            with open(os.path.join(folder, "summary.json")) as file:
+                summary = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume {folder}: no run folder of train.py ({error})") from None
+    if summary["finished"]:
+        raise UserError(f"the run in {folder} has finished: see {os.path.join(folder, 'report.html')}")
+    names = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{**{key: value for key, value in stored.items() if key in names}, **given})
+
+
+# ---- the run folder ----
+class Run:
+    """The run folder: what was set, measured and paid for. With resume, back to the moment of its last checkpoint."""
+
+    def __init__(self, config):
+        import torch
+        import vlm_query
+
+        self.folder, self.started = config.out, time.time()
+        self.state = None  # the last checkpoint
+        if config.resume and os.path.exists(self.path("checkpoint", "state.pt")):
+            # weights_only: tensors, numbers and strings; a foreign run folder cannot run code here
+            self.state = torch.load(self.path("checkpoint", "state.pt"), weights_only=True)
+        elif not config.resume:
+            os.makedirs(self.folder)
+        os.makedirs(self.path("pairs"), exist_ok=True)
+        self.rows = self.state["rows"] if self.state else []
+        self.seconds_before = self.state["seconds"] if self.state else 0.0
+        self._keep("metrics.csv", 1 + len(self.rows) if self.rows else 0)
+        self._keep("timing.csv", 1 + len(self.rows) if self.rows else 0)
+        self.logged = self.state["logged"] if self.state else 0  # pairs in labels.jsonl
+        self.labels = vlm_query.LabelLog(self.path("labels.jsonl"), keep=self.logged)
+        fields = {**dataclasses.asdict(config), "labeler": who_labels(config), "command": command_line(config)}
+        write_json(self.path("config.json"), {**fields, "resume": None})
+
+    def path(self, *names):
+        return os.path.join(self.folder, *names)
+
+    def seconds(self):
+        return self.seconds_before + time.time() - self.started
+
+    def _keep(self, name, lines):
+        """Forget what was written after the checkpoint; it is about to happen again."""
+        if os.path.exists(self.path(name)):
+            with open(self.path(name), newline="") as file:
+                kept = file.readlines()[:lines]
+            with open(self.path(name), "w", newline="") as file:
+                file.writelines(kept)
+
+    def write(self, row):
+        """One evaluation: a line in metrics.csv (no clock in it: the same seed gives the same bytes) and timing.csv."""
+        self.rows.append(row)
+        for name, columns, values in (("metrics.csv", METRICS, [row.get(key) for key in METRICS]),
+                                      ("timing.csv", ("step", "seconds"), [row["step"], round(self.seconds(), 2)])):
+            with open(self.path(name), "a", newline="") as file:
+                writer = csv.writer(file)
+                if len(self.rows) == 1:
+                    writer.writerow(columns)
+                writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
+
+    def save(self, state):
+        """Everything that a resumed run needs and that is not in a file already; the old checkpoint stays until then."""
+        import torch
+
+        os.makedirs(self.path("checkpoint"), exist_ok=True)
+        state = {**state, "rows": self.rows, "seconds": self.seconds(), "logged": self.logged}
+        torch.save(state, self.path("checkpoint", "state.pt.new"))
+        # trap: written under another name first: killed half-way, the old checkpoint is still whole
+        os.replace(self.path("checkpoint", "state.pt.new"), self.path("checkpoint", "state.pt"))
+
+
+def write_json(path, content):
+    with open(path + ".new", "w") as file:
+        json.dump(content, file, indent=1)
+    os.replace(path + ".new", path)
+
+
+def command_line(config):
+    """The command that makes this run again: every field that differs from its default."""
+    flags = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)
+             if field.name not in ("resume", "out") and getattr(config, field.name) != field.default]
+    return shlex.join(["python", "train.py"] + [part for name, value in flags
+                                                for part in ("--" + name.replace("_", "-"), str(value))])
+
+
+# ---- the words a run ends with ----
+def status(row, labeler):
+    """The numbers behind the progress bar."""
+    parts = [f"return {row['eval_return']:.0f}", f"success {row['eval_success']:.0%}"]
+    if labeler.counts["asked"]:
+        parts += [f"pairs {labeler.counts['asked']}", f"labels right {labeler.accuracy():.0%}"]
+    if row.get("reward_accuracy"):
+        parts += [f"reward right {row['reward_accuracy']:.0%}"]
+    if labeler.usd():
+        parts += [f"${labeler.usd():.2f}"]
+    return ", ".join(parts)
+
+
+def closing_text(config, run, finished, at, labeler, spearman):
+    """What was learned, from how many pairs, by which labeler, how right its labels were, and where to read on."""
+    first, last, counts = run.rows[0], run.rows[-1], labeler.counts
+    text = [f"{config.env}, {'finished' if finished else 'interrupted'} after {at['step']:,} steps and "
+            f"{run.seconds():.0f} s: return {last['eval_return']:.1f} (before: {first['eval_return']:.1f}); success at "
+            f"the end of {last['eval_success']:.0%} of {config.eval_episodes} evaluation episodes, and on "
+            f"{last['eval_success_frames']:.0%} of their steps."]
+    if labeler.asks:
+        text += [f"Learned from {counts['labels']} answers to {counts['asked']} pairs of pictures ({counts['unsure']} "
+                 f"unsure, {counts['unreadable']} unreadable, {counts['no_answer']} unanswered) by "
+                 f"{who_labels(config)}; {labeler.accuracy():.0%} of them were right.",
+                 f"The learned reward has the true order on {at['fit'].get('reward_accuracy', float('nan')):.0%} of "
+                 f"picture pairs; Spearman with the true reward over fresh random episodes: {spearman:.2f}."]
+    else:
+        text += [f"Learned from the {config.reward} reward; nobody was asked."]
+    if labeler.vlm:
+        cost = "" if labeler.vlm.usd is None else f", ${labeler.vlm.usd:.2f}"
+        text += [f"{labeler.vlm.calls} calls, {labeler.vlm.tokens_in + labeler.vlm.tokens_out:,} tokens{cost}."]
+    text += [f"Report: {run.path('report.html')}"]
+    return " ".join(text + ([] if finished else [f"- go on with: python train.py --resume {run.folder}"]))
+
+
