@@ -1,25 +1,25 @@
-"""VLM-CaR, Code as Reward: the VLM writes, once, a small program per sub-task; verified, they are the reward.
+"""VLM-CaR, Code as Reward: the VLM writes a program per sub-task; verified, they are the reward.
 
-STEPs C1 to C4 stand in place of STEPs 2 to 5 (no pairs, no reward network, no further question):
-C1 describe the sub-tasks, C2 write a program for each, C3 verify it and send failures back, C4 pay
-    reward of a picture = Phi - 1,   Phi = (s + p_s) / K  in [0, 1]     (train.py adds sparse success)
-s: sub-tasks completed so far, in order (progress p >= 0.95); p_s: progress in the current one. A completed
-sub-task stays completed until the episode ends, except the last, the goal: leaving it stops the pay.
-Why not the potential difference Phi' - Phi? Over an episode it telescopes to Phi(end) - Phi(start), so
-balancing for 100 steps earns no more than ending upright. Phi - 1 pays most for arriving soon and staying.
+STEPs C1 to C4 replace STEPs 2 to 5: C1 describe the sub-tasks, C2 write a program for each, C3
+verify it and send failures back, C4 pay
+    reward of a picture = Phi - 1,   Phi = (s + p_s) / K  in [0, 1]   (train.py adds success)
+s: sub-tasks completed so far, in order (progress p >= 0.95); p_s: progress in the current one. All
+stay completed until the episode ends but the last, the goal: leaving it stops the pay.
+Why not the potential difference Phi' - Phi? Its sum is Phi(end) - Phi(start): balancing earns no
+more than ending upright. Phi - 1 pays most for arriving soon and staying.
 
-Differs from the paper (its published code cannot run): 1. programs see (images, first image) and keep no
-state: no episode leaks into the next; 2. distinct sub-tasks in order count, not frames that pay; 3. more
-negatives: backwards, frozen, another task, too soon; 4. failures go back as text and pictures; 5. Phi - 1,
-for a bonus on every frame is earned by standing still.
+Differs from the paper (its published code cannot run): 1. programs see (images, first image), keep
+no state: no episode leaks into the next; 2. distinct sub-tasks in order count, not paid frames;
+3. more negatives: backwards, frozen, another task, too soon; 4. failures go back as text and
+pictures; 5. Phi - 1, for a bonus on every frame is earned by standing still.
 
-Sandbox: allow-list over the syntax tree; curated builtins, numpy and math; own process, no environment,
-empty folder; limits on time, memory, files, processes; on Linux also another user (if root), no network,
-and a system-call filter (x86-64, arm64). NOT covered: bugs of the kernel, Python or the allowed numpy
-functions; one busy core until the time limit; network and system calls on macOS; Windows (refuses to run);
-and whether a program is *right*: C3 judges that, on the episodes it was given.
+Sandbox: allow-list over the syntax tree; curated builtins, numpy, math; own process without
+environment, empty folder; limits on time, memory, files, processes; on Linux other user (if root),
+no network, a system-call filter (x86-64, arm64). NOT covered: bugs of kernel, Python or numpy; one
+busy core until the limit; network and system calls on macOS; Windows (refuses); whether a program
+is *right*, which C3 judges on the episodes it was given.
 
-Shapes: T frames of one episode, N images, K sub-tasks. ask(list of str | (H,W,3) uint8) -> object with .text
+Shapes: T frames of an episode, N images, K sub-tasks. ask(list of str | (H,W,3)) -> has .text
 To use it elsewhere:
     import numpy as np
     from code_as_reward import ProgramReward
@@ -55,7 +55,7 @@ FALL_BACK = 0.20  # how far progress may fall below its best while the expert wo
 MEMORY = 2 << 30  # bytes of address space of one program
 BATCH_BYTES = 4 << 20  # pixels in one message: float64 copies of them are far from MEMORY
 BATCH_SECONDS = 5.0  # wall clock for one message
-CPU_SECONDS = 600  # of one process; a fresh one takes over at half of it, so long runs never meet it
+CPU_SECONDS = 600  # of one process; at half of it a fresh one takes over
 
 
 class CodeAsRewardError(Exception):
@@ -82,7 +82,7 @@ BUILTINS = set("""abs all any bool dict divmod enumerate filter float frozenset 
     ZeroDivisionError""".split())
 LINALG = set("norm det inv solve lstsq svd eigh".split())
 # trap: numpy opens files (load, save, fromfile, memmap, ...), unpickles, and reaches raw memory
-# (lib.stride_tricks, ctypeslib). A deny-list misses the next such function, so this is an allow-list.
+# (lib.stride_tricks, ctypeslib). A deny-list misses the next such function: so, an allow-list.
 NUMPY = set("""abs absolute add all allclose any append apply_along_axis arange arccos arcsin
     arctan arctan2 argmax argmin argsort argwhere array array_equal array_split asarray
     atleast_1d atleast_2d average bincount bool_ broadcast_to ceil clip column_stack concatenate
@@ -107,9 +107,9 @@ MATH = {name for name in dir(math) if not name.startswith("_")}
 
 
 def check_source(source):
-    """Raise ProgramError unless all of the program is on the allow-list -> does it take whole batches?
+    """Raise ProgramError unless all of it is on the allow-list -> does it take whole batches?
 
-    Runs in the sandbox only: to parse a hostile text is a risk of its own (its nesting can crash Python).
+    Runs in the sandbox only: even to parse a hostile text is a risk (nesting can crash Python).
     """
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -122,7 +122,7 @@ def check_source(source):
             why = f"the name {hidden[0]} begins with an underscore"
         elif kind == "Name" and hasattr(builtins, node.id) and node.id not in BUILTINS:
             why = f"{node.id} is not available"
-        # trap: "{0.__class__}".format(x) reads attributes that no tree shows: format is not in METHODS.
+        # trap: "{0.__class__}".format(x) hides attributes from the tree: format is not allowed.
         elif kind == "Attribute" and node.attr not in NUMPY | LINALG | METHODS | MATH:
             why = f".{node.attr} is not available"
         elif kind == "Attribute" and not isinstance(node.ctx, ast.Load):
@@ -136,22 +136,24 @@ def check_source(source):
     tops = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == "progress"]
     arguments = [a.arg for a in tops[-1].args.args] if tops else []
     if arguments not in (["images", "first_image"], ["image", "first_image"]):
-        raise ProgramError("rejected", "no progress(images, first_image) or progress(image, first_image)")
+        raise ProgramError("rejected", "it must define progress(images, first_image) or"
+                           " progress(image, first_image)")
     return arguments[0] == "images"
 
 
 # ---- the inside of the sandbox: this part runs in the child process ----
 BOOT = ("import sys, runpy; sys.path.append(sys.argv[2]);"
         "runpy.run_path(sys.argv[1], run_name='sandbox')")
-SYSTEM_CALLS = {  # machine: (its audit number, what is left: read, write, memory, signals, clock, exit)
-    "x86_64": (0xC000003E, (0, 1, 9, 10, 11, 12, 13, 14, 15, 24, 25, 28, 60, 131, 202, 228, 231, 318)),
-    "aarch64": (0xC00000B7, (63, 64, 93, 94, 98, 113, 124, 132, 134, 135, 139, 214, 215, 216, 222, 226,
-                             233, 278)),
+SYSTEM_CALLS = {  # machine: (its audit number, what is left: read, write, memory, signals, exit)
+    "x86_64": (0xC000003E, (0, 1, 9, 10, 11, 12, 13, 14, 15, 24, 25, 28, 60, 131, 202, 228,
+                            231, 318)),
+    "aarch64": (0xC00000B7, (63, 64, 93, 94, 98, 113, 124, 132, 134, 135, 139, 214, 215, 216,
+                             222, 226, 233, 278)),
 }
 
 
 def _filter_system_calls(libc):
-    """seccomp: the kernel answers "not permitted" to any other call: no open, socket, fork, kill, sleep."""
+    """seccomp: the kernel refuses every other call: no open, socket, fork, kill, sleep."""
     import ctypes
     audit, calls = SYSTEM_CALLS[os.uname().machine]
     load, jump_if_equal, back, refuse, allow = 0x20, 0x15, 0x06, 0x00050001, 0x7FFF0000
@@ -164,7 +166,7 @@ def _filter_system_calls(libc):
 
 
 def _lock_down():
-    """Give up all that a program reading pictures does not need -> names of the layers that hold."""
+    """Give up all that reading pictures does not need -> names of the layers that hold."""
     import ctypes
     import resource
     active, libc, linux = [], ctypes.CDLL(None), sys.platform == "linux"
@@ -195,21 +197,21 @@ def _lock_down():
 
 
 def _namespace():
-    """All that a program finds: some builtins, and stand-ins for numpy and math with the allowed names."""
+    """All that a program finds: some builtins, and stand-ins for numpy and math."""
     def pick(module, names):
         return {name: getattr(module, name) for name in names if hasattr(module, name)}
 
     space = types.SimpleNamespace
     numpy = space(**{**pick(np, NUMPY), "linalg": space(**pick(np.linalg, LINALG))})
     modules = {"numpy": numpy, "math": space(**pick(math, MATH))}
-    # trap: numpy's C code imports its own parts through the builtins of its caller: those stay findable.
+    # trap: numpy's C code imports its own parts through the builtins of its caller.
     fetch = lambda name, *rest: modules.get(name) or builtins.__import__(name, *rest)
     safe = {**pick(builtins, BUILTINS), "__import__": fetch}
     return {"__builtins__": safe, "__name__": "program", "np": numpy, "math": modules["math"]}
 
 
 def _answer(code, batch, images, first_image):
-    """Run the program afresh, so that nothing it stored in the last batch survives -> (N,) float64"""
+    """Run the program afresh: nothing it stored in the last batch survives -> (N,) float64"""
     space = _namespace()
     exec(code, space)
     if batch:
@@ -226,21 +228,22 @@ def _describe(error):
     """The error as the VLM will read it: type, message, and the line of its program."""
     line, trace = "", error.__traceback__
     while trace:
-        line = f" (line {trace.tb_lineno})" if trace.tb_frame.f_code.co_filename == "<program>" else line
+        if trace.tb_frame.f_code.co_filename == "<program>":
+            line = f" (line {trace.tb_lineno})"
         trace = trace.tb_next
     named = isinstance(error, ProgramError)
     return (str(error) if named else f"error: {type(error).__name__}: {error}{line}")[:1000]
 
 
 def _sandbox_main():
-    """The child: lock down, then serve messages: two lengths (4 bytes each), JSON, raw bytes; same back."""
-    # trap: a program that prints would write into the protocol: the pipes move, 0 to 2 become null.
+    """The child serves messages, both ways: two lengths (4 bytes each), JSON, raw bytes."""
+    # trap: a program that prints would write into the protocol: pipes move, 0 to 2 become null.
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
     np.seterr(all="ignore")
-    # trap: numpy loads parts of itself at their first use (median: numpy.ma), and soon no file can be read.
+    # trap: numpy loads parts of itself at first use (median: numpy.ma); soon no file can be read.
     import numpy.ma  # noqa: F401
 
     def send(payload=b"", **header):
@@ -278,16 +281,16 @@ def _end(process, folder):
 
 
 class Program:
-    """program(images (N,H,W,3) uint8, first_image (H,W,3) uint8) -> (N,) float32 in [0, 1], or ProgramError.
+    """program(images (N,H,W,3) uint8, first_image (H,W,3)) -> (N,) float32, or ProgramError.
 
-    The process starts at the first call and stays; a batch that takes longer than `seconds` kills it.
+    The process starts at the first call and stays; a batch that takes over `seconds` kills it.
     """
 
     def __init__(self, source, seconds=BATCH_SECONDS):
         if os.name != "posix":
             raise CodeAsRewardError("the sandbox needs Linux or macOS (on Windows: WSL)")
         self.source, self.seconds = source, seconds
-        self.process, self.active, self.busy = None, [], 0.0  # active: layers of the sandbox that hold
+        self.process, self.active, self.busy = None, [], 0.0  # active: layers that hold
 
     def __call__(self, images, first_image):
         images, first_image = np.asarray(images), np.asarray(first_image)
@@ -309,7 +312,7 @@ class Program:
         if bad:
             raise ProgramError("output", f"NaN or infinity on {bad} of {len(images)} images")
         if out.min() < -1e-6 or out.max() > 1 + 1e-6:
-            raise ProgramError("output", f"not in [0, 1] but in [{out.min():.3g}, {out.max():.3g}]")
+            raise ProgramError("output", f"not in [0, 1]: {out.min():.3g} to {out.max():.3g}")
         return np.clip(out, 0, 1).astype(np.float32)
 
     def _start(self):
@@ -318,11 +321,12 @@ class Program:
         # -I: no environment, no user's packages; -S: no site hooks. numpy's place is handed over.
         command = [sys.executable, "-I", "-S", "-B", "-c", BOOT, os.path.abspath(__file__),
                    os.path.dirname(os.path.dirname(np.__file__))]
-        # trap: BLAS threads count as processes, and a threaded process cannot change its namespace.
+        # trap: BLAS threads count as processes, and keep a process from changing its namespace.
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         self.process = subprocess.Popen(
-            command, env=dict.fromkeys(names, "1"), cwd=folder.name, bufsize=0, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            command, env=dict.fromkeys(names, "1"), cwd=folder.name, bufsize=0,
+            start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL)
         self._finalizer = weakref.finalize(self, _end, self.process, folder)
         os.set_blocking(self.process.stdin.fileno(), False)
         self.busy = 0.0
@@ -390,10 +394,10 @@ def describe_subtasks(ask, start_image, goal_image, goal):
     answer = ask([
         f"The goal is {goal}.\nThis picture shows the start:", start_image,
         "This picture shows the goal reached:", goal_image,
-        "List the sub-tasks on the way from the start to the goal, in the order in which they must be"
-        " done. Name only sub-tasks whose completion can be seen in a single picture of this kind, held"
-        " against the first picture of the episode. Use as few as possible and five at most; one is"
-        " enough where there is no stage in between. The last one is the goal itself.\n"
+        "List the sub-tasks on the way from the start to the goal, in the order in which they must"
+        " be done. Name only sub-tasks whose completion can be seen in a single picture of this"
+        " kind, held against the first picture of the episode. Use as few as possible and five"
+        " at most; one is enough where no stage lies in between. The last is the goal itself.\n"
         "Answer with a numbered list, one short sentence per line, and nothing else."]).text
     found = re.findall(r"^\s*(?:\d+[.):]|[-*])\s+(.+?)\s*$", answer or "", re.MULTILINE)
     if not 1 <= len(found) <= 5:
@@ -403,24 +407,28 @@ def describe_subtasks(ask, start_image, goal_image, goal):
 
 
 # ---- STEP C2: write one program per sub-task ----
-RULES = """Write one Python function that measures from the pixels how far this sub-task has been done:
+RULES = """Write one Python function that measures from the pixels how far this sub-task is done:
 
     def progress(images, first_image):
 
-images: uint8 array (N, H, W, 3), N pictures in RGB. first_image: uint8 array (H, W, 3), the first picture
-of the same episode. Return a float array (N,): 0 where nothing is done, 1 where the sub-task is done, and
-in between where a picture shows how far it has come. At least 0.95 means: completed. Rules:
-- Judge each picture alone and against first_image; nothing remembered, nothing from its neighbours.
+images: uint8 array (N, H, W, 3), N pictures in RGB. first_image: uint8 array (H, W, 3), the first
+picture of the same episode. Return a float array (N,): 0 where nothing is done, 1 where the
+sub-task is done, in between where a picture shows how far it has come. 0.95 or more means:
+completed. Rules:
+- Judge each picture alone and against first_image; nothing remembered, nothing from neighbours.
 - H and W vary: measure in shares of the height and width, never in pixels.
-- Pictures in which the things cannot be found (another scene, one hidden) score 0: no NaN, no exception.
+- Pictures in which the things cannot be found (another scene) score 0: no NaN, no exception.
 - The start must not score as completed. If a thing has to vanish, check that first_image shows it.
 - Import only numpy (as np) and math. No classes, no files; do not write into the arrays.
-- Work on the whole batch at once, or, if that is too hard, define progress(image, first_image) instead.
+- Work on the whole batch at once; where that is hard, define progress(image, first_image) instead.
 Answer with one Python code block and nothing else."""
 
 
 def write_program(ask, subtask, start_image, goal_image, goal, earlier=None, feedback=None):
-    """Ask for the program of a sub-task -> source. earlier: the sub-tasks before. feedback: (source, Report)."""
+    """Ask for the program of a sub-task -> source.
+
+    earlier: the sub-tasks before it. feedback: (source, Report) of the program that failed.
+    """
     parts = [f"The goal is {goal}.\nThis picture shows the start:", start_image,
              "This picture shows the goal reached:", goal_image]
     if earlier:
@@ -431,14 +439,14 @@ def write_program(ask, subtask, start_image, goal_image, goal, earlier=None, fee
         parts.append(f"Your program so far:\n```python\n{source}```\nIt was tested and failed:\n- "
                      + "\n- ".join(report.reasons))
         for failure in report.failures:
-            zoom = max(1, 256 // len(failure["image"]))  # small pictures, enlarged for the VLM's eyes
+            zoom = max(1, 256 // len(failure["image"]))  # enlarged for the VLM's eyes
             parts += [failure["caption"], failure["image"].repeat(zoom, 0).repeat(zoom, 1)]
         parts.append("Find the mistake, and answer with the whole corrected program.")
     return extract_code(ask(parts).text)
 
 
 def extract_code(text):
-    """The last fenced block that defines `progress`, or the bare text if that does; else ProgramError."""
+    """The last fenced block that defines `progress`, or the bare text if that does."""
     text = text or ""
     blocks = re.findall(r"```[a-zA-Z]*[ \t]*\r?\n(.*?)```", text, re.DOTALL) or [text]
     blocks = [block for block in blocks if "def progress" in block]
@@ -450,27 +458,27 @@ def extract_code(text):
 # ---- STEP C3: verify each program, and send failures back ----
 @dataclasses.dataclass
 class Report:
-    """What a program did: shares of episodes in [0, 1], None where there was nothing to test on."""
+    """What a program did: shares of episodes in [0, 1], None where nothing was tested."""
 
     subtask: str = ""
     round: int = 1
     hit_rate: float | None = None  # expert episodes completed, at least HIT_RATE
-    false_rate: float | None = None  # random ones completed; this and the next four: at most FALSE_RATE
+    false_rate: float | None = None  # random ones completed; this and the next four: <= FALSE_RATE
     backwards: float | None = None  # expert episodes that, played backwards, end completed
     frozen: float | None = None  # expert episodes completed in their first picture
     other_task: float | None = None  # episodes of another task completed
     too_soon: float | None = None  # expert episodes completed before they can be
-    regressions: float | None = None  # expert episodes in which it falls back, at most 1 - HIT_RATE
+    regressions: float | None = None  # expert episodes that fall back: at most 1 - HIT_RATE
     deterministic: bool = False
     finite: bool = False
     verdict: str = "fail"
     reasons: list = dataclasses.field(default_factory=list)
-    failures: list = dataclasses.field(default_factory=list)  # kind, episode, frame, caption, image
+    failures: list = dataclasses.field(default_factory=list)  # dicts, see judge
 
     def judge(self, field, kind, episodes, curves, wrong, limit, reason):
-        """Fill in one rate and, if it is above the limit, the reason and two pictures that show it.
+        """Fill in one rate and, if it is above the limit, the reason and two pictures of it.
 
-        curves: per episode (T,), what the program said. wrong: {episode: frame}, where the fault shows.
+        curves: per episode (T,), what the program said. wrong: {episode: frame} of the fault.
         """
         rate = len(wrong) / max(1, len(episodes))
         setattr(self, field, rate if len(episodes) else None)
@@ -489,7 +497,7 @@ class Report:
 
 
 def stages(progress):
-    """s(t): how many of the first K-1 sub-tasks were completed, in order, by frame t. (T,K) -> (T,) int"""
+    """s(t): how many of the first K-1 sub-tasks were completed, in order, by frame t: (T,)"""
     done, out = 0, np.zeros(len(progress), int)
     for t, row in enumerate(progress):
         while done < len(row) - 1 and row[done] >= DONE:
@@ -503,7 +511,7 @@ def verify(program, expert_episodes, random_episodes, other_episodes=None, succe
     """Does the program call the sub-task completed where it is, and nowhere else? -> Report
 
     Episodes: (T,H,W,3) uint8, the start picture first. success: per expert episode (T,) bool, the
-    environment's sparse success, if it has one. earlier: programs of the sub-tasks before this one.
+    environment's sparse success, if it has one. earlier: programs of the sub-tasks before.
     An earlier sub-task is an event: completed by reaching DONE in any frame; then nobody looks.
     The last one is a state to stay in: completed if progress is at DONE in the last frame.
     """
@@ -521,7 +529,8 @@ def verify(program, expert_episodes, random_episodes, other_episodes=None, succe
         for field, kind, episodes, anywhere, reason in _negatives(
                 expert_episodes, said, random_episodes, other_episodes, success, last):
             curves = [program(e, e[0]) for e in episodes]
-            report.judge(field, kind, episodes, curves, _completed(curves, anywhere), FALSE_RATE, reason)
+            wrong = _completed(curves, anywhere)
+            report.judge(field, kind, episodes, curves, wrong, FALSE_RATE, reason)
         report.finite, report.deterministic = True, _deterministic(program, expert_episodes[0])
     except ProgramError as error:
         report.reasons.append(f"the program fails: {error}")
@@ -546,13 +555,16 @@ def _completed(curves, anywhere):
 
 
 def _negatives(expert_episodes, said, random_episodes, other_episodes, success, last):
-    """The episodes that must not complete: (Report's field, kind, episodes, anywhere, reason) of each."""
-    # A start with the goal reached already (a balanced pole) is no negative: "completed" is right there.
-    away = [e for i, e in enumerate(expert_episodes) if not (last and success is not None and success[i][0])]
+    """What must not complete: (Report's field, kind, episodes, anywhere, reason) of each kind."""
+    # A start with the goal reached (a balanced pole) is no negative: "completed" is right there.
+    away = [e for i, e in enumerate(expert_episodes)
+            if not (last and success is not None and success[i][0])]
     if not away or not len(random_episodes):
-        raise CodeAsRewardError("C3 needs random episodes, and expert ones that start short of the goal")
-    # trap: in a long time chance does any easy sub-task: random gets the time that the expert needs.
-    needs = [len(c) if last else 1 + int(np.argmax(c >= DONE)) for c in said if last or c.max() >= DONE]
+        raise CodeAsRewardError("C3 needs random episodes, and expert ones that start short of the"
+                                " goal")
+    # trap: in a long time chance does any easy sub-task: random gets the time the expert needs.
+    needs = [len(c) if last else 1 + int(np.argmax(c >= DONE))
+             for c in said if last or c.max() >= DONE]
     needs = int(np.median(needs)) if needs else len(said[0])
     return [
         ("false_rate", "random", [e[:needs] for e in random_episodes], not last,
@@ -565,10 +577,12 @@ def _negatives(expert_episodes, said, random_episodes, other_episodes, success, 
 
 
 def _faults_along(progress, last, success):
-    """One expert episode, progress (T, j+1) of the j earlier programs and this one
-    -> (frame called completed too soon, frame of a fall back), None where there is none."""
+    """One expert episode -> (frame completed too soon or None, frame of a fall back or None)
+
+    progress: (T, j+1) of the j earlier programs and this one. success: (T,) bool or None.
+    """
     curve, earlier = progress[:, -1], progress.shape[1] - 1
-    ready = np.flatnonzero(stages(progress) == earlier)  # frames with all earlier sub-tasks completed
+    ready = np.flatnonzero(stages(progress) == earlier)  # frames with all earlier ones completed
     if not len(ready):
         return None, None
     begin = ready[0]
@@ -576,7 +590,7 @@ def _faults_along(progress, last, success):
     end = len(curve) if last or not len(reached) else begin + reached[0] + 1
     drop = np.maximum.accumulate(curve[begin:end]) - curve[begin:end]
     fall = int(begin + drop.argmax()) if drop.max() > FALL_BACK else None
-    # Completed by the very frame that completes the sub-task before: it is not a distinct sub-task.
+    # Completed by the very frame that completes the one before: it is not a distinct sub-task.
     soon = int(begin) if earlier and curve[begin] >= DONE else None
     if last and success is not None:
         wrong = (curve >= DONE) & ~success
@@ -595,9 +609,9 @@ def _deterministic(program, episode):
 def collect_episodes(env, expert, size, count=20, seed=0):
     """Play what `verify` needs -> dict(expert_episodes, random_episodes, success).
 
-    env: Gymnasium's reset and step, picture(size), and info["success"]. Kept are expert episodes that
-    succeed and random ones that do not. Where most starts are at the goal already, the expert takes
-    over after up to 20 random actions: a pole that never leans verifies nothing.
+    env: Gymnasium's reset and step, picture(size), and info["success"]. Kept are expert episodes
+    that succeed and random ones that do not. Where most starts are at the goal already, the expert
+    takes over after up to 20 random actions: a pole that never leans verifies nothing.
     """
     rng, space = np.random.default_rng(seed), env.action_space
 
@@ -628,7 +642,7 @@ def collect_episodes(env, expert, size, count=20, seed=0):
     at_goal = np.mean([env.reset(seed=seed + i)[1].get("success", 0) for i in range(count)])
     played = keep(expert, True, 20 if at_goal > 0.5 else 0)
     if not played:
-        raise CodeAsRewardError("the expert never succeeds, so there is nothing to verify programs on")
+        raise CodeAsRewardError("the expert never succeeds: nothing to verify programs on")
     return {"expert_episodes": [images for images, _ in played], "success": [s for _, s in played],
             "random_episodes": [images for images, _ in keep(chance, False)]}
 
@@ -636,11 +650,11 @@ def collect_episodes(env, expert, size, count=20, seed=0):
 def learn_programs(ask, start_image, goal_image, goal, expert_episodes, random_episodes,
                    other_episodes=None, success=None, rounds=3, go_on=False, folder=None,
                    save_picture=None):
-    """C1 to C3, with up to `rounds` programs per sub-task -> (ProgramReward, list of every Report)
+    """C1 to C3, up to `rounds` programs per sub-task -> (ProgramReward, list of every Report)
 
-    go_on: leave out an earlier sub-task for which no program passes, instead of stopping; the last one,
-    the goal, cannot be left out. folder: gets programs/*.py and verification.json, and failed/ with each
-    failed program and, by save_picture(path, image), the pictures on which it failed.
+    go_on: leave out an earlier sub-task for which no program passes, instead of stopping; the last
+    one, the goal, cannot be left out. folder: gets programs/*.py, verification.json, and failed/
+    with each failed program and, by save_picture(path, image), the pictures on which it failed.
     """
     kept, programs, reports = [], [], []
     subtasks = describe_subtasks(ask, start_image, goal_image, goal)
@@ -669,13 +683,13 @@ def learn_programs(ask, start_image, goal_image, goal, expert_episodes, random_e
             if last or not go_on:
                 for program in programs:
                     program.close()
-                raise CodeAsRewardError(f"no program for the sub-task {subtask!r} passed in {rounds} "
-                                        f"rounds: {'; '.join(report.reasons)}")
+                raise CodeAsRewardError(f"no program for the sub-task {subtask!r} passed in "
+                                        f"{rounds} rounds: {'; '.join(report.reasons)}")
     return ProgramReward(programs, kept), reports
 
 
 def _write_round(folder, k, source, reports, save_picture):
-    """What a reader of the run folder wants: the program, the table, the pictures on which it failed."""
+    """For the run folder: the program, the table, the pictures on which it failed."""
     report, passed = reports[-1], reports[-1].verdict == "pass"
     name = f"{k + 1}_" + re.sub(r"[^a-z0-9]+", "_", report.subtask.lower()).strip("_")[:40]
     kind = "programs" if passed else "failed"
@@ -690,9 +704,9 @@ def _write_round(folder, k, source, reports, save_picture):
 
 
 def load_programs(folder):
-    """The verified programs of a run folder (or of its folder `programs`) -> ProgramReward, asking nothing.
+    """The verified programs of a run folder, or of its folder `programs` -> ProgramReward.
 
-    Each meets the allow-list and the sandbox again: a folder from elsewhere is as hostile as an answer.
+    Each meets the allow-list again: a folder from elsewhere is as hostile as an answer.
     """
     folder = pathlib.Path(folder)
     folder = folder / "programs" if (folder / "programs").is_dir() else folder
@@ -724,55 +738,57 @@ def verification_table(reports):
 
 # ---- STEP C4: the share of sub-tasks done, minus one, is the reward ----
 def potential(progress):
-    """Phi(t) = (s(t) + p_s(t)) / K:  (T,K) in [0,1] -> (T,).  K = 2, one done, one halfway: 0.75"""
+    """Phi(t) = (s(t) + p_s(t)) / K: (T,K) in [0,1] -> (T,).  One of two done, one halfway: 0.75"""
     s = stages(progress)
     return ((s + progress[np.arange(len(s)), s]) / progress.shape[1]).astype(np.float32)
 
 
 class ProgramReward:
-    """The verified programs, in their order, as a reward. sources: list of program texts or Programs."""
+    """The verified programs, in order, as a reward. sources: list of program texts or Programs."""
 
     def __init__(self, sources, subtasks=None):
         if not sources:
             raise CodeAsRewardError("no programs, no reward")
         self.programs = [s if isinstance(s, Program) else Program(s) for s in sources]
         self.subtasks = list(subtasks or [f"sub-task {k + 1}" for k in range(len(sources))])
-        self.failed_frames = 0  # on which a program failed after all; they score 0, so failing never pays
+        self.failed_frames = 0  # on which a program failed after all; they score 0
 
     def progress(self, images, first_image):
         """(N,H,W,3), (H,W,3) -> (N,K): what each program says of each picture."""
-        return np.stack([self._run(k, images, first_image) for k in range(len(self.programs))], axis=1)
+        columns = [self._run(k, images, first_image) for k in range(len(self.programs))]
+        return np.stack(columns, axis=1)
 
     def phi(self, images, first_image):
-        """One episode, images (T,H,W,3) each seen *after* an action, first_image before all -> (T,)"""
+        """One episode, images (T,H,W,3) seen *after* each action, first_image before -> (T,)"""
         frames = np.concatenate([first_image[None], images])  # done at the start is done
         return potential(self.progress(frames, first_image))[1:]
 
     def episode_rewards(self, images, first_image, failed_end=False, discount=0.99):
-        """Rewards of a whole episode, (T,H,W,3) -> (T,) float32: Phi - 1. Every call starts afresh.
+        """Phi - 1 for a whole episode, (T,H,W,3) -> (T,) float32. Every call starts afresh.
 
-        failed_end: the environment ended it short of the goal (terminated without success). Where all
-        rewards are negative an end is a relief, so it costs what standing at Phi = 0 forever would.
+        failed_end: the environment ended it short of the goal (terminated without success). Where
+        all rewards are negative an end is a relief: it costs what Phi = 0 forever would.
         """
         rewards = self.phi(images, first_image) - 1
         rewards[-1] -= discount / (1 - discount) if failed_end else 0
         return rewards
 
     def predict(self, images):
-        """(N,H,W,3) uint8 -> (N,) float32: the batch as one episode, its first image as the reference."""
-        images = np.asarray(images)
-        return potential(self.progress(images, images[0])) - 1 if len(images) else np.zeros(0, np.float32)
+        """(N,H,W,3) uint8 -> (N,) float32: the batch as one episode from its first image on."""
+        if not len(images):
+            return np.zeros(0, np.float32)
+        return potential(self.progress(images, images[0])) - 1
 
     def _run(self, k, images, first_image):
         try:
             return self.programs[k](images, first_image)
         except ProgramError as error:
-            if error.kind not in ("error", "output"):  # killed or refused: no frame can be had from it
+            if error.kind not in ("error", "output"):  # killed or refused
                 raise CodeAsRewardError(f"the program of {self.subtasks[k]!r}: {error}") from error
         if len(images) == 1:
             self.failed_frames += 1
             return np.zeros(1, np.float32)
-        halves = np.array_split(images, 2)  # the fault may lie in one picture: the others keep their value
+        halves = np.array_split(images, 2)  # the pictures without the fault keep their value
         return np.concatenate([self._run(k, half, first_image) for half in halves])
 
     def close(self):
@@ -787,7 +803,10 @@ class ProgramReward:
 
 
 # ---- demo: a white square has to be moved to the right edge of the picture ----
-WRONG = "```python\ndef progress(images, first_image):\n    return images.max(axis=(1, 2, 3)) / 255\n```"
+WRONG = """```python
+def progress(images, first_image):
+    return images.max(axis=(1, 2, 3)) / 255
+```"""
 RIGHT = """```python
 import numpy as np
 def progress(images, first_image):
@@ -809,16 +828,17 @@ def _demo():
     answers = iter(["1. The white square is at the right edge.", WRONG, RIGHT])
     ask = lambda parts: types.SimpleNamespace(text=next(answers))
     rng = np.random.default_rng(0)
-    expert = [_square_episode(np.minimum(52, rng.integers(0, 8) + 4 * np.arange(20))) for _ in range(10)]
+    expert = [_square_episode(np.minimum(52, i + 4 * np.arange(20))) for i in range(10)]
     random = [_square_episode(np.clip(rng.normal(0, 3, 20).cumsum(), 0, 52)) for _ in range(10)]
-    print("No VLM here: a script with three fixed answers, the first of its programs wrong on purpose.")
-    reward, reports = learn_programs(ask, expert[0][0], expert[0][-1], "to move the square to the right",
+    print("No VLM here: a script with three fixed answers, its first program wrong on purpose.")
+    reward, reports = learn_programs(ask, expert[0][0], expert[0][-1], "to move the square right",
                                      expert, random)
     with reward:
         print(verification_table(reports), "Sent back after round 1, with pictures:", sep="\n")
         print("  " + "\n  ".join(reports[0].reasons))
         rewards = reward.episode_rewards(expert[0][1:], expert[0][0])
-        print("Reward along an expert episode, expect -0.9 rising to 0:", np.round(rewards, 1).tolist())
+        print("Reward along an expert episode, expect -0.9 rising to 0:",
+              " ".join(f"{r:.1f}" for r in rewards))
         print("Sandbox:", ", ".join(reward.programs[0].active))
         start, frames = time.perf_counter(), np.zeros((4000, 100, 100, 3), np.uint8)
         reward.predict(frames)

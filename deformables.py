@@ -28,7 +28,6 @@ To use it elsewhere (stepping needs no OpenGL, pictures do):
     print(reward, info["success"], info["progress"])
 """
 import atexit
-import functools
 import os
 import sys
 import time
@@ -51,7 +50,6 @@ def close_open_renderers():
         renderer.close()
 
 
-@functools.cache
 def load_mujoco():
     """Import mujoco late (a cheap `import deformables`), able to draw without a screen."""
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
@@ -62,9 +60,6 @@ def load_mujoco():
         # trap: MUJOCO_GL=egl without an EGL library or driver makes `import mujoco` itself fail.
         os.environ["MUJOCO_GL"] = "disabled"
         import mujoco
-    # trap: a renderer still open when Python ends makes EGL print tracebacks. Exit functions run
-    # last in, first out: this one comes after mujoco's, so it closes while OpenGL still works.
-    atexit.register(close_open_renderers)
     return mujoco
 
 
@@ -201,6 +196,10 @@ class SoftBodyEnv(gymnasium.Env):
             renderer = mujoco.Renderer(self.model, size, size)
         except Exception as error:  # every OpenGL back end has exceptions of its own
             raise OpenGLMissing(CURE) from error
+        # trap: a renderer still open when Python ends makes EGL print tracebacks. Exit runs
+        # functions last in, first out: after mujoco's own, this one still finds OpenGL at work.
+        if not OPEN_RENDERERS:
+            atexit.register(close_open_renderers)
         OPEN_RENDERERS.add(renderer)
         for flag in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE", "FOG"):
             renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = 0
@@ -267,7 +266,6 @@ class FoldCloth(SoftBodyEnv):
         a, b, c, d = (q.ravel() for q in (at[:-1, :-1], at[:-1, 1:], at[1:, :-1], at[1:, 1:]))
         faces = np.concatenate([np.stack([a, c, b], axis=1), np.stack([b, c, d], axis=1)])
         # Layers touch through their spheres: a 2-D flex that meets itself is 4 times slower.
-        # Damping 6e-3: at 1e-4 the fold is chaotic, and only the exact action succeeds.
         cloth = point_masses(self.rest, self.RADIUS, 0.1 / n**2, 6e-3, 'friction="1" group="5"')
         return SCENE.format(
             # trap: with 10 solver iterations the cloth explodes; 15 do, 25 leave a margin.
@@ -444,14 +442,13 @@ class PassWater(SoftBodyEnv):
         self.cup = self.rest.size  # where the cup's x is in qpos and qvel
         super().__init__(1, 7, render_mode)
         self.walls = [self.model.geom(f"wall{i}").id for i in range(5)]
-        # trap: shape_cup() moves compiled walls; two short cuts of MuJoCo know only the old place.
+        # trap: a geom compiled at its body's origin ignores geom_pos, which shape_cup() sets.
         self.model.geom_sameframe[self.walls] = 0
-        self.model.opt.disableflags |= self.mujoco.mjtDisableBit.mjDSBL_MIDPHASE
 
     def mjcf(self):
         # Heavy and first in priority: the cup pushes the water, the water never moves the cup.
         wall = 'mass="1000" condim="1" priority="1" solref=".02 1" rgba=".55 .6 .65 .35"'
-        # Compiled larger than any cup (the broad phase keeps these bounds); shape_cup() shrinks.
+        # Compiled to reach beyond any cup: MuJoCo looks for contacts within these bounds for ever.
         walls = "".join(f'<geom name="wall{i}" type="box" size=".2 .2 {self.TALL}" {wall}/>'
                         for i in range(5))
         # Soft and without friction (stiffness 300, damping 4): the nearest spheres come to liquid.

@@ -359,7 +359,11 @@ TASKS = {
         goal="to balance the brown pole on the black cart to be upright",
         make=CartPole,
         horizon=100, query_size=200, reward_size=64,
-        train=dict(total_steps=4_000, feedback_every=500, pairs_per_session=12, max_pairs=100),
+        train=dict(
+            total_steps=4_000, seed_steps=400, explore_steps=400, feedback_every=400,
+            pairs_per_session=12, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128,
+            reward_epochs=30, eval_every=500,
+        ),
         paper=dict(
             PAPER_SAC, total_steps=500_000, feedback_every=5_000, pairs_per_session=50,
             max_pairs=10_000, explore_steps=2_000, sac_lr=5e-4, batch_size=1024, hidden=1024,

@@ -11,6 +11,7 @@ What it does with a question, by what is in it:
   two images                  describe both; decide as well if the text asks for 0, 1 or -1
   notes on two, no image      decide from the numbers in the words
   one image, notes on one     the same with a score from 0 to 1
+  code_as_reward.py's prompts  the sub-tasks, or a program (a mistake is put right when told)
 Where the images differ by less than the reader's margin it answers -1.
 
 Mistakes and unsure answers are drawn from a hash of (seed, goal, images in their order): neither
@@ -305,7 +306,7 @@ def yellow(images):
     return (r > 90) & (g > 90) & (b < 70) & (np.maximum(r, g) - np.minimum(r, g) < 30)
 
 def door(first_image):
-    """Top, bottom, left, right of the locked door: the rightmost yellow thing, if it fills a square."""
+    """Top, bottom, left, right of the locked door: the rightmost yellow thing, if a full square."""
     mask = yellow(first_image)
     columns = np.flatnonzero(mask.any(0))
     if len(columns) == 0:
@@ -318,7 +319,7 @@ def door(first_image):
     return box if square and mask[box[0]:box[1], box[2]:box[3]].mean() > 0.6 else None
 
 def near(images, y, x):
-    """(N,) 0.9 where the red agent is at (y, x), less with the distance; 0 where no agent is seen."""
+    """(N,) 0.9 where the red agent is at (y, x), less with the distance; 0 where none is seen."""
     red = (images[..., 0] > 120) & (images[..., 1] < 70) & (images[..., 2] < 70)
     count = red.sum(axis=(1, 2))
     ys = red.sum(axis=2) @ np.arange(red.shape[1]) / np.maximum(count, 1)
@@ -347,7 +348,7 @@ def progress(images, first_image):
         return np.zeros(len(images))
     top, bottom, left, right = box
     agent = near(images, (top + bottom) / 2, (left + right) / 2)
-    opened = yellow(images[:, top:bottom, left:right]).mean(axis=(1, 2)) < 0.35  # locked: all yellow
+    opened = yellow(images[:, top:bottom, left:right]).mean(axis=(1, 2)) < 0.35  # locked: all is
     return np.where(agent == 0, 0.0, np.where(opened, {done}, {agent}))
 '''
 
@@ -379,8 +380,8 @@ def progress(images, first_image):
 
 PICK = ("the key is no longer on the floor", KEY)
 OPEN = ("the yellow door is open", DOOR)
-# goal: its sub-tasks in order, each (sentence, how it is read): a whole program, or the share done, from
-# what the goal's reader sees now (value) and in the first picture (first).
+# goal: its sub-tasks in order, each (sentence, how it is read): a whole program, or the share done,
+# from what the goal's reader sees now (value) and in the first picture (first).
 SUBTASKS = {
     "to balance the brown pole on the black cart to be upright":
         [("the pole stands upright", "1 - abs(value) / (90 if abs(value) < 4.5 else 30)")],
@@ -390,9 +391,9 @@ SUBTASKS = {
     "to minimize the distance between the green cube and the hole":
         [("the green cube is in the hole", "(first - value) / max(0.5, first - 0.5)")],
     "to fold the cloth diagonally from top left corner to bottom right corner":
-        [("the cloth is a triangle", "value / 80")],
+        [("the cloth is a triangle", "value / 80.5")],
     "to straighten the blue rope":
-        [("the rope is straight", "(value - first) / max(5, 73 - first)")],
+        [("the rope is straight", "(value - first) / max(5, 75 - first)")],
     "to move the container, which holds water, to be as close to the red circle as possible "
     "without causing too many water droplets to spill":
         [("the container is at the red circle", "(first - value) / max(0.1, first - 0.1)")],

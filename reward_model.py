@@ -44,7 +44,7 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
     """Choose which pairs to ask about -> (M, 2) rows of `images`; the two rows of a pair always differ.
 
     images: (N, H, W, 3) uint8.  rng: numpy Generator.  how:
-      uniform       any two pictures, all equally likely (the paper's).
+      uniform       any two pictures that are not equal, all equally likely (the paper's).
       disagreement  of ten times as many pairs, those on which the members' P[second is better] spreads most.
       entropy       of ten times as many pairs, those on which the ensemble's P[second is better] is closest to 1/2.
       stratified    sort the pictures by predicted reward; each pair takes two different tenths of that order, all
@@ -56,14 +56,16 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
         raise ValueError(f"a pair needs two images, and there {'is' if n == 1 else 'are'} {n}")
     if how not in SAMPLERS:
         raise ValueError(f"unknown sampler {how!r}; there are {', '.join(SAMPLERS)}")
-    if how == "uniform" or model is None:
-        return uniform_pairs(n, n_pairs, rng)
-    if how == "stratified":
-        return stratified_pairs(model.predict(images), n_pairs, rng)
-    pairs = uniform_pairs(n, 10 * n_pairs, rng)  # (10 M, 2)
-    rewards = model.member_rewards(images)  # (members, N)
-    p_second = 1 / (1 + np.exp(rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]))  # (members, 10 M)
-    worth = p_second.std(0) if how == "disagreement" else -np.abs(p_second.mean(0) - 0.5)  # (10 M,)
+    how = "uniform" if model is None else how
+    tries = 10 * n_pairs
+    pairs = stratified_pairs(model.predict(images), tries, rng) if how == "stratified" else uniform_pairs(n, tries, rng)
+    worth = np.zeros(tries)
+    if how in ("disagreement", "entropy"):
+        rewards = model.member_rewards(images)  # (members, N)
+        p_second = 1 / (1 + np.exp(rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]))  # (members, tries)
+        worth = p_second.std(0) if how == "disagreement" else -np.abs(p_second.mean(0) - 0.5)
+    same = np.array([np.array_equal(images[a], images[b]) for a, b in pairs])
+    worth[same] = -np.inf  # nothing can be learned from two equal pictures; they come only when there is nothing else
     return pairs[np.argsort(-worth, kind="stable")[:n_pairs]]
 
 

@@ -117,6 +117,12 @@ def resolve(config):
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name} {getattr(config, name)}: there are {', '.join(map(str, allowed))}")
+    price_of(config)
+    try:
+        if not isinstance(json.loads(config.vlm_extra), dict):
+            raise ValueError("not an object in braces")
+    except ValueError as error:
+        raise UserError(f"--vlm-extra {config.vlm_extra}: no JSON object ({error})") from None
     task = envs.TASKS.get(config.env)
     preset = dict(DEFAULTS)
     if task is not None:
@@ -132,6 +138,19 @@ def resolve(config):
 
         config = dataclasses.replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
     return config
+
+
+def price_of(config):
+    """--usd-per-mtok IN,OUT -> (in, out) dollars, or None."""
+    if config.usd_per_mtok is None:
+        if config.max_usd is not None:
+            raise UserError("--max-usd needs the price of a million tokens: --usd-per-mtok IN,OUT")
+        return None
+    try:
+        tokens_in, tokens_out = map(float, config.usd_per_mtok.split(","))
+    except ValueError:
+        raise UserError(f"--usd-per-mtok {config.usd_per_mtok}: write two prices, IN,OUT, such as 0.10,0.50") from None
+    return tokens_in, tokens_out
 
 
 def who_labels(config):

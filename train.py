@@ -35,8 +35,8 @@ import time
 
 import numpy as np
 
-from run import METRICS, Config, Run, UserError, closing_text, parse_args, resolve, status, who_labels, write_json
-
+from run import (Config, Run, UserError, closing_text, parse_args, price_of, resolve, status, who_labels,  # noqa: F401
+                 write_json)
 
 EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000  # episodes no training episode shares a seed with
 CANDIDATE_SHARE = 0.1  # of all pictures may be asked about; each of these is drawn twice, small and large
@@ -56,10 +56,10 @@ def train(config):
 
     torch.set_num_threads(1)  # two threads only get into each other's way on networks this small
     config, env, eval_env = prepare(config)
+    labeler = Labeler(config)  # before the run folder: a wrong key or an unknown goal should leave nothing behind
     run = Run(config)
     print(f"{config.env}: {config.goal}\nlabels from: {who_labels(config)}\nrun folder: {run.folder}", flush=True)
     rng, space, small = np.random.default_rng(config.seed), env.action_space, (config.reward_size, config.reward_size, 3)
-    labeler = Labeler(config, run)
     agent = sac.SAC(env.observation_space.shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount,
                     device=config.device, seed=config.seed)
     buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small,
@@ -103,7 +103,7 @@ def train(config):
                                                   model if at["fitted"] else None)  # (M, 2)
 
                 # ---- STEP 3: ask the VLM which image is closer to the goal ----
-                labels = labeler(pool, pairs, step + 1, rng)  # (M,) 0, 1, -1 unsure, -2 no label
+                labels = labeler(run, pool, pairs, step + 1, rng)  # (M,) 0, 1, -1 unsure, -2 no label
                 pairs, labels = pairs[labels >= 0], labels[labels >= 0]
                 data.add(pool.small[pairs[:, 0]], pool.small[pairs[:, 1]], labels)
                 at["sessions"] += 1
@@ -197,10 +197,10 @@ class Labeler:
 
     COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "right", "judged")
 
-    def __init__(self, config, run):
+    def __init__(self, config):
         import vlm_query
 
-        self.config, self.run, self.server, self.vlm = config, run, None, None
+        self.config, self.server, self.vlm = config, None, None
         self.counts = dict.fromkeys(self.COUNTS, 0)
         self.exhausted = False  # a limit on calls or money was reached: go on with the reward there is
         self.asks = config.reward == "preference"
@@ -210,17 +210,20 @@ class Labeler:
         if name == "offline":
             import offline_vlm
 
+            if config.goal not in offline_vlm.READERS:
+                raise UserError(f'the offline stand-in is not a VLM and knows only these goals: '
+                                f'{"; ".join(offline_vlm.READERS)}. For "{config.goal}" name a real one with --vlm')
             self.server = offline_vlm.OfflineVLM(mistakes=config.vlm_mistakes, unsure=config.vlm_unsure,
                                                  latency=config.vlm_latency, seed=config.seed)
             name, url = f"offline/{self.server.model}", self.server.start()
-        price = None if config.usd_per_mtok is None else tuple(map(float, config.usd_per_mtok.split(",")))
         # One cache for all runs beside each other: a question that was paid for once is never paid for again.
-        cache = os.path.join(os.path.dirname(os.path.abspath(run.folder)), "vlm_cache")
+        cache = os.path.join(os.path.dirname(os.path.abspath(config.out)), "vlm_cache")
         self.vlm = vlm_query.VLM(name, url=url, cache=cache, workers=config.workers, max_calls=config.max_calls,
-                                 extra=json.loads(config.vlm_extra), max_usd=config.max_usd, usd_per_mtok=price)
+                                 extra=json.loads(config.vlm_extra), max_usd=config.max_usd,
+                                 usd_per_mtok=price_of(config))
         self.vlm.check_sight()
 
-    def __call__(self, pool, pairs, step, rng):
+    def __call__(self, run, pool, pairs, step, rng):
         """STEP 3 for the chosen pairs (M, 2) of candidates -> labels (M,) in {0, 1, -1, -2}; all of it in the log."""
         import imageio
         import vlm_query
@@ -228,15 +231,15 @@ class Labeler:
         before, after = pool.progress[pairs[:, 0]], pool.progress[pairs[:, 1]]  # (M,) true progress, only to be judged by
         true_labels = vlm_query.oracle_labels(before, after, rng)
         first, second = pool.large[pairs[:, 0]], pool.large[pairs[:, 1]]  # (M, P, P, 3)
-        start = self.run.logged
+        start = run.logged
 
         def log(record):
             pair = record.pop("pair")
             index = start + pair
-            imageio.imwrite(self.run.path("pairs", f"{index:06d}.png"), np.hstack([first[pair], second[pair]]))
-            self.run.labels.append({"index": index, "step": step, **record, "true_label": int(true_labels[pair]),
-                                    "progress": [float(before[pair]), float(after[pair])]})
-            self.run.logged += 1
+            imageio.imwrite(run.path("pairs", f"{index:06d}.png"), np.hstack([first[pair], second[pair]]))
+            run.labels.append({"index": index, "step": step, **record, "true_label": int(true_labels[pair]),
+                               "progress": [float(before[pair]), float(after[pair])]})
+            run.logged += 1
 
         if self.vlm is None:
             labels = vlm_query.oracle_labels(before, after, rng, self.config.vlm_mistakes)
