@@ -599,11 +599,10 @@ def _faults_along(progress, last, success):
 
 
 def _deterministic(program, episode):
-    """The same values twice, backwards, and one by one: no memory, no look at the neighbours."""
+    """Each picture twice, among others and alone: chance, memory and a look at neighbours all show."""
     some = episode[:: max(1, len(episode) // 16)]
     alone = np.concatenate([program(some[i:i + 1], episode[0]) for i in range(len(some))])
-    whole, again = program(some, episode[0]), program(some[::-1], episode[0])[::-1]
-    return np.allclose(whole, alone, atol=1e-6) and np.allclose(whole, again, atol=1e-6)
+    return np.allclose(program(some, episode[0]), alone, atol=1e-6)
 
 
 def collect_episodes(env, expert, size, count=20, seed=0):

@@ -123,7 +123,7 @@ def read_cube(image):
     """(H, W, 3) uint8 -> distance of the green cube from the middle of the hole, in cube widths.
 
     A ray from the camera (52 cm from (0, 74, 5) cm, 60 degrees down, 45 degrees wide, from behind
-    the hole) meets the table 5 cm up, or the floor of the hole: 16 cm wide, its middle at (0, 84) cm.
+    the hole) meets the table 5 cm up, or the hole's floor: 16 cm wide, its middle at (0, 84) cm.
     """
     pixels = image.astype(np.float64)
     height, width = pixels.shape[:2]
@@ -144,22 +144,19 @@ def read_cube(image):
 
 
 def read_cloth(image):
-    """(H, W, 3) uint8 -> overlap, in percent, of the yellow back with the triangle it should fill.
+    """(H, W, 3) uint8 -> overlap of the cloth with where it should lie, percent.
 
-    Overlap is intersection over union. The flat cloth spans 0.145 to 0.855 of the picture; the
-    triangle of a perfect fold is its lower right half.
+    Overlap is intersection over union. The flat cloth spans 0.145 to 0.855 of the picture both
+    ways; a perfect fold is the lower right half of that.
     """
     pixels = image.astype(np.float64)
-    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
-    back = (red > 60) & (green > 0.55 * red) & (blue < 0.5 * green)
-    front = (red > 80) & (green < 0.4 * red) & (blue < 0.4 * red)
-    size = image.shape[1]
-    if (back | front).sum() < 0.02 * size * size:
+    cloth = (pixels[..., 0] > 60) & (pixels[..., 2] < 0.5 * pixels[..., 0])  # red or yellow
+    if cloth.mean() < 0.02:
         return float("nan")
-    row, column = np.meshgrid(np.arange(size) / size, np.arange(size) / size, indexing="ij")
-    square = (row > 0.145) & (row < 0.855) & (column > 0.145) & (column < 0.855)
-    should = square & (row + column > 1)
-    return float(100 * (back & should).sum() / (back | should).sum())
+    places = (np.arange(image.shape[1]) + 0.5) / image.shape[1]
+    row, column = places[:, None], places[None, :]
+    should = (row < 0.855) & (column < 0.855) & (row + column > 1)
+    return float(100 * (cloth & should).sum() / (cloth | should).sum())
 
 
 def read_rope(image):
@@ -172,6 +169,24 @@ def read_rope(image):
     angles = np.linspace(0, np.pi, 60)[:-1, None]
     along = columns * np.cos(angles) + rows * np.sin(angles)  # (59, pixels)
     return float(100 * (along.max(axis=1) - along.min(axis=1)).max() / image.shape[1])
+
+
+def read_water(image):
+    """(H, W, 3) uint8 -> metres from cup to red circle, plus ten times the share of water lost."""
+    pixels = image.astype(np.float64)
+    red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+    water, circle = (blue > 80) & (blue > 2.5 * red), (red > 150) & (green < 0.4 * red)
+    floor = abs(pixels - np.median(pixels, axis=(0, 1))).max(axis=2) < 12
+    cup = ~(water | circle | floor) & (blue > red)  # grey glass, or water through it
+    size = image.shape[1]
+    columns = np.flatnonzero(cup.sum(axis=0) > 0.05 * size)
+    rows = np.flatnonzero(cup.sum(axis=1) > 0.05 * size)
+    if len(columns) < 2 or len(rows) < 2:
+        return float("nan")
+    middle = (columns[0] + columns[-1] + 1) / 2 / size  # in picture widths; the circle is at 0.878
+    water[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = False  # what is left is outside
+    # A picture width is 1.77 m there; all drops side by side would fill 1/27 of the picture.
+    return float(1.77 * abs(middle - 0.878) + 10 * min(1.0, 27 * water.mean()))
 
 
 def read_rooms(image):
@@ -229,11 +244,15 @@ READERS = {
         read_cube, "the green cube is {value:.2f} cube widths from the middle of the hole",
         lambda value: -value, -5, 0, 0.05),
     "to fold the cloth diagonally from top left corner to bottom right corner": Reader(
-        read_cloth, "the yellow back covers {value:.1f} percent of the triangle it should",
-        lambda value: value, 0, 80, 1),
+        read_cloth, "the cloth and the triangle it should form overlap by {value:.1f} percent",
+        lambda value: value, 50, 95, 1),
     "to straighten the blue rope": Reader(
         read_rope, "the blue rope reaches over {value:.1f} percent of the picture",
         lambda value: value, 25, 110, 1),
+    "to move the container, which holds water, to be as close to the red circle as possible "
+    "without causing too many water droplets to spill": Reader(
+        read_water, "the way to the red circle and the spilled water cost {value:.2f} together",
+        lambda value: -value, -8, 0, 0.05),
     **dict.fromkeys((
         "to pick up the key, open the yellow door with it, and get to the green square",
         "to pick up the key and open the yellow door with it",

@@ -19,7 +19,7 @@ Differs from the paper:
 Shapes: images (M, H, W, 3) uint8 RGB, labels (M,) int8. `ask` is any callable that takes a list
 of str and (H, W, 3) images and returns a Reply; VLM.ask is one.
 
-To use it elsewhere, with ask = VLM("gemini/MODEL", cache="answers").ask in place of the third line:
+To use it elsewhere (third line instead: ask = VLM("gemini/MODEL", cache="answers").ask):
     import numpy as np
     from vlm_query import VLM, Reply, label_pairs
     ask = lambda parts: Reply("1", "complete", tokens_in=9, tokens_out=1, cached=False)
@@ -529,8 +529,8 @@ def _ask_all(ask, jobs, calls_each, workers):
 
     None stands for a job that the limits of a VLM's ask did not allow.
     """
-    # trap: with threads, "stop when the money is gone" depends on who finishes first. So limits are
-    # decided here, in order, from the jobs at least 4 * workers places back: always the same.
+    # trap: with threads, "stop when the money is gone" depends on who finishes first. So limits
+    # are decided here, in order, from the jobs 4 * workers or more places back: always the same.
     vlm = getattr(ask, "__self__", None)
     vlm = vlm if isinstance(vlm, VLM) else None
     used = (vlm.calls, vlm.tokens_in, vlm.tokens_out) if vlm else (0, 0, 0)
@@ -792,14 +792,38 @@ def start_stand_in():
     return process, url.group()
 
 
+def demo():
+    """Three pairs of grey pictures, judged by a toy that sees nothing but brightness."""
+    def ask(parts):
+        levels = [part.mean() for part in parts if not isinstance(part, str)]
+        if levels:  # stage 1: it sees the pictures and says what it sees
+            text = f"Image 1 has brightness {levels[0]:.0f}, Image 2 has brightness {levels[1]:.0f}."
+        else:  # stage 2: it decides from the words
+            one, two = map(int, re.findall(r"brightness (\d+)", parts[0]))
+            text = f"Image {1 if one > two else 2} is brighter.\n{int(two > one)}"
+        return Reply(text, "complete", 0, 0, False)
+
+    first, second = (np.stack([np.full((64, 64, 3), v, np.uint8) for v in levels])
+                     for levels in ((20, 200, 90), (160, 40, 91)))
+    labels, counts = label_pairs(ask, first, second, "to light the room", log=lambda record: print(
+        f"pair {record['pair']}: {record['kind']} {record['label']}  {record['answers']}"))
+    print(f"labels {labels.tolist()}; expected [1, 0, -2]: the third pair looks identical")
+    print("With files: python vlm_query.py a.png b.png --goal ... --vlm gemini/MODEL")
+    return 0
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Which of two images is closer to a goal?")
-    parser.add_argument("images", nargs=2, metavar="image")
-    parser.add_argument("--goal", required=True, help='such as "to open the drawer"')
+    parser.add_argument("images", nargs="*", metavar="image", help="two files; none for a demo")
+    parser.add_argument("--goal", help='such as "to open the drawer"')
     parser.add_argument("--vlm", default="offline", help=f"{', '.join(PROVIDERS)}, then /MODEL")
     parser.add_argument("--vlm-url", help="its base URL, such as http://localhost:11434/v1")
     parser.add_argument("--stages", type=int, choices=(1, 2), default=2)
     options = parser.parse_args(arguments)
+    if not options.images:
+        return demo()
+    if len(options.images) != 2 or not options.goal:
+        parser.error("give two images and --goal")
     process = None
     try:
         first, second = [load_image(path) for path in options.images]

@@ -1,0 +1,2515 @@
+"""Every claim the other files make, tested: no key, no network beyond loopback, no GPU.
+
+    python -m pytest -q test_components.py
+
+One section per component, in the README's order. A test's name is the claim it proves. Tests that need OpenGL skip
+with the line that installs it; the continuous integration installs it, so there they run.
+"""
+import ast
+import base64
+import concurrent.futures
+import csv
+import dataclasses
+import email.utils
+import gzip
+import http.server
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import types
+import urllib.error
+import urllib.request
+import warnings
+import zlib
+from pathlib import Path
+
+import gymnasium
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from scipy.stats import spearmanr
+
+import code_as_reward
+import deformables
+import envs
+import offline_vlm
+import report
+import reward_model
+import run
+import sac
+import train
+import vlm_query
+from code_as_reward import (
+    CodeAsRewardError,
+    Program,
+    ProgramError,
+    ProgramReward,
+    describe_subtasks,
+    extract_code,
+    learn_programs,
+    load_programs,
+    potential,
+    stages,
+    verify,
+)
+from offline_vlm import OfflineVLM
+from vlm_query import LabelLog, LimitReached, Reply, VLM, VLMError, label_pairs, parse_label
+
+torch.set_num_threads(1)  # the networks are small: threads would only get into each other's way
+
+
+# ==== sac.py ====
+def box(n):
+    return gymnasium.spaces.Box(-1.0, 1.0, (n,), np.float32)
+
+
+def filled_buffer(capacity, adds, image_shape=None, priced=True):
+    """A buffer in which row contents say when they were added: obs = reward = number of the add."""
+    buffer = sac.ReplayBuffer(capacity, (1,), (1,), image_shape)
+    for number in range(adds):
+        image = None if image_shape is None else np.full(image_shape, number % 256, np.uint8)
+        buffer.add([number], [0.0], [number + 1], False, image, float(number))
+        if priced:
+            buffer.price([float(number)])
+    return buffer
+
+
+def test_tanh_gaussian_log_prob_equals_torch_distributions():
+    """The log-density of the squashed Gaussian must be the one torch.distributions computes."""
+    torch.manual_seed(0)
+    mean, log_std, noise = torch.randn(64, 3), torch.randn(64, 3) * 0.3, torch.randn(64, 3)
+    action, log_prob = sac.tanh_gaussian(mean, log_std, noise)
+    normal = torch.distributions.Normal(mean.double(), log_std.double().exp())
+    squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
+    u = mean.double() + log_std.double().exp() * noise.double()
+    expected = (normal.log_prob(u) - torch.distributions.TanhTransform().log_abs_det_jacobian(u, torch.tanh(u))).sum(-1)
+    assert torch.allclose(log_prob.double(), expected, atol=1e-4)
+    inside = action.double().abs().max(-1).values < 0.999  # the inverse of tanh loses its digits beyond
+    assert torch.allclose(squashed.log_prob(action.double()).sum(-1)[inside], expected[inside], atol=1e-2)
+
+
+def test_log_prob_stays_finite_far_out():
+    """At |u| = 30, where 1 - tanh^2 is 0 in float32, the log-density must still be finite."""
+    _, log_prob = sac.tanh_gaussian(torch.full((1, 1), 30.0), torch.zeros(1, 1), torch.zeros(1, 1))
+    assert torch.isfinite(log_prob).all()
+
+
+class FivesEverywhere(torch.nn.Module):
+    """A target critic that values everything at 5 and cannot be moved."""
+
+    def forward(self, obs, action=None):
+        return torch.full((2, len(obs)), 5.0)
+
+
+@pytest.mark.parametrize("terminated, expected", [(1.0, 2.0), (0.0, 2.0 + 0.9 * 5.0)])
+def test_only_termination_stops_the_bootstrap(terminated, expected):
+    """The critics' target must be r when terminated, and r + discount * V' when merely cut off by a time limit."""
+    agent = sac.SAC(1, box(1), hidden=(8,), lr=3e-2, discount=0.9)
+    agent.log_alpha.data.fill_(-100.0)  # no entropy term
+    agent._value_of = lambda critic, obs, policy, real=agent._value_of: real(
+        FivesEverywhere() if critic is agent.target else critic, obs, policy)
+    batch = {"obs": torch.zeros(32, 1), "action": torch.zeros(32, 1), "reward": torch.full((32,), 2.0),
+             "next_obs": torch.zeros(32, 1), "terminated": torch.full((32,), terminated)}
+    for _ in range(150):
+        q = agent.update(batch)["q_mean"]
+    assert float(q) == pytest.approx(expected, abs=0.1)
+
+
+def test_target_follows_by_tau():
+    """After one update every target weight must be (1 - tau) old + tau new critic weight."""
+    agent = sac.SAC(2, box(1), hidden=(8,), tau=0.25)
+    before = [p.clone() for p in agent.target.parameters()]
+    agent.update(filled_batch(16))
+    for old, now, critic in zip(before, agent.target.parameters(), agent.critic.parameters()):
+        assert torch.allclose(now, 0.75 * old + 0.25 * critic, atol=1e-6)
+
+
+def filled_batch(size):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return {"obs": draw(size, 2), "action": draw(size, 1).tanh(), "reward": draw(size), "next_obs": draw(size, 2),
+            "terminated": torch.zeros(size)}
+
+
+def test_actor_step_leaves_critic_gradients_untouched():
+    """The gradients left in the critics must be those of the critic loss alone."""
+    agent = sac.SAC(2, box(1), hidden=(8,))
+    seen = []
+    step = agent.critic_optimizer.step
+    agent.critic_optimizer.step = lambda: (seen.extend(p.grad.clone() for p in agent.critic.parameters()), step())
+    agent.update(filled_batch(16))
+    assert all(torch.equal(a, p.grad) for a, p in zip(seen, agent.critic.parameters()))
+    assert all(p.requires_grad for p in agent.critic.parameters())
+
+
+def test_ring_wraps():
+    """After 7 adds to 5 rows, the rows must hold the newest five, and `newest` must walk across the seam."""
+    buffer = filled_buffer(5, 7)
+    assert sorted(buffer.obs[:, 0]) == [2, 3, 4, 5, 6]
+    assert list(buffer.obs[buffer.newest(3), 0]) == [4, 5, 6]
+
+
+@pytest.mark.parametrize("adds", [3, 5, 8, 10, 13])
+def test_relabel_covers_every_row_also_after_the_wrap(adds):
+    """Every stored row must get the new reward, wherever the cursor of the ring stands."""
+    buffer = filled_buffer(5, adds, image_shape=(2, 2, 3))
+    rows = buffer.relabel(lambda images: 1000 + images[:, 0, 0, 0].astype(np.float32), chunk=2)
+    assert rows == len(buffer) == min(adds, 5)
+    assert sorted(buffer.reward[:rows]) == [1000 + n for n in range(adds)][-5:]
+
+
+def test_unpriced_rows_are_never_sampled():
+    """Rows without a reward must not be drawn; all priced ones must be; and pricing makes the rest available."""
+    buffer = filled_buffer(8, 6, image_shape=(1, 1, 3))
+    for number in (6, 7, 8):  # the last of these overwrites the oldest row
+        buffer.add([number], [0.0], [0.0], False, np.full((1, 1, 3), number, np.uint8), 0.0)
+    assert set(buffer.sample(500)["obs"][:, 0].tolist()) == {1, 2, 3, 4, 5}
+    assert set(buffer.sample(500, unpriced_too=True)["obs"][:, 0].tolist()) == set(range(1, 9))
+    assert buffer.relabel(lambda images: images[:, 0, 0, 0].astype(np.float32), only_new=True) == 3
+    drawn = buffer.sample(500)
+    assert set(drawn["obs"][:, 0].tolist()) == set(range(1, 9)) and torch.equal(drawn["reward"], drawn["obs"][:, 0])
+
+
+def test_sampling_nothing_says_so():
+    """A buffer without a priced row must raise, not loop or return NaN."""
+    with pytest.raises(ValueError, match="nothing to sample: 2 rows stored, 2 of them without a reward"):
+        filled_buffer(4, 2, priced=False).sample(1)
+
+
+def test_a_mapped_buffer_outlives_its_object(tmp_path):
+    """Arrays in a folder plus state_dict must give the same buffer back, drawing the same rows next."""
+    first = sac.ReplayBuffer(4, (1,), (1,), (1, 1, 3), folder=tmp_path)
+    for number in range(3):
+        first.add([number], [0.5], [0.0], number == 2, np.full((1, 1, 3), number, np.uint8), 0.0)
+    first.price([7.0, 8.0, 9.0])
+    state, drawn = first.state_dict(), first.sample(10)
+    second = sac.ReplayBuffer(4, (1,), (1,), (1, 1, 3), folder=tmp_path)
+    second.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(drawn.values(), second.sample(10).values()))
+    with pytest.raises(ValueError, match="belongs to another run"):
+        sac.ReplayBuffer(5, (1,), (1,), (1, 1, 3), folder=tmp_path)
+
+
+def test_novelty_is_the_distance_to_the_kth_nearest():
+    """Obs 0 against 1, 2, 5 must give 1, 2, 5 for k = 1, 2, 3; and a far state more than a near one."""
+    stored = torch.tensor([[1.0], [2.0], [5.0]])
+    assert [float(sac.novelty_bonus(torch.zeros(1, 1), stored, k)) for k in (1, 2, 3)] == [1, 2, 5]
+    assert [float(sac.novelty_bonus(torch.zeros(1, 1), stored, 9))] == [5]
+
+
+def test_novelty_does_not_depend_on_units():
+    """Metres or millimetres in one dimension of the state must give the same bonus."""
+    bonus = []
+    for unit in (1.0, 1000.0):
+        buffer, rng = sac.ReplayBuffer(50, (2,), (1,), seed=3), np.random.default_rng(0)
+        for x in rng.normal(size=(50, 2)):
+            buffer.add(x, [0.0], x * [unit, 1.0], False, None, 0.0)
+        bonus.append(sac.novelty_batch(buffer, 20)["reward"])
+    assert torch.allclose(*bonus, rtol=1e-3) and float(bonus[0].mean()) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_reset_critic_forgets_values_and_keeps_the_actor():
+    """The critics must change and agree with their targets; the actor must stay as it was."""
+    agent = sac.SAC(2, box(1), hidden=(8,))
+    actor, critic = agent.actor[0].weight.clone(), agent.critic.q1[0].weight.clone()
+    agent.reset_critic()
+    assert torch.equal(actor, agent.actor[0].weight) and not torch.equal(critic, agent.critic.q1[0].weight)
+    assert all(torch.equal(a, b) for a, b in zip(agent.critic.parameters(), agent.target.parameters()))
+
+
+@pytest.mark.parametrize("space", [box(1), gymnasium.spaces.Discrete(3)])
+def test_a_saved_agent_goes_on_identically(space):
+    """state_dict must hold everything: two agents must act and learn alike from there on."""
+    agents = [sac.SAC(2, space, hidden=(8,), seed=seed) for seed in (0, 1)]
+    batch = filled_batch(16)
+    if hasattr(space, "n"):
+        batch["action"] = torch.arange(16) % 3
+    agents[0].update(batch)
+    agents[1].load_state_dict(agents[0].state_dict())
+    for agent in agents:
+        agent.update(batch)
+    assert np.array_equal(agents[0].act([0.1, 0.2]), agents[1].act([0.1, 0.2]))
+    assert torch.equal(agents[0].log_alpha, agents[1].log_alpha)
+
+
+def test_wrong_action_spaces_are_refused():
+    """A space that SAC cannot act in must be named in the error."""
+    with pytest.raises(ValueError, match="Box or Discrete"):
+        sac.SAC(2, gymnasium.spaces.MultiBinary(3))
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_sac_learns_a_point_mass(discrete):
+    """A point that should be moved to 0 (reward -|x|) must end nearer to it than under random actions."""
+    space = gymnasium.spaces.Discrete(3) if discrete else box(1)
+    agent, rng = sac.SAC(1, space, hidden=(32, 32), lr=3e-3, discount=0.9), np.random.default_rng(0)
+    buffer, x = sac.ReplayBuffer(800, (1,), () if discrete else (1,)), 1.0
+
+    def move(x, action):
+        return float(np.clip(x + 0.3 * (action - 1 if discrete else action[0]), -2, 2))
+
+    for step in range(600):
+        x = rng.uniform(-2, 2) if step % 10 == 0 else x
+        action = agent.act([x])
+        new = move(x, action)
+        buffer.add([x], action, [new], False, None, 0.0)
+        buffer.price([-abs(new)])
+        x = new
+        if step > 100:
+            agent.update(buffer.sample(64))
+    ends = []
+    for x in (-1.5, -0.7, 0.8, 1.6):
+        for _ in range(8):
+            x = move(x, agent.act([x], explore=False))
+        ends.append(abs(x))
+    assert np.mean(ends) < 0.25  # random actions: about 1
+
+
+# ==== reward_model.py ====
+def numbered_images(n, size=64):
+    """(n, size, size, 3) uint8: picture i has brightness i."""
+    return np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None, None], (n, size, size, 3)).copy()
+
+
+def test_preference_loss_equals_the_formula():
+    """The loss must be -log of the Bradley-Terry probability of the image that was picked; log 2 for equal rewards."""
+    r0, r1, label = torch.tensor([0.3, -0.2]), torch.tensor([0.1, 0.9]), torch.tensor([0, 1])
+    p = [np.exp(0.3) / (np.exp(0.3) + np.exp(0.1)), np.exp(0.9) / (np.exp(-0.2) + np.exp(0.9))]
+    assert float(reward_model.preference_loss(r0, r1, label)) == pytest.approx(-np.log(p).mean(), rel=1e-5)
+    assert float(reward_model.preference_loss(r0, r0, label)) == pytest.approx(np.log(2), rel=1e-5)
+
+
+def test_swapping_the_images_flips_the_label():
+    """Exchanging first and second must cost what the opposite label cost."""
+    r0, r1, label = torch.randn(9), torch.randn(9), torch.arange(9) % 2
+    loss = reward_model.preference_loss
+    assert torch.allclose(loss(r0, r1, label), loss(r1, r0, 1 - label))
+
+
+def test_a_perfect_fit_of_tanh_rewards_still_costs():
+    """Rewards of -1 and 1, ordered right, must cost log(1 + e^-2) = 0.127: the floor of this loss."""
+    loss = reward_model.preference_loss(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([1]))
+    assert float(loss) == pytest.approx(0.1269, abs=1e-4)
+
+
+def test_weights_count_answers():
+    """Weight 0 must remove an answer, and equal weights must change nothing."""
+    r0, r1, label = torch.tensor([0.5, -2.0]), torch.tensor([0.0, 2.0]), torch.tensor([0, 0])
+    loss = reward_model.preference_loss
+    assert torch.allclose(loss(r0, r1, label, torch.tensor([1.0, 0.0])), loss(r0[:1], r1[:1], label[:1]))
+    assert torch.allclose(loss(r0, r1, label, torch.tensor([0.5, 0.5])), loss(r0, r1, label))
+
+
+def test_reward_net_gives_one_bounded_number_per_image():
+    """(B, 3, H, W) must become (B,) in (-1, 1), for every size a task uses; too small a picture is refused."""
+    for size in (64, 84, 100, 200):
+        reward = reward_model.RewardNet(size, size)(torch.rand(2, 3, size, size))
+        assert reward.shape == (2,) and float(reward.detach().abs().max()) < 1
+    with pytest.raises(ValueError, match="at least 47 x 47"):
+        reward_model.RewardNet(46, 46)
+
+
+def test_predict_does_not_depend_on_how_images_are_batched():
+    """All at once, in chunks and one by one must give the same rewards."""
+    images = np.random.default_rng(0).integers(0, 255, (10, 64, 64, 3), np.uint8)
+    model = reward_model.RewardModel((64, 64, 3))
+    one_by_one = np.concatenate([model.predict(images[i : i + 1]) for i in range(10)])
+    assert model.predict(images).dtype == np.float32
+    assert np.allclose(model.predict(images), one_by_one, atol=1e-5)
+    assert np.allclose(model.member_rewards(images, chunk=3), model.member_rewards(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", reward_model.SAMPLERS)
+def test_every_image_can_be_asked_about_and_none_against_itself(how):
+    """No pair (i, i); over many draws every image, the last one too, must turn up on both sides."""
+    images, rng = numbered_images(12), np.random.default_rng(0)
+    model = reward_model.RewardModel((64, 64, 3))
+    pairs = np.concatenate([reward_model.sample_pairs(images, 40, rng, how, model) for _ in range(20)])
+    assert pairs.shape == (800, 2) and (pairs[:, 0] != pairs[:, 1]).all()
+    wanted = set(range(12)) if how in ("uniform", "stratified") else {0, 11} & set(pairs.ravel())
+    assert wanted <= set(pairs[:, 0]) and wanted <= set(pairs[:, 1])
+
+
+class TwoMinds:
+    """Two members that agree on dark pictures and contradict each other on bright ones."""
+
+    def member_rewards(self, images):
+        brightness = images[:, 0, 0, 0].astype(np.float32)
+        disputed = (brightness > 5) * 0.1 * (brightness - 8.5)
+        return np.stack([brightness * (brightness <= 5) * 9 + disputed, brightness * (brightness <= 5) * 9 - disputed])
+
+    def predict(self, images):
+        return self.member_rewards(images).mean(0)
+
+
+def test_disagreement_and_entropy_prefer_what_the_members_dispute():
+    """Pairs of disputed (bright) pictures must be chosen far more often than their share of all pairs, 23 %."""
+    images, rng = numbered_images(12), np.random.default_rng(0)
+    for how in ("disagreement", "entropy"):
+        pairs = reward_model.sample_pairs(images, 30, rng, how, TwoMinds())
+        assert (pairs > 5).all(1).mean() > 0.6
+
+
+def test_stratified_pairs_cross_the_order():
+    """With one picture of high reward among many of low, it must be asked about far more often than 2 in 40."""
+    images, rng = numbered_images(40), np.random.default_rng(0)
+
+    class OneIsGood:
+        def predict(self, images):
+            return (images[:, 0, 0, 0] >= 36).astype(np.float32)
+
+    pairs = reward_model.sample_pairs(images, 200, rng, "stratified", OneIsGood())
+    assert (pairs >= 36).any(1).mean() == pytest.approx(0.2, abs=0.08)  # the top tenth is in 2 of 10 pairs
+
+
+def test_equal_pictures_are_not_asked_about_while_others_exist():
+    """Among nine equal pictures and one other, every pair must hold the other; equal ones come only if all are equal."""
+    images, rng = numbered_images(10), np.random.default_rng(0)
+    images[:9] = 0
+    assert (reward_model.sample_pairs(images, 10, rng) == 9).any(1).all()
+    assert reward_model.sample_pairs(images[:9], 10, rng).shape == (10, 2)
+
+
+def test_too_few_images_and_unknown_samplers_are_named():
+    """One picture makes no pair; a mistyped sampler must list those there are."""
+    with pytest.raises(ValueError, match="two images"):
+        reward_model.sample_pairs(numbered_images(1), 1, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="uniform, disagreement"):
+        reward_model.sample_pairs(numbered_images(3), 1, np.random.default_rng(0), "best")
+
+
+def test_preference_dataset_wraps_and_holds_out_every_eighth():
+    """More answers than places must overwrite the oldest; every eighth must be held out of training."""
+    data = reward_model.PreferenceDataset(16, (1, 1, 3))
+    images = numbered_images(40, 1)
+    data.add(images[:20], images[20:], np.arange(20) % 2)
+    assert len(data) == 16 and sorted(data.first[:, 0, 0, 0]) == list(range(4, 20))
+    assert sorted(data.first[data.rows(held_out=True), 0, 0, 0]) == [7, 15]
+    seen = [x for first, *_ in data.batches(5, np.random.default_rng(0)) for x in first[:, 0, 0, 0]]
+    assert sorted(seen) == [n for n in range(4, 20) if n % 8 != 7]
+
+
+def test_unsure_answers_never_become_labels():
+    """-1 and -2 must be refused at the door of the data set."""
+    with pytest.raises(ValueError, match="leave out what is unsure"):
+        reward_model.PreferenceDataset(4, (1, 1, 3)).add(numbered_images(1, 1), numbered_images(1, 1), [-1])
+
+
+def test_the_reward_model_orders_pictures_it_has_not_seen():
+    """Fitted to 60 answers about a pole, it must order unseen pictures of poles; the members must differ."""
+    rng = np.random.default_rng(0)
+    images, angle = reward_model.demo_pictures(200, rng)
+    pairs = reward_model.sample_pairs(images, 60, rng)
+    data = reward_model.PreferenceDataset(60, (64, 64, 3))
+    data.add(images[pairs[:, 0]], images[pairs[:, 1]], (np.abs(angle[pairs[:, 1]]) < np.abs(angle[pairs[:, 0]])).astype(int))
+    model = reward_model.RewardModel((64, 64, 3), lr=5e-4)
+    result = model.fit(data, epochs=25)
+    unseen, angle = reward_model.demo_pictures(200, rng)
+    assert spearmanr(model.predict(unseen), -np.abs(angle)).statistic > 0.6
+    assert result["train_accuracy"] > 0.8 and 0 <= result["heldout_accuracy"] <= 1
+    assert model.member_rewards(unseen).std(0).mean() > 0.01
+
+
+def test_fit_stops_early_and_refuses_an_empty_data_set():
+    """Two answers that are easily told apart must not take all epochs; no answers must be said."""
+    model, data = reward_model.RewardModel((64, 64, 3)), reward_model.PreferenceDataset(4, (64, 64, 3))
+    with pytest.raises(ValueError, match="no answers to fit"):
+        model.fit(data, 1)
+    data.add(numbered_images(2) * 0, numbered_images(2) * 0 + 250, [1, 1])
+    assert model.fit(data, epochs=200)["epochs"] < 200
+
+
+def test_a_saved_reward_model_goes_on_identically():
+    """state_dict of model and data must hold everything that a further fit depends on."""
+    images, angle = reward_model.demo_pictures(20, np.random.default_rng(0))
+    models = [reward_model.RewardModel((64, 64, 3), seed=seed) for seed in (0, 1)]
+    data = [reward_model.PreferenceDataset(10, (64, 64, 3)) for _ in models]
+    data[0].add(images[:10], images[10:], (np.abs(angle[10:]) < np.abs(angle[:10])).astype(int))
+    models[0].fit(data[0], epochs=1)
+    data[1].load_state_dict(data[0].state_dict())
+    models[1].load_state_dict(models[0].state_dict())
+    assert models[0].fit(data[0], epochs=2) == models[1].fit(data[1], epochs=2)
+    assert np.array_equal(models[0].predict(images), models[1].predict(images))
+
+
+# ==== vlm_query.py ====
+KEY = "sk-very-secret-0123456789"
+BRIGHT = vlm_query.SIGHT_GOAL
+
+
+def gray(*values, size=32):
+    """(N, size, size, 3) uint8 pictures of one grey each."""
+    return np.stack([np.full((size, size, 3), value, np.uint8) for value in values])
+
+
+def grays(pairs, seed=0):
+    """`pairs` pairs of grey pictures, at least 10 levels apart, and the right labels."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, 120, pairs)
+    second = first + 10 + rng.integers(0, 120, pairs)
+    swap = rng.random(pairs) < 0.5
+    first, second = np.where(swap, second, first), np.where(swap, first, second)
+    return gray(*first), gray(*second), (second > first).astype(np.int8)
+
+
+def quick(url, provider="offline/m", **settings):
+    """A client that waits hundredths of seconds where it would wait seconds."""
+    vlm = VLM(provider, url=url, **{"timeout": (2, 0.4), "key": KEY, **settings})
+    vlm.backoff = 0.01
+    return vlm
+
+
+def says(text, end="complete"):
+    """An ask() that always gives the same answer."""
+    return lambda parts: Reply(text, end, 10, 1, False)
+
+
+@pytest.mark.parametrize("text, label", [
+    ("0", 0), ("1", 1), ("-1", -1), ("\u22121", -1), ("\u20131", -1), ("**1**", 1), ("1.", 1), ("(0)", 0),
+    ("Answer: -1.", -1), ("100% sure: 1", 1), ("Image 1 wins: 0", 0), ("1\n0", 0), ("0\n\n```", 0),
+    ("Images 1 and 2 look alike: -1", -1), ("<think>1</think>0", 0), ("\\boxed{1}", 1), ("1 1", 1),
+    ("", None), ("0.5", None), ("0 or 1", None), ("0, 1", None), ("1/10", None), ("Image 1.", None),
+    ("- 1", None), ("10", None), ("1%", None), ("-0", None), ("1st", None), ("<think>1", None),
+    ("<think>a</think>b<think>1", None), ("I cannot tell.", None), ("1\nI hope this helps", None),
+    ("0-1", None), ("1.0", None), ("2", None), ("Image #2 and Image #1: 1", 1)])
+def test_a_label_is_read_from_the_last_line_or_not_at_all(text, label):
+    """parse_label must find exactly one of 0, 1, -1 in the last line, and must never guess."""
+    assert parse_label(text) == label
+
+
+# fault of the stand-in -> what one pair, whose right label is 1, must come out as
+FAULT_ROWS = {**dict.fromkeys(offline_vlm.TRANSIENT, (1, "label")),
+              "wrong key": "check the key", "unknown model": "check the model's name",
+              "quota gone": "waiting does not help",
+              "empty choices": (-2, "no answer"), "cut off": (-2, "no answer"), "refusal": (-2, "no answer"),
+              "think closed": (1, "label"), "think unclosed": (-2, "no answer"), "100% sure": (1, "label"),
+              "0.5": (-2, "unreadable"), "minus sign": (-1, "unsure")}
+
+
+@pytest.mark.parametrize("provider", ["openai/m", "gemini/m", "anthropic/m"])
+@pytest.mark.parametrize("fault", offline_vlm.FAULTS)
+def test_each_fault_has_the_outcome_that_the_table_names(fault, provider):
+    """Passing faults must cost nothing but time, hopeless ones must stop at once, odd answers are no label."""
+    server = OfflineVLM(faults=fault)
+    server.hang = 1.0
+    with server as url:
+        vlm, records = quick(url, provider, timeout=(2, 0.2)), []
+        if isinstance(FAULT_ROWS[fault], str):
+            with pytest.raises(VLMError, match=FAULT_ROWS[fault]):
+                label_pairs(vlm.ask, gray(9), gray(200), BRIGHT, log=records.append)
+            assert server.requests.total() == 1 and not records
+        else:
+            labels, _ = label_pairs(vlm.ask, gray(9), gray(200), BRIGHT, log=records.append)
+            assert (labels[0], records[0]["kind"]) == FAULT_ROWS[fault]
+            again = 1 if fault in offline_vlm.TRANSIENT else 0
+            assert server.requests.total() == len(records[0]["answers"]) * (1 + again)
+
+
+def test_a_thousand_pairs_at_a_fault_rate_of_a_fifth_get_the_labels_of_a_good_day():
+    """Every label must equal the right one, though one try in five meets a fault."""
+    first, second, right = grays(1000)
+    server = OfflineVLM(faults=0.2, seed=3)
+    server.drip = 0.02
+    with server as url:
+        vlm = quick(url, timeout=(2, 0.2))
+        labels, counts = label_pairs(vlm.ask, first, second, BRIGHT, stages=1, workers=16)
+    assert (labels == right).all() and counts["asked"] == 1000
+    assert server.requests.total() > 1150  # the faults did happen
+
+
+def test_a_server_that_stays_down_is_no_answer_and_then_the_end_but_never_unsure():
+    """After its deadline a question must count as "no answer"; most of a batch so must stop the run."""
+    with OfflineVLM(faults=1.0) as url:
+        vlm = quick(url, deadline=0.1, timeout=(2, 0.1))
+        labels, counts = label_pairs(vlm.ask, gray(1, 1), gray(200, 210), BRIGHT)
+        assert list(labels) == [-2, -2] and counts["no_answer"] == 2 and counts["unsure"] == 0
+        with pytest.raises(VLMError, match="5 of 5 questions got no usable answer"):
+            label_pairs(vlm.ask, gray(1, 2, 3, 4, 5), gray(*range(201, 206)), BRIGHT)
+
+
+def test_no_stage_is_asked_twice_when_the_other_one_fails():
+    """A failing second call must be repeated alone: the first, with the pictures, was paid for."""
+    sent = []
+
+    def ask(parts):
+        sent.append(len(parts))
+        return Reply("notes", "complete", 0, 0, False) if len(parts) > 1 else Reply("", "refused", 0, 0, False)
+
+    labels, counts = label_pairs(ask, gray(1), gray(200), "g")
+    assert sent == [5, 1] and counts["no_answer"] == 1 and list(labels) == [-2]
+
+
+@pytest.mark.parametrize("ask, kind", [(says("0.5"), "unreadable"), (says("0", "cut off"), "no_answer"),
+                                       (says("-1"), "unsure"), (says("", "refused"), "no_answer")])
+def test_unsure_unreadable_and_no_answer_are_counted_apart(ask, kind):
+    """No failure may become a -1, and no -1 a failure."""
+    labels, counts = label_pairs(ask, gray(1), gray(200), "g")
+    kinds = {name: counts[name] for name in ("unsure", "unreadable", "no_answer", "label0", "label1")}
+    assert kinds == {**dict.fromkeys(kinds, 0), kind: 1} and labels[0] == (-1 if kind == "unsure" else -2)
+
+
+def test_identical_pictures_are_never_sent():
+    """Neither equal bytes nor rendering noise may cost a call; a shift of a tenth of a pixel must be asked."""
+    first, second = gray(100, 100, 0), gray(100, 102, 0)
+    second[2, 5, 5] = 10  # 0 - 10 would wrap round in uint8
+    asked = []
+    label_pairs(lambda parts: asked.append(parts) or Reply("1", "complete", 0, 0, False), first, second, "g", 1)
+    assert len(asked) == 1 and asked[0][3].max() == 10
+
+
+def test_a_second_run_asks_nothing(tmp_path):
+    """With the cache of the first run, every answer must be there, also for a stand-in on another port."""
+    first, second, right = grays(6)
+    with OfflineVLM() as url:
+        before = label_pairs(quick(url, cache=tmp_path).ask, first, second, BRIGHT)[0]
+    server = OfflineVLM()
+    with server as url:
+        vlm = quick(url, cache=tmp_path)
+        labels, counts = label_pairs(vlm.ask, first, second, BRIGHT)
+    assert server.requests.total() == 0 and counts["cached"] == 6 and vlm.cached_calls == vlm.calls == 12
+    assert (labels == right).all() and (labels == before).all()
+
+
+def test_failures_are_never_cached_and_torn_files_are_asked_again(tmp_path):
+    """What is in the cache must be an answer, whole."""
+    parts = ["The goal is " + BRIGHT, "Image 1:", gray(1)[0]]
+    server = OfflineVLM(faults="503 HTML")
+    with server as url:
+        assert quick(url, cache=tmp_path, deadline=0).ask(parts).end.startswith("unreachable: HTTP 503")
+        assert list(tmp_path.iterdir()) == []
+        vlm = quick(url, cache=tmp_path)
+        text = vlm.ask(parts).text
+        file, = tmp_path.iterdir()
+        for damage in (file.read_bytes()[:50], file.read_bytes().replace(b"mean", b"MEAN"), b"\0" * 9, b"[]"):
+            file.write_bytes(damage)
+            assert vlm.ask(parts)[0::4] == (text, False)
+        assert vlm.ask(parts)[0::4] == (text, True)
+
+
+def test_the_cache_tells_models_bodies_and_servers_apart(tmp_path):
+    """Another model, extra or URL must be asked anew."""
+    server = OfflineVLM()
+    with server as url:
+        for settings in ({"provider": "local/a"}, {"provider": "local/b"}, {"provider": "openai/a"},
+                         {"provider": "local/a", "extra": {"seed": 1}}, {"provider": "local/a"},
+                         {"provider": "local/a", "url": url.replace("127.0.0.1", "localhost")}):
+            quick(**{"url": url, "cache": tmp_path, **settings}).ask(["The goal is " + BRIGHT])
+    assert server.requests.total() == 5
+
+
+def test_an_answer_is_on_disk_and_in_the_log_before_its_label_is_used(tmp_path, monkeypatch):
+    """Cache file, fsync and log line must come before label_pairs returns, per pair."""
+    events = []
+    monkeypatch.setattr(os, "fsync", lambda number, real=os.fsync: (real(number), events.append("sync")))
+    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (real(a, b), events.append("file")))
+    log = LabelLog(tmp_path / "labels.jsonl")
+    with OfflineVLM() as url:
+        label_pairs(quick(url, cache=tmp_path / "c").ask, gray(1), gray(200), BRIGHT, log=log.append,
+                    progress=lambda done: events.append(done))
+    assert events == ["sync", "file", "sync", "file", "sync", 1]
+    record, = LabelLog.read(tmp_path / "labels.jsonl")
+    assert record["label"] == 1 and len(record["answers"]) == 2 and "Image 1:" in record["answers"][0]
+
+
+def test_keys_are_in_no_file_log_message_or_traceback(tmp_path, capfd, monkeypatch):
+    """The key must not leave the request's header, even where the provider quotes it."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setitem(offline_vlm.HOPELESS, "wrong key", (401, "authentication_error", f"bad key {KEY}"))
+    said = []
+    with OfflineVLM(key="another") as url:
+        log = LabelLog(tmp_path / "labels.jsonl")
+        for broken in ({}, {"key": KEY + "\n"}, {"key": KEY + "\u2713"}, {"url": "http://127.0.0.1:9/v1"},
+                       {"url": f"http://u:{KEY}@h/v1"}, {"url": f"http://h/v1?key={KEY}"}):
+            try:
+                vlm = VLM("openai/m", **{"url": url, "cache": tmp_path, "deadline": 0, **broken})
+                said.append(repr(vlm) + str(label_pairs(vlm.ask, gray(1), gray(99), BRIGHT, log=log.append)))
+            except VLMError as error:
+                said.append(str(error) + repr(error.__context__) + repr(error.__cause__))
+    assert len(said) == 6 and "[key]" in said[0] and not any("\n" in text for text in said[1:3])
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not any(KEY.encode() in text for text in files)
+    assert KEY not in "".join(said) + "".join(capfd.readouterr())
+
+
+def test_a_netrc_entry_does_not_replace_the_key(tmp_path, monkeypatch):
+    """requests would put a ~/.netrc login in place of our Authorization header."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login a password b")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server = OfflineVLM(key=KEY)
+    with server as url:
+        vlm = quick(url, "openai/m")
+        vlm._session.trust_env = True  # as for any host but loopback
+        assert vlm.ask(["The goal is " + BRIGHT]).end == "complete"
+
+
+def test_a_proxy_in_the_environment_is_not_asked_for_loopback(monkeypatch):
+    """The stand-in must be reached where the network goes through a proxy."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with OfflineVLM() as url:
+        assert quick(url, deadline=0).ask(["The goal is " + BRIGHT]).end == "complete"
+
+
+class Pieces(http.server.BaseHTTPRequestHandler):
+    """Answers zipped, in chunks of ten bytes; /moved sends elsewhere."""
+
+    protocol_version, asked = "HTTP/1.1", []
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append(self.path)
+        moved = self.path.startswith("/moved")
+        self.send_response(307 if moved else 200)
+        self.send_header("Location", "/v1/chat/completions")
+        self.send_header("Content-Encoding", "gzip")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        answer = {"choices": [{"message": {"content": "so: " + "0" * 5000}, "finish_reason": "stop"}]}
+        code = gzip.compress(json.dumps(answer).encode())
+        for piece in (code[i:i + 10] for i in range(0, len(code), 10)):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        self.wfile.write(b"0\r\n\r\n")
+
+
+def test_an_answer_in_pieces_is_put_together_and_no_redirect_is_followed():
+    """Zipped and chunked bodies must arrive whole; a redirect could hand the key to a stranger."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pieces) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        assert len(quick(root + "/v1", deadline=0).ask(["hi"]).text) == 5004
+        with pytest.raises(VLMError, match="HTTP 307.*check the URL"):
+            quick(root + "/moved", deadline=0).ask(["hi"])
+        server.shutdown()
+    assert Pieces.asked == ["/v1/chat/completions", "/moved/chat/completions"]
+
+
+def sent_by(provider, **settings):
+    """(path, headers, body) of one question with a picture."""
+    server = OfflineVLM()
+    with server as url:
+        quick(url, provider, **settings).ask(["Image 1:", gray(7)[0], "The goal is " + BRIGHT])
+    path, headers, raw = server.last
+    return path, headers, json.loads(raw)
+
+
+def test_each_provider_gets_the_body_that_its_documentation_asks_for():
+    """Path, key header, order of the parts and the picture's media type must be the provider's."""
+    url = "data:image/png;base64," + vlm_query.png_base64(gray(7)[0])
+    goal = "The goal is " + BRIGHT
+    path, headers, body = sent_by("openai/m")
+    assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
+    content = [{"type": "text", "text": "Image 1:"}, {"type": "image_url", "image_url": {"url": url}},
+               {"type": "text", "text": goal}]
+    assert body == {"model": "m", "messages": [{"role": "user", "content": content}]}
+    path, headers, body = sent_by("gemini/m")
+    assert path == "/v1/models/m:generateContent" and headers["x-goog-api-key"] == KEY
+    blob = {"inline_data": {"mime_type": "image/png", "data": url.split(",")[1]}}
+    assert body == {"contents": [{"role": "user", "parts": [{"text": "Image 1:"}, blob, {"text": goal}]}]}
+    path, headers, body = sent_by("anthropic/m")
+    assert path == "/v1/messages" and headers["x-api-key"] == KEY and headers["anthropic-version"]
+    source = {"type": "base64", "media_type": "image/png", "data": url.split(",")[1]}
+    content[1] = {"type": "image", "source": source}
+    assert body == {"model": "m", "max_tokens": 8192, "messages": [{"role": "user", "content": content}]}
+
+
+def test_no_body_holds_a_temperature_and_extra_is_merged_in_depth():
+    """Current models refuse a temperature; extra must leave its neighbours alone."""
+    assert "temperature" not in inspect.getsource(vlm_query).split('"""', 2)[2]  # after the header
+    _, _, body = sent_by("gemini/m", extra={"generationConfig": {"seed": 1}})
+    assert body["generationConfig"] == {"seed": 1} and "contents" in body
+    assert vlm_query._merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+
+
+def test_the_pixels_arrive_as_they_were():
+    """The picture must be sent without loss: what the server decodes equals what went in."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    assert (offline_vlm.picture(vlm_query.png_base64(image), "image/png") == image).all()
+
+
+def test_retry_after_is_understood_in_every_form():
+    """Seconds, floats, milliseconds, dates and Gemini's retryDelay must be waited, nonsense must not."""
+    wish = vlm_query.wait_wished
+    assert wish({"retry-after": "7"}, {}) == 7 and wish({"retry-after": "0.5"}, {}) == 0.5
+    assert wish({"retry-after-ms": "250", "retry-after": "9"}, {}) == 0.25
+    date = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert 25 < wish({"retry-after": date}, {}) <= 30
+    assert wish({}, {"details": [{"@type": "x"}, {"retryDelay": "34.5s"}]}) == 34.5
+    for nonsense in ("soon", "", "nan", "Mon, 99 Foo"):
+        assert wish({"retry-after": nonsense}, {}) is None
+    assert wish({}, {}) is None and wish({"retry-after": "-3"}, {}) == 0
+
+
+def test_one_thread_told_to_wait_makes_all_wait():
+    """After a 429 with a hint, no thread may send before the hinted moment; past the deadline none waits."""
+    server = OfflineVLM()
+    with server as url:
+        vlm = quick(url)
+        vlm._judge(200, {}, "{}")
+        vlm._not_before = time.monotonic() + 0.3
+        began = time.monotonic()
+        label_pairs(vlm.ask, *grays(4)[:2], BRIGHT, workers=4)
+        assert 0.3 < time.monotonic() - began < 1.5
+        vlm._not_before, vlm.deadline = time.monotonic() + 3600, 60
+        assert "told to wait; 3600 s more" in vlm.ask(["The goal is " + BRIGHT + "!"]).end
+
+
+def test_a_hint_sets_the_moment_before_which_nobody_asks():
+    """The shared moment must come from the hint, for each provider's way to give it."""
+    for provider in ("openai/m", "gemini/m", "anthropic/m"):
+        with OfflineVLM(faults="429 hint") as url:
+            vlm, began = quick(url, provider), time.monotonic()
+            assert vlm.ask(["The goal is " + BRIGHT]).end == "complete"
+            assert 0.04 < vlm._not_before - began < 0.5
+
+
+@pytest.mark.parametrize("status, body, match", [
+    (200, "<html><title>Log in</title></html>", "web page .Log in.: check the URL"),
+    (200, '{"type": "error", "error": {"type": "authentication_error", "message": "no"}}', "HTTP 401"),
+    (200, '{"error": {"code": 403, "message": "no"}}', "HTTP 403"),
+    (301, "", "check the URL"), (413, '{"detail": [{"msg": "too big"}]}', "too big"),
+    (400, '[{"error": {"code": 400, "message": "API key not valid"}}]', "API key not valid"),
+    (404, '{"error": "model \'x\' not found"}', "model 'x' not found.*check the model's name")])
+def test_what_cannot_be_cured_by_asking_again_stops_with_the_providers_words(status, body, match):
+    """Five shapes of error bodies, under any status, must end in one line that names the cure."""
+    with pytest.raises(VLMError, match=match) as caught:
+        VLM("local/m", url="http://127.0.0.1:1/v1")._judge(status, {}, body)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status, body", [
+    (200, '{"error": {"type": "overloaded_error", "message": "busy"}}'), (200, '{"choices": [{"mess'),
+    (200, ""), (500, "Internal Server Error"), (408, ""), (409, ""), (529, "{}"), (502, "<html>"),
+    (429, '{"error": {"status": "RESOURCE_EXHAUSTED", "message": "check your plan and billing details"}}')])
+def test_what_may_pass_is_asked_again(status, body):
+    """Overload in any dress must lead to a retry, Gemini's per-minute limit with its talk of billing too."""
+    why, wish = VLM("local/m", url="http://127.0.0.1:1/v1")._judge(status, {}, body)
+    assert why and wish is None
+
+
+def test_thinking_and_refusals_are_read_in_each_format():
+    """Thought parts must be left out, their tokens counted; a refusal under HTTP 200 is no answer."""
+    parts = [{"text": "hm", "thought": True}, {"text": "1"}]
+    usage = {"promptTokenCount": 5, "candidatesTokenCount": 2, "thoughtsTokenCount": 40}
+    answer = {"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"}], "usageMetadata": usage}
+    assert vlm_query._gemini_read(answer) == ("1", "complete", 5, 42)
+    assert vlm_query._gemini_read({"promptFeedback": {"blockReason": "SAFETY"}})[1] == "refused"
+    answer["candidates"][0] = {"finishReason": "MAX_TOKENS"}
+    assert vlm_query._gemini_read(answer)[:2] == ("", "cut off")
+    content = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "0"}]
+    usage = {"input_tokens": 1, "cache_read_input_tokens": 2, "output_tokens": 3}
+    answer = {"content": content, "stop_reason": "end_turn", "usage": usage}
+    assert vlm_query._anthropic_read(answer) == ("0", "complete", 3, 3)
+    answer = {"choices": [{"message": {"content": ""}, "finish_reason": "length"}]}
+    assert vlm_query._openai_read(answer)[1] == "cut off"
+    with OfflineVLM() as url:
+        vlm = quick(url)
+        assert vlm._read('{"error": {"code": "content_filter"}}')[1] == "refused"
+        assert vlm._judge(400, {}, '{"error": {"code": "content_filter"}}') == ("", None)
+
+
+@pytest.mark.parametrize("wrong", ["swapped", "blind", "text only"])
+def test_the_sight_check_catches_a_server_that_loses_or_swaps_pictures(wrong):
+    """Black against white in both orders must expose each of them, and must let a good server pass."""
+    with OfflineVLM() as url:
+        vlm = quick(url)
+        vlm.check_sight()
+        whole = vlm.answer
+        change = {"swapped": lambda p: [p[0], p[3], p[2], p[1], p[4]], "blind": lambda p: [p[0], p[1], p[2], p[1], p[4]],
+                  "text only": lambda p: [p[0], p[2], p[4], "Image 1: 0"]}[wrong]
+        vlm.answer = lambda parts, deadline: whole(change(parts), deadline)
+        with pytest.raises(VLMError, match="did not tell black from white"):
+            vlm.check_sight()
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_limit_cuts_at_the_same_pair_for_any_number_of_threads(workers, tmp_path):
+    """Which pairs are asked must depend on their order alone; a repeated run stops at the same pair."""
+    first, second, right = grays(30)
+    server = OfflineVLM(latency=0.002)
+    with server as url:
+        for repeat in range(2):
+            vlm = quick(url, cache=tmp_path, max_calls=23)
+            labels, counts = label_pairs(vlm.ask, first, second, BRIGHT, workers=workers)
+            assert counts["limit"] == 19 and list(labels) == [*right[:11]] + [-2] * 19
+        assert server.requests.total() == 22 and vlm.calls == 22
+        vlm.ask(["The goal is " + BRIGHT])
+        with pytest.raises(LimitReached, match="23 calls"):
+            vlm.ask(["The goal is " + BRIGHT])
+
+
+def test_the_spend_limit_holds_in_pair_order():
+    """With max_usd the labels must be the same on every run, and the overshoot at most 4 * workers pairs."""
+    first, second, _ = grays(40)
+    ends = []
+    with OfflineVLM(latency=0.002) as url:
+        for repeat in range(3):
+            vlm = quick(url, max_usd=0.002, usd_per_mtok=(10, 0))
+            labels, counts = label_pairs(vlm.ask, first, second, BRIGHT, stages=1, workers=2)
+            ends.append(counts["limit"])
+            assert label_pairs(vlm.ask, first, second, BRIGHT)[1]["asked"] == 0
+    per_pair = vlm.usd / counts["asked"]
+    assert ends[0] == ends[1] == ends[2] > 0 and 0.002 <= vlm.usd <= 0.002 + 8 * per_pair
+
+
+def test_totals_survive_a_checkpoint():
+    """state_dict must bring back everything that limits are measured by."""
+    with OfflineVLM() as url:
+        vlm = quick(url, usd_per_mtok=(1, 2))
+        vlm.check_sight()
+        other = quick(url, usd_per_mtok=(1, 2))
+        other.load_state_dict(json.loads(json.dumps(vlm.state_dict())))
+    assert other.usd == vlm.usd > 0 and other.calls == 2
+
+
+def test_labels_do_not_depend_on_who_answers_first():
+    """Answers that arrive in reverse order must land at their own pairs."""
+    def ask(parts):
+        time.sleep(0.03 * (10 - parts[3].max()) / 10)
+        return Reply(str(parts[3].max() % 2), "complete", 0, 0, False)
+
+    labels, _ = label_pairs(ask, gray(*[200] * 10), gray(*range(10)), "g", stages=1, workers=10)
+    assert list(labels) == [0, 1] * 5
+
+
+def test_eight_workers_are_almost_eight_times_as_fast():
+    """Waiting must overlap: 24 pairs of two calls at 0.05 s."""
+    first, second, _ = grays(24)
+    seconds = []
+    with OfflineVLM(latency=0.05) as url:
+        for workers in (1, 8):
+            vlm, began = quick(url, workers=workers, timeout=(2, 5)), time.monotonic()
+            label_pairs(vlm.ask, first, second, BRIGHT, workers=workers)
+            seconds.append(time.monotonic() - began)
+    assert seconds[0] / seconds[1] > 4
+
+
+def test_a_fatal_error_wakes_the_threads_that_wait():
+    """When the key is refused, nobody may go on sleeping towards a retry, and nothing new may begin."""
+    with OfflineVLM(faults="quota gone") as url:
+        vlm, began, order = quick(url), time.monotonic(), iter(range(99))
+        real = vlm._send
+
+        def send(body, deadline):  # the first question sits in a long wait, the second one fails
+            if next(order):
+                time.sleep(0.1)
+                return real(body, deadline)
+            vlm._sleep_until(time.monotonic() + 50, time.monotonic() + 60, "")
+
+        vlm._send = send
+        with pytest.raises(VLMError, match="waiting does not help"):
+            label_pairs(vlm.ask, *grays(12)[:2], BRIGHT, workers=2)
+    assert time.monotonic() - began < 5 and next(order) <= 4
+
+
+def test_waits_double_up_to_a_minute_and_differ_between_threads(monkeypatch):
+    """Full jitter: random() times 1, 2, 4, ... 60 seconds; a fixed wait would send all threads at once."""
+    vlm, waits = VLM("local/m", url="http://127.0.0.1:9/v1"), []
+    vlm._post = lambda body: (503, {}, "")
+
+    def sleep_until(moment, stop_at, why):
+        waits.append(round(moment - time.monotonic(), 1))
+        if len(waits) == 18:
+            raise vlm_query._GaveUp("enough")
+
+    vlm._sleep_until = sleep_until
+    monkeypatch.setattr(vlm_query.random, "random", lambda: 0.5)
+    assert vlm.ask(["hi"]).end == "unreachable: enough"
+    assert waits[1::2] == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_a_torn_last_line_is_dropped_and_the_next_record_starts_clean(tmp_path):
+    """A crash in the middle of a line must cost that line only, and keep=N must cut after N records."""
+    path = tmp_path / "labels.jsonl"
+    log = LabelLog(path)
+    for number in range(3):
+        log.append({"n": number, "text": "\ud800\u2028\n"})
+    log.close()
+    with open(path, "ab") as file:
+        file.write(b'{"n": 3, "te')
+    assert [r["n"] for r in LabelLog.read(path)] == [0, 1, 2]
+    LabelLog(path).append({"n": 4})
+    assert [r["n"] for r in LabelLog.read(path)] == [0, 1, 2, 4]
+    LabelLog(path, keep=2).close()
+    assert [r["n"] for r in LabelLog.read(path)] == [0, 1]
+
+
+@pytest.mark.parametrize("bad", [b"\x00\xff\xfe garbage\n", b"[1, 2]\n", b"[" * 100_000 + b"\n"])
+def test_a_log_with_garbage_is_refused_and_left_as_it_is(tmp_path, bad):
+    """Binary garbage must end in one line that names its place, and must not be cut away."""
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + bad)
+    for use in (LabelLog.read, LabelLog):
+        with pytest.raises(VLMError, match="labels.jsonl: line 2 is not a label record"):
+            use(path)
+    assert path.read_bytes() == b'{"a": 1}\n' + bad
+
+
+def test_the_oracle_orders_by_score_and_errs_as_often_as_told():
+    """Ties must be -1; error_rate must flip that share of the others."""
+    rng = np.random.default_rng(0)
+    assert list(vlm_query.oracle_labels([0, 2, 1], [1, 1, 1], rng)) == [1, 0, -1]
+    a, b = rng.random((2, 5000))
+    wrong = vlm_query.oracle_labels(a, b, rng, 0.2) != (b > a)
+    assert 0.17 < wrong.mean() < 0.23
+
+
+def test_scores_of_single_pictures_follow_the_goal():
+    """score_images must give brighter pictures higher scores, in one call or two."""
+    with OfflineVLM() as url:
+        for stages in (1, 2):
+            scores, counts = vlm_query.score_images(quick(url).ask, gray(0, 51, 255), BRIGHT, stages)
+            assert list(scores) == [0.0, 0.2, 1.0] and counts["scored"] == 3
+    scores, _ = vlm_query.score_images(says("70"), gray(1), "g")
+    assert np.isnan(scores).all() and vlm_query.parse_score("so: 0.25.") == 0.25
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8), [[1]]])
+def test_pictures_of_a_wrong_shape_or_type_are_refused_at_the_door(bad):
+    """The message must name what is wanted."""
+    with pytest.raises(ValueError, match=r"\(N, H, W, 3\) uint8"):
+        label_pairs(says("1"), bad, bad, "g")
+
+
+def huge_png(path, side=20_000):
+    """A small file whose header says side x side."""
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)))
+
+
+def shell(*arguments, **variables):
+    """python vlm_query.py ... -> (exit code, stdout, stderr)"""
+    done = subprocess.run([sys.executable, vlm_query.__file__, *map(str, arguments)], text=True,
+                          capture_output=True, timeout=60, env={**os.environ, "OPENAI_API_KEY": "", **variables})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line_labels_two_files_with_the_stand_in(tmp_path):
+    """It must start the stand-in beside it, print what was seen, and decide."""
+    for name, image in zip(("dark.png", "light.png"), gray(20, 220)):
+        vlm_query.iio.imwrite(tmp_path / name, image)
+    code, out, _ = shell(tmp_path / "dark.png", tmp_path / "light.png", "--goal", BRIGHT)
+    assert code == 0 and "mean brightness of 220" in out and "light.png is closer" in out
+
+
+def test_mistakes_on_the_command_line_end_in_one_line_and_exit_code_2(tmp_path):
+    """A text file, a bomb, a missing file, a missing key and an unknown goal must not end in a traceback."""
+    (tmp_path / "a.png").write_text("not a picture")
+    huge_png(tmp_path / "huge.png")
+    vlm_query.iio.imwrite(tmp_path / "dark.png", gray(20)[0])
+    vlm_query.iio.imwrite(tmp_path / "light.png", gray(220)[0])
+    dark, light = tmp_path / "dark.png", tmp_path / "light.png"
+    with OfflineVLM() as url:
+        for arguments, words in [((tmp_path / "a.png", dark), "not a picture"),
+                                 ((dark, tmp_path / "huge.png"), "exceeds limit"),
+                                 ((dark, tmp_path / "none.png"), "not a picture"),
+                                 ((dark, light, "--vlm", "openai/m"), "set OPENAI_API_KEY"),
+                                 ((dark, light, "--vlm", "x/m"), "unknown VLM"),
+                                 ((dark, light, "--vlm-url", url), "knows only these goals")]:
+            code, out, err = shell(*arguments, "--goal", "to fly")
+            assert (code, out) == (2, "") and words in err and err.count("\n") == 1, err
+
+
+def test_a_small_file_that_claims_to_be_huge_is_not_unpacked(tmp_path):
+    """20,000 x 20,000 pixels must be refused by the header's numbers, in no time."""
+    for side, words in ((5000, "5000 x 5000 pixels is too large"), (12_000, "exceeds"), (20_000, "exceeds")):
+        huge_png(tmp_path / "huge.png", side)
+        with pytest.raises(VLMError, match=words):
+            vlm_query.load_image(tmp_path / "huge.png")
+
+
+# ==== envs.py ====
+BUILT_IN = ["CartPole", "DrawerOpen", "Soccer", "SweepInto"]
+METAWORLD = BUILT_IN[1:]
+
+
+@pytest.fixture(scope="module")
+def env_of():
+    """name -> an environment, made once; skips with the cure where OpenGL or a package is missing."""
+    made = {}
+
+    def get(name):
+        try:
+            if name not in made:
+                made[name] = envs.make(name)
+                made[name].reset(seed=0)
+                made[name].picture(84)
+        except (ValueError, ModuleNotFoundError) as error:
+            pytest.skip(str(error))
+        return made[name]
+
+    yield get
+    for env in made.values():
+        env.close()
+
+
+def rollout(env, seed, steps=6):
+    """Observations, rewards, infos and the last picture of a few random steps: all that an episode consists of."""
+    rng = np.random.default_rng(seed)
+    obs, info = env.reset(seed=seed)
+    seen = [obs, [info["success"], info["progress"]]]
+    for _ in range(steps):
+        obs, reward, _, _, info = env.step(rng.uniform(-1, 1, env.action_space.shape))
+        seen += [obs, [reward, info["success"], info["progress"]]]
+    return np.concatenate(seen), env.picture(84)
+
+
+def test_every_task_has_a_goal_a_horizon_and_picture_sizes():
+    """All that the other files look up must be there, for the paper's seven tasks and any later one."""
+    assert set(envs.TASKS) >= {*BUILT_IN, "FoldCloth", "StraightenRope", "PassWater"}
+    for name, task in envs.TASKS.items():
+        assert task.goal.startswith("to ") and task.horizon >= 1, name
+        assert 64 <= task.reward_size <= 100 <= task.query_size <= 720, name
+        assert {"total_steps", "pairs_per_session", "feedback_every", "max_pairs"} <= set(task.train), name
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_shapes_types_and_infos_are_as_promised(env_of, name):
+    """Observations must be float32 (O,), actions Box(-1, 1), pictures square uint8, and the time limit truncates."""
+    env = env_of(name)
+    assert (env.goal, env.horizon) == (envs.TASKS[name].goal, envs.TASKS[name].horizon)
+    actions = env.action_space
+    assert actions.dtype == np.float32 and np.all(actions.high == 1) and np.all(actions.low == -1)
+    obs, info = env.reset(seed=1)
+    for _ in range(env.horizon):
+        assert obs.dtype == np.float32 and env.observation_space.contains(obs)
+        assert info["success"] in (0.0, 1.0) and isinstance(info["progress"], float)
+        obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        assert not terminated and isinstance(reward, float)
+    assert truncated
+    for size in (84, 200):
+        assert env.picture(size).shape == (size, size, 3) and env.picture(size).dtype == np.uint8
+    assert env.render().shape == (300, 300, 3)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_reset_with_a_seed_determines_the_episode_whatever_came_before(env_of, name):
+    """A resumed run must see the very episodes of one that never stopped: numbers and pixels, also in a fresh object."""
+    env = env_of(name)
+    first_numbers, first_picture = rollout(env, seed=5)
+    rollout(env, seed=6, steps=20)
+    fresh = envs.make(name)
+    for again in (env, fresh):
+        numbers, picture = rollout(again, seed=5)
+        assert np.array_equal(numbers, first_numbers) and np.array_equal(picture, first_picture)
+    fresh.close()
+
+
+def test_one_cartpole_step_is_one_euler_step_of_the_equations():
+    """The step must equal the equations worked by hand: upright, at rest, full force to the right."""
+    pole = envs.CartPole()
+    pole.reset(seed=0)
+    pole.state = np.zeros(4)
+    for _ in range(2):  # the first step changes speeds only, the second shows them in the places
+        obs = pole.step(np.array([1.0]))[0]
+        if pole.state[0] == 0:
+            # temp = 10 / 1.1; angle'' = -temp / (0.5 (4/3 - 0.1 / 1.1)); x'' = temp - 0.05 angle'' / 1.1
+            assert np.allclose(obs, [0, 0.02 * 9.756098, 0, 0.02 * -14.634146], atol=1e-6)
+    assert np.allclose(obs[[0, 2]], [0.02 * 0.19512195, 0.02 * -0.29268293], atol=1e-6)
+
+
+def test_cartpole_agrees_with_gymnasiums_while_the_pole_is_up():
+    """At full force left or right the two must move alike."""
+    ours, theirs = envs.CartPole(), gymnasium.make("CartPole-v1").unwrapped
+    ours.reset(seed=3)
+    theirs.reset(seed=3)
+    theirs.state = ours.state.copy()
+    for right in (1, 0, 0, 1, 1, 0, 1, 0):
+        ours.step(np.array([2.0 * right - 1.0]))
+        theirs.step(right)
+        assert np.allclose(ours.state, theirs.state)
+
+
+def test_cartpole_is_clamped_and_a_clamped_pole_is_at_rest():
+    """Angle and place must stop at 30 degrees and 1.92 m without speed, so that the way back starts at once."""
+    pole = envs.CartPole()
+    pole.reset(seed=0)
+    for _ in range(200):
+        _, reward, terminated, _, info = pole.step(np.array([1.0]))
+        assert not terminated and np.all(np.abs(pole.state) <= pole.LIMIT)
+    assert np.allclose(pole.state, [1.92, 0, -np.radians(30), 0])
+    assert reward == info["progress"] == pytest.approx(-30) and info["success"] == 0
+
+
+def test_cartpole_success_begins_below_five_degrees():
+    """4.9 degrees must count as success and 5.1 must not, on either side."""
+    pole = envs.CartPole()
+    for degrees, success in ((4.9, 1), (-4.9, 1), (5.1, 0), (-5.1, 0)):
+        pole.state = np.array([0, 0, np.radians(degrees), 0])
+        assert pole._info()["success"] == success and pole._info()["progress"] == pytest.approx(-abs(degrees))
+
+
+def test_the_cartpole_picture_shows_the_angle_and_not_the_position():
+    """The cart must stay in the middle; the tip must be where the angle says, at every size."""
+    pole = envs.CartPole()
+    pole.reset(seed=0)
+    for size in (64, 200):
+        pole.state = np.array([-1.5, 0, np.radians(20), 0])
+        left = pole.picture(size)
+        pole.state[0] = 1.5
+        assert np.array_equal(left, pole.picture(size))
+        brown = left[..., 0].astype(int) - left[..., 2] > 55
+        rows, columns = np.nonzero(brown)
+        tip = columns[rows == rows.min()].mean() / size - 0.5
+        assert tip == pytest.approx(envs.POLE_LENGTH * np.sin(np.radians(20)), abs=0.04)
+        assert not np.array_equal(left, envs.draw_pole(size, np.radians(21)))
+
+
+@pytest.mark.parametrize("name", METAWORLD)
+def test_metaworld_pictures_hide_the_robot(env_of, name):
+    """Moving the hand while the object lies still must not change one pixel; moving the object must."""
+    env = env_of(name)
+    start_obs, _ = env.reset(seed=0)
+    before = env.picture(84)
+    for _ in range(8):
+        obs, *_ = env.step(np.array([0, 0, 1, 1], np.float32))  # straight up, away from everything
+    assert np.linalg.norm(obs[:3] - start_obs[:3]) > 0.04 and np.allclose(obs[4:6], start_obs[4:6], atol=2e-3)
+    env.unwrapped.sim.data.qpos[9:] = env.unwrapped.start[1:][9 : env.unwrapped.sim.model.nq]  # the object, exactly
+    env.unwrapped.mujoco.mj_forward(env.unwrapped.sim.model, env.unwrapped.sim.data)
+    assert np.array_equal(before, env.picture(84))
+    env.unwrapped.sim.data.qpos[9 if name != "DrawerOpen" else -1] -= 0.05
+    env.unwrapped.mujoco.mj_forward(env.unwrapped.sim.model, env.unwrapped.sim.data)
+    assert (before != env.picture(84)).any(axis=2).mean() > 0.005
+
+
+@pytest.mark.parametrize("name", METAWORLD)
+def test_metaworld_observations_contain_the_goal(env_of, name):
+    """The last three numbers must be the goal's place after a step too (Meta-World clips them to 0 by default)."""
+    env = env_of(name)
+    env.reset(seed=0)
+    obs, *_ = env.step(np.zeros(4, np.float32))
+    assert np.allclose(obs[36:39], env.unwrapped.sim._target_pos) and obs[37] > 0.5
+
+
+def test_the_drawer_is_closed_at_the_start(env_of):
+    """The paper's environment sometimes began with an open drawer; ours must begin 19 cm short of the goal."""
+    env = env_of("DrawerOpen")
+    _, info = env.reset(seed=0)
+    assert info["success"] == 0 and info["progress"] == pytest.approx(-0.19, abs=0.002)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_experts_reach_the_goal_and_random_actions_do_not(env_of, name):
+    """The expert's episode must end in success, nearer to the goal than a random one and with a larger true return."""
+    env, ends = env_of(name), {}
+    for who, policy in (("expert", envs.expert(env)), ("random", lambda obs: env.action_space.sample())):
+        env.action_space.seed(0)
+        obs, info = env.reset(seed=0)
+        total = 0.0
+        for _ in range(env.horizon):
+            obs, reward, _, _, info = env.step(policy(obs))
+            total += reward
+        ends[who] = (info["success"], info["progress"], total)
+    assert ends["expert"][0] == 1 and ends["random"][0] == 0
+    assert ends["expert"][1] > ends["random"][1] and ends["expert"][2] > ends["random"][2]
+
+
+class Odd(gymnasium.Env):
+    """A foreign environment: 2-D float64 observations, an action range of its own, oblong pictures."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+        self.observation_space = gymnasium.spaces.Box(-9.0, 9.0, (2, 3), np.float64)
+        self.action_space = gymnasium.spaces.Box(np.array([0.0]), np.array([4.0]), dtype=np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros((2, 3)), {}
+
+    def step(self, action):
+        self.got = action
+        return np.zeros((2, 3)), 7.0, False, False, {"is_success": True}
+
+    def render(self):
+        picture = np.zeros((40, 100, 3), np.uint8)
+        picture[:, 30:70] = 200  # the middle square
+        return picture
+
+
+@pytest.fixture(scope="module", autouse=True)
+def odd_id():
+    gymnasium.register("Odd-v0", entry_point=Odd, max_episode_steps=9)
+    yield
+    del gymnasium.registry["Odd-v0"]
+
+
+def test_any_gymnasium_id_gets_the_same_face():
+    """Flat float32 observations, actions in [-1, 1], square pictures of the middle, reward as progress, its own limit."""
+    env = envs.make("Odd-v0", goal="to be odd")
+    obs, _ = env.reset(seed=0)
+    assert obs.shape == (6,) and obs.dtype == np.float32 and env.goal == "to be odd" and env.horizon == 9
+    assert env.action_space == gymnasium.spaces.Box(-1.0, 1.0, (1,), env.action_space.dtype)
+    *_, info = env.step(np.array([1.0], np.float32))
+    assert env.unwrapped.got == 4.0 and info["progress"] == 7.0 and info["success"] == 1.0
+    for size in (16, 40, 90):
+        assert np.array_equal(env.picture(size), np.full((size, size, 3), 200, np.uint8))
+
+
+def test_the_horizon_can_be_set(env_of):
+    """horizon= must cut episodes off there, for tasks of the table and for foreign ones."""
+    for env in (envs.make("CartPole", horizon=3), envs.make("Odd-v0", goal="to be odd", horizon=3)):
+        env.reset(seed=0)
+        assert [env.step(env.action_space.sample())[3] for _ in range(3)] == [False, False, True] and env.horizon == 3
+
+
+@pytest.mark.parametrize("name, goal, words", [
+    ("CardPole", None, "CartPole, .*any Gymnasium id with --goal"),
+    ("Odd-v0", None, "needs a goal"),
+    ("no_such_module:Odd-v0", "to run", "no_such_module"),
+    ("Blackjack-v1", "to win", "only Box observations"),
+])
+def test_what_cannot_be_made_is_refused_in_one_line(name, goal, words):
+    """A user's mistake must end in a ValueError of one line that says what is possible."""
+    with pytest.raises(ValueError, match=words) as error:
+        envs.make(name, goal=goal)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_opengl_is_one_line_with_its_cure():
+    """However MuJoCo puts it, the user must read which packages to install."""
+    for cause in (AttributeError("'NoneType' object has no attribute 'eglQueryString'"),
+                  ImportError("Cannot initialize a EGL device display"), RuntimeError("invalid value for MUJOCO_GL")):
+        with pytest.raises(ValueError, match="apt-get install -y libegl1 libgl1-mesa-dri") as error:
+            with envs.opengl_errors():
+                raise cause
+        assert "\n" not in str(error.value)
+    with pytest.raises(AttributeError):  # an error of ours keeps its traceback
+        with envs.opengl_errors():
+            raise AttributeError("no attribute 'qpos'")
+
+
+# ==== deformables.py ====
+SOFT_TASKS = ["FoldCloth", "StraightenRope", "PassWater"]
+
+
+@pytest.fixture(scope="module")
+def soft():
+    """The three tasks, made once: task name -> unwrapped environment."""
+    envs = {name: getattr(deformables, name)() for name in SOFT_TASKS}
+    yield envs
+    for env in envs.values():
+        env.close()
+
+
+def soft_picture(env, size):
+    """A picture, or a skip that says in one line what cures it."""
+    try:
+        return env.picture(size)
+    except deformables.OpenGLMissing as error:
+        pytest.skip(str(error))
+
+
+def soft_play(env, seed, act):
+    """-> return and last info of one episode of act(obs), which must stay stable."""
+    (obs, info), total, over = env.reset(seed=seed), 0.0, False
+    while not over:
+        obs, reward, terminated, truncated, info = env.step(act(obs))
+        total, over = total + reward, terminated or truncated
+        assert np.isfinite(obs).all() and np.isfinite(reward) and not info["unstable"]
+    return total, info
+
+
+@pytest.mark.parametrize("name", SOFT_TASKS)
+def test_soft_task_passes_gymnasiums_checker(name):
+    """Each id must resolve by its module and satisfy check_env without a warning."""
+    env = gymnasium.make(f"deformables:{name}-v0").unwrapped
+    try:
+        no_opengl = env.picture(64) is None
+    except deformables.OpenGLMissing:
+        no_opengl = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*(minimum|maximum) value.*infinity.*")
+        check_env(env, skip_render_check=no_opengl)
+    env.close()
+
+
+@pytest.mark.parametrize("name", SOFT_TASKS)
+def test_soft_task_episode_depends_on_its_seed_alone(name, soft):
+    """A seed must give the same episode, to the last bit, in a used and in a fresh environment."""
+    def record(env):
+        rng, seen = np.random.default_rng(1), [env.reset(seed=7)[0]]
+        for _ in range(min(env.horizon, 6)):
+            seen.append(env.step(rng.uniform(-1, 1, env.action_space.shape))[0])
+        return np.array(seen)
+
+    used, fresh = soft[name], getattr(deformables, name)()
+    used.reset(seed=3)
+    used.step(np.ones(used.action_space.shape))  # an episode abandoned half way
+    first = record(used)
+    for cache in ("states", "settled"):  # what is kept for the process must not matter either
+        getattr(type(used), cache, {}).clear()
+    second = record(fresh)
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first[0], first[1])
+    np.testing.assert_array_equal(soft_picture(used, 64), soft_picture(fresh, 64))
+    fresh.close()
+
+
+@pytest.mark.parametrize(
+    "name, margin", [("FoldCloth", 0.1), ("StraightenRope", 3), ("PassWater", 200)])
+def test_soft_expert_succeeds_and_beats_random_play_by_far(name, margin, soft):
+    """The scripted expert must succeed, random play must be stable and worse by a wide margin."""
+    env, rng = soft[name], np.random.default_rng(0)
+    best, info = soft_play(env, 2, env.expert_action)
+    assert info["success"] == 1
+    total, _ = soft_play(env, 2, lambda obs: rng.uniform(-1, 1, env.action_space.shape))
+    assert best > total + margin
+
+
+@pytest.mark.parametrize("name, terminates", [("FoldCloth", True), ("StraightenRope", False)])
+def test_soft_horizon_ends_the_episode_as_documented(name, terminates, soft):
+    """The only step of the cloth must terminate, the 40th of the rope must truncate."""
+    env = soft[name]
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(env.action_space.shape))[2:4] for _ in range(env.horizon)]
+    assert ends == [(False, False)] * (env.horizon - 1) + [(terminates, not terminates)]
+
+
+def test_cloth_placed_3_mm_off_still_succeeds_but_3_cm_off_fails(soft):
+    """The fold must not be chaotic: near the expert's place counts, far from it does not."""
+    env = soft["FoldCloth"]
+    for off, success in ((0.003, 1), (-0.003, 1), (-0.03, 0)):
+        env.reset(seed=0)
+        action = env.expert_action(None) + np.array([1, -1]) * off / 2**0.5 / env.REACH
+        info = env.step(action)[4]
+        assert info["success"] == success == int(info["performance"] > 0.9)
+
+
+def test_rope_reward_and_success_follow_the_distance_of_its_ends(soft):
+    """Success must begin at 0.475 m, and the reward must stop growing at 0.55 m."""
+    env = soft["StraightenRope"]
+    env.reset(seed=0)
+    for distance, reward, success in ((0.474, 0.474, 0), (0.476, 0.476, 1), (0.6, 0.55, 1)):
+        env.place(env.rest * [distance / 0.5, 1, 1])
+        got, info = env.judge()
+        assert got == pytest.approx(reward) and info["success"] == success
+
+
+def test_rope_hands_stay_on_the_table_and_within_a_stretched_rope(soft):
+    """No action may carry a hand over the table's edge or the hands more than 0.55 m apart."""
+    env = soft["StraightenRope"]
+    env.reset(seed=0)
+    for _ in range(12):
+        env.step(np.array([-1, -1, 1, 0, 1, 1, 1, 0]))
+    env.step(np.zeros(8))
+    hands = env.data.mocap_pos
+    assert np.linalg.norm(env.particles()[[0, -1]] - hands, axis=1).max() < 0.03  # still held
+    assert np.abs(hands[:, :2]).max() <= 0.325 and hands[:, 2].max() <= 0.28 + 1e-9
+    assert 0.45 < np.linalg.norm(hands[0] - hands[1]) <= 0.55
+
+
+def test_water_succeeds_within_36_cm_and_loses_ten_times_the_spilled_share(soft):
+    """Success must begin at a reward of -0.36, and 10 of 200 drops outside must cost 0.5."""
+    env = soft["PassWater"]
+    env.reset(seed=0)
+    water = env.particles() - [env.data.qpos[env.cup], 0, 0]
+    for x, lost, reward, success in ((0.85, 0, -0.35, 1), (0.83, 0, -0.37, 0), (1.2, 10, -0.5, 0)):
+        points = water + [x, 0, 0]
+        points[:lost] = [-1, 0, 0.02]
+        env.place(points)
+        env.data.qpos[env.cup] = x
+        got, info = env.judge()
+        assert got == pytest.approx(reward) and info["success"] == success
+
+
+def test_water_spills_in_a_dash_and_not_in_a_gentle_move(soft):
+    """Full speed must cost several percent of the water, the expert's speed almost nothing."""
+    env = soft["PassWater"]
+    dash = soft_play(env, 0, lambda obs: np.array([float(obs[0] < 1.12)]))[1]
+    gentle = soft_play(env, 0, env.expert_action)[1]
+    assert dash["spilled"] > 0.05 and not dash["success"]
+    assert gentle["spilled"] < 0.01 and gentle["success"]
+
+
+def test_water_settles_as_a_heap_and_not_as_columns(soft):
+    """The trap of the perfect grid: the settled rim must be near 0.21 m, not 0.30 m."""
+    env = soft["PassWater"]
+    env.reset(seed=0)
+    assert 0.19 < env.size[2] < 0.25
+    assert env.spilled() == 0
+
+
+@pytest.mark.parametrize("name", SOFT_TASKS)
+def test_soft_pictures_change_with_the_state_and_leave_it_alone(name, soft):
+    """A picture must show what was done, have the size asked for, and not disturb the physics."""
+    env = soft[name]
+    env.reset(seed=0)
+    before = soft_picture(env, 96)
+    assert before.shape == (96, 96, 3) and before.dtype == np.uint8
+    state = env.data.qpos.copy()
+    assert (env.goal_picture(96) != before).any(-1).mean() > 0.005
+    np.testing.assert_array_equal(env.data.qpos, state)
+    np.testing.assert_array_equal(env.picture(96), before)
+    env.step(env.expert_action(env.observe()))
+    assert (env.picture(96) != before).any(-1).mean() > 0.005
+    assert env.render().shape == (300, 300, 3)
+
+
+def test_soft_actions_that_are_not_finite_numbers_are_refused(soft):
+    """A wrong shape or a NaN must end in one clear line, not in a silent reset of the physics."""
+    env = soft["StraightenRope"]
+    env.reset(seed=0)
+    for action in (np.zeros(3), np.full(8, np.nan)):
+        with pytest.raises(ValueError, match="finite numbers"):
+            env.step(action)
+
+
+def test_soft_instability_is_reported_and_never_counts_as_success(soft, tmp_path, monkeypatch):
+    """MuJoCo restarts in silence after a NaN: info must say unstable, and success must be 0."""
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT where it is
+    env = soft["StraightenRope"]
+    env.reset(seed=0)
+    env.data.qvel[:] = 1e11
+    info = env.step(np.zeros(8))[4]
+    assert info["unstable"] and info["success"] == 0
+    assert not env.reset(seed=0)[1]["unstable"]
+
+
+def test_soft_tasks_step_without_opengl_and_name_the_cure():
+    """Without OpenGL stepping must work, and a picture must fail with the one apt-get line."""
+    code = ("import deformables, numpy\n"
+            "env = deformables.StraightenRope()\n"
+            "env.reset(seed=0); env.step(numpy.zeros(8)); print('stepped')\n"
+            "try: env.picture(64)\n"
+            "except deformables.OpenGLMissing as error: print(error)\n")
+    # PYOPENGL_PLATFORM=osmesa makes EGL fail while mujoco is imported, as a missing library does.
+    env = {**os.environ, "MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "osmesa"}
+    env["PYTHONPATH"] = os.path.dirname(os.path.abspath(deformables.__file__))
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.stdout.split("\n")[0] == "stepped", run.stderr
+    assert "apt-get install -y libegl1 libgl1-mesa-dri" in run.stdout
+
+
+def test_soft_renderer_left_open_ends_quietly(soft):
+    """A user who forgets close() must not get OpenGL tracebacks when Python ends."""
+    soft_picture(soft["StraightenRope"], 64)
+    code = "import deformables; env = deformables.StraightenRope(); env.reset(); env.picture(64)"
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(deformables.__file__))}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == ""
+
+
+# ==== code_as_reward.py ====
+DEF = "def progress(images, first_image):\n    "
+ONES = "return np.ones(len(images))"
+HOSTILE = {  # name: (program, kinds of verdict that are right with the allow-list, and without it)
+    "fork bomb": ("import os\n" + DEF + "\n    while True: os.fork()", "rejected"),
+    "endless loop": (DEF + "while True: pass", "timeout"),
+    "endless loop in C": (DEF + "return sum(range(10**18))", "timeout"),
+    "10 GB array": (DEF + "return np.ones(10**10)", "error"),
+    "many arrays": (DEF + "kept = []\n    while True: kept.append(np.ones(10**7))", "error timeout"),
+    "giant power": (DEF + "return 9 ** 9 ** 9", "timeout error died"),
+    "giant constant": (DEF + "return [0] * 10**12", "error died"),
+    "open a file": (DEF + "open('/tmp/code_as_reward_was_here', 'w').write('x')\n    " + ONES, "rejected"),
+    "environment": ("import os\n" + DEF + "return [len(os.environ)]", "rejected"),
+    "socket": ("import socket\n" + DEF + "socket.create_connection(('1.1.1.1', 53))\n    " + ONES, "rejected"),
+    "subclass walk": (DEF + "return ().__class__.__base__.__subclasses__()", "rejected"),
+    "globals of a function": (DEF + "return progress.__globals__", "rejected"),
+    "format string": (DEF + "return '{0.__class__.__mro__}'.format(images)", "rejected"),
+    "match class pattern": (DEF + "match images:\n        case object(__class__=c): return c", "rejected"),
+    "getattr": (DEF + "return getattr(images, '__' + 'class__')", "rejected"),
+    "eval": (DEF + "return eval('1')", "rejected"),
+    "exec": (DEF + "exec('import os')\n    " + ONES, "rejected"),
+    "import function": (DEF + "return __import__('os').getpid()", "rejected"),
+    "numpy save": (DEF + "np.save('/tmp/code_as_reward_was_here', images)\n    " + ONES, "rejected"),
+    "numpy tofile": (DEF + "images.tofile('/tmp/code_as_reward_was_here')\n    " + ONES, "rejected"),
+    "numpy load pickle": (DEF + "return np.load('x', allow_pickle=True)", "rejected"),
+    "numpy memmap": (DEF + "np.memmap('/tmp/code_as_reward_was_here', mode='w+', shape=9)\n    " + ONES, "rejected"),
+    "numpy raw memory": (DEF + "return np.lib.stride_tricks.as_strided(images, (9**9,), (1,))", "rejected"),
+    "numpy's own os": (DEF + "return np.lib._datasource.os.getpid()", "rejected"),
+    "ctypes": ("import ctypes\n" + DEF + "ctypes.string_at(0)\n    " + ONES, "rejected"),
+    "ctypes of an array": (DEF + "return images.ctypes.data_as(None)", "rejected"),
+    "write to stdout": ("import os\n" + DEF + "os.write(1, b'x' * 99)\n    " + ONES, "rejected"),
+    "print": (DEF + "print('{\"ok\": 1}' * 99)\n    return 'printed'", "error"),
+    "NaN": (DEF + "return np.full(len(images), np.nan)", "output"),
+    "infinity": (DEF + "return np.full(len(images), np.inf)", "output"),
+    "out of range": (DEF + "return np.full(len(images), 7.0)", "output"),
+    "object": (DEF + "return [progress] * len(images)", "error"),
+    "nothing": (DEF + "return None", "output error"),
+    "wrong shape": (DEF + "return images", "output"),
+    "too few": (DEF + "return np.ones(len(images) - 1)", "output"),
+    "monkey-patch numpy": (DEF + "np.mean = None\n    " + ONES, "rejected"),
+    "sleep": ("import time\n" + DEF + "time.sleep(99)\n    " + ONES, "rejected"),
+    "deep recursion": (DEF + "return progress(images, first_image)", "error"),
+    "regular expression": ("import re\n" + DEF + "re.match('(a+)+$', 'a' * 50 + 'b')\n    " + ONES, "rejected"),
+    "kill the parent": ("import os\n" + DEF + "os.kill(os.getppid(), 9)\n    " + ONES, "rejected"),
+    "exit": (DEF + "raise SystemExit", "rejected"),
+    "class with tricks": ("class A:\n    def __del__(self): pass\n" + DEF + ONES, "rejected"),
+    "decorator": (DEF + "@len\n    def f(): pass\n    " + ONES, "rejected"),
+    "write into the images": (DEF + "images[:] = 0\n    " + ONES, "error"),
+    "deep brackets": (DEF + "return " + "(" * 3000 + "1" + ")" * 3000, "error died"),
+    "many minus signs": (DEF + "return " + "-" * 100000 + "1", "error died"),
+    "no Python": ("I am sorry, I cannot do that.", "error"),
+    "null byte": (DEF + "return '\0'", "error"),
+    "another function": ("def reward(image):\n    return 1", "rejected"),
+    "endless top level": ("while True: pass\n" + DEF + ONES, "timeout"),
+}
+BLACK = np.zeros((3, 16, 16, 3), np.uint8)
+
+
+def verdict(source, seconds=0.7):
+    """(kind of failure or "fine", seconds) of one program on three black pictures."""
+    start = time.monotonic()
+    program = Program(source, seconds=seconds)
+    try:
+        program(BLACK, BLACK[0])
+        kind = "fine"
+    except ProgramError as error:
+        kind = error.kind
+    program.close()
+    return kind, time.monotonic() - start
+
+
+def test_every_hostile_program_ends_as_a_clear_verdict_and_changes_nothing(tmp_path, monkeypatch):
+    """Each of 50 attacks must end as its kind of failure within its limit, write no file, and leave us alive."""
+    trace = pathlib.Path("/tmp/code_as_reward_was_here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = dict(zip(HOSTILE, pool.map(verdict, [source for source, _ in HOSTILE.values()])))
+    wrong = {name: found[name][0] for name, (_, right) in HOSTILE.items() if found[name][0] not in right.split()}
+    assert len(HOSTILE) >= 30 and not wrong
+    assert max(seconds for _, seconds in found.values()) < 20
+    assert not trace.exists() and not list(tmp_path.iterdir())
+
+
+def test_the_kernel_layers_hold_when_the_allow_list_is_taken_away(tmp_path, monkeypatch):
+    """With the allow-list and the curated builtins cut out, the attacks on the machine must still fail."""
+    text = pathlib.Path(code_as_reward.__file__).read_text()
+    bare = text.replace('batch = check_source(header["source"])', "batch = True")
+    bare = bare.replace('return {"__builtins__": safe,', 'return {"__builtins__": builtins,')
+    assert bare.count("batch = True") == 1 and "safe, \"__name__\"" not in bare
+    (tmp_path / "bare.py").write_text(bare)
+    spec = importlib.util.spec_from_file_location("bare", tmp_path / "bare.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bare", module)
+    spec.loader.exec_module(module)
+    trace = tmp_path / "was_here"
+    attacks = {"file": f"open({str(trace)!r}, 'w')", "fork": "__import__('os').fork()", "kill":
+               "__import__('os').kill(__import__('os').getppid(), 9)", "socket":
+               "__import__('_socket').socket()", "run": "__import__('os').execv('/bin/true', ['true'])"}
+    program = module.Program(DEF + ONES)
+    program(BLACK, BLACK[0])
+    if "system-calls" not in program.active:
+        pytest.skip("no system-call filter on this kernel")
+    for name, attack in attacks.items():
+        with pytest.raises(module.ProgramError, match="PermissionError|ModuleNotFound"):
+            module.Program(DEF + attack + "\n    " + ONES)(BLACK, BLACK[0])
+        assert not trace.exists(), name
+
+
+def test_a_programs_process_ends_with_its_owner_and_its_folder_goes():
+    """close() must kill the process and remove its folder."""
+    program = Program(DEF + ONES)
+    program(BLACK, BLACK[0])
+    pid, folder = program.process.pid, os.readlink(f"/proc/{program.process.pid}/cwd")
+    program.close()
+    assert not os.path.exists(folder) and not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_program_sees_no_environment(monkeypatch):
+    """No variable of ours, least of all a key, must reach the child."""
+    monkeypatch.setenv("OPENAI_API_KEY", "not-a-real-key")
+    program = Program(DEF + ONES)
+    program(BLACK, BLACK[0])
+    if os.getuid() == 0 or os.access(f"/proc/{program.process.pid}/environ", os.R_OK):
+        assert b"not-a-real-key" not in pathlib.Path(f"/proc/{program.process.pid}/environ").read_bytes()
+    program.close()
+
+
+def test_a_program_that_prints_does_not_garble_its_answer():
+    """What it prints must vanish, though its answer goes through what was its standard output."""
+    program = Program(DEF + "print('x' * 100000)\n    " + ONES)
+    assert program(BLACK, BLACK[0]).tolist() == [1, 1, 1]
+    program.close()
+
+
+def test_nothing_a_program_stores_survives_the_batch():
+    """A counter in a default argument must start at zero in every call."""
+    counting = "seen = []\n" + DEF + "seen.append(1)\n    return np.full(len(images), len(seen) / 10)"
+    program = Program(counting)
+    assert [program(BLACK, BLACK[0])[0] for _ in range(3)] == pytest.approx([0.1] * 3)
+    program.close()
+
+
+def test_programs_of_one_picture_and_of_a_batch_are_both_run():
+    """The first argument's name, image or images, must decide how a program is called."""
+    pictures = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.full((1, 8, 8, 3), 20, np.uint8)
+    each = "def progress(image, first_image):\n    return image.mean() / 255"
+    batch = "def progress(images, first_image):\n    return images.mean(axis=(1, 2, 3)) / 255"
+    with ProgramReward([each, batch]) as reward:
+        one, other = reward.progress(pictures, pictures[0]).T
+    assert np.allclose(one, other) and np.allclose(one, np.arange(4) * 20 / 255)
+
+
+def test_a_batch_larger_than_a_message_comes_back_whole_and_in_order():
+    """Pictures are sent in several messages; every value must come back in its place."""
+    pictures = np.zeros((300, 100, 100, 3), np.uint8)
+    pictures[:, 0, 0, 0] = np.arange(300) % 256
+    program = Program(DEF + "return images[:, 0, 0, 0] / 255")
+    assert np.allclose(program(pictures, pictures[0]) * 255, np.arange(300) % 256)
+    program.close()
+
+
+def test_two_thousand_pictures_a_second_go_through_a_program():
+    """Pipe included, at 100 px; half of what is claimed, for a machine that does other work."""
+    colour = DEF + "mask = (images[..., 0] > 150) & (images[..., 2] < 90)\n    return mask.mean(axis=(1, 2))"
+    program, pictures = Program(colour), np.zeros((2000, 100, 100, 3), np.uint8)
+    program(pictures[:1], pictures[0])
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        program(pictures, pictures[0])
+        seconds.append(time.perf_counter() - start)
+    program.close()
+    assert 2000 / min(seconds) > 1000
+
+
+def square(columns):
+    """A white square at these columns of a black picture: (T,) -> (T, 32, 32, 3); 24 is the right edge."""
+    pictures = np.zeros((len(columns), 32, 32, 3), np.uint8)
+    for picture, column in zip(pictures, columns):
+        picture[12:20, int(column):int(column) + 8] = 255
+    return pictures
+
+
+def place(pictures):
+    return pictures.any(axis=(1, 3)).argmax(axis=1) / 24  # (N,) 0 at the left edge, 1 at the right
+
+
+EXPERT = [square(np.minimum(24, start + 3 * np.arange(12))) for start in range(10)]
+RANDOM = [square(np.clip(12 + 4 * np.sin(np.arange(12) + phase), 0, 20)) for phase in range(10)]
+OTHER = [np.full((12, 32, 32, 3), 200, np.uint8)] * 5
+CHECKS = {  # what is wrong with a program: (the program, the field of the report that must show it)
+    "always 1": (lambda p, first: np.ones(len(p)), "false_rate"),
+    "always 0": (lambda p, first: np.zeros(len(p)), "hit_rate"),
+    "any change": (lambda p, first: (p != first).any(axis=(1, 2, 3)) * 1.0, "backwards"),
+    "done at the start": (lambda p, first: np.maximum(place(p), 1.0 * (place(p) < 0.5)), "frozen"),
+    "another scene": (lambda p, first: np.where(p.min(axis=(1, 2, 3)) > 0, 1, place(p)), "other_task"),
+    "falls back": (lambda p, first: np.where(place(p) == 1, 1, 0.9 - 0.9 * place(p)), "regressions"),
+}
+
+
+def test_a_right_program_passes_the_verification():
+    """The position of the square itself must pass every check."""
+    report = verify(lambda p, first: place(p) * (p.min(axis=(1, 2, 3)) == 0), EXPERT, RANDOM, OTHER)
+    assert (report.verdict, report.reasons) == ("pass", [])
+    assert (report.hit_rate, report.false_rate, report.backwards, report.regressions) == (1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("fault", CHECKS)
+def test_each_fault_of_a_program_is_found_by_its_check(fault):
+    """A wrong program must fail, by the check that is there for its fault, with pictures of it."""
+    program, field = CHECKS[fault]
+    report = verify(program, EXPERT, RANDOM, OTHER)
+    limit = {"hit_rate": 0.95, "regressions": 0.05}.get(field, 0.1)
+    value = getattr(report, field)
+    assert report.verdict == "fail" and (value < limit if field == "hit_rate" else value > limit)
+    assert report.failures and all(f["image"].shape == (32, 32, 3) for f in report.failures)
+
+
+def test_programs_with_memory_or_an_eye_on_their_neighbours_are_not_deterministic():
+    """Random values, and the position in the batch, must be found out."""
+    rng = np.random.default_rng(0)
+    for program in (lambda p, first: rng.uniform(size=len(p)), lambda p, first: np.linspace(0, 1, len(p))):
+        assert not verify(program, EXPERT, RANDOM).deterministic
+
+
+def test_a_failing_program_is_a_failing_report():
+    """NaN in the sandbox must end as verdict fail with the reason, not as an exception."""
+    report = verify(Program(DEF + "return np.full(len(images), np.nan)"), EXPERT, RANDOM)
+    assert report.verdict == "fail" and not report.finite and "NaN" in report.reasons[0]
+
+
+def test_a_goal_reached_at_the_start_is_no_negative_example():
+    """Where success says that the start is the goal already, frozen must not count it; none left: an error."""
+    upright = [square(np.full(12, 24))] * 5
+    success = [place(e) >= 0.95 for e in EXPERT + upright]
+    report = verify(lambda p, first: place(p), EXPERT + upright, RANDOM, success=success)
+    assert report.verdict == "pass" and report.frozen == 0
+    with pytest.raises(CodeAsRewardError, match="start short of the goal"):
+        verify(lambda p, first: place(p), upright, RANDOM, success=success[-5:])
+
+
+def rooms(key, door, agent):
+    """A room as MiniGrid draws it, 6 cells of 8 px: key on the floor?, door locked?, column of the agent."""
+    picture = np.full((48, 48, 3), 100, np.uint8)
+    picture[8:40, 8:40] = 0
+    picture[8:40, 24:32] = 100
+    picture[16:24, 24:32] = (114, 114, 0) if door else (0, 0, 0)
+    picture[16:24, 31] = (200, 200, 0)
+    picture[32:40, 32:40] = (0, 255, 0)
+    if key:
+        picture[26:38, 11:14] = (255, 255, 0)
+    row = 34 if agent == 34 else 18
+    picture[row:row + 4, agent:agent + 4] = (255, 0, 0)
+    return picture
+
+
+ERRAND = ([(1, 1, 18)] * 2 + [(0, 1, 10)] * 2 + [(0, 1, 18)] + [(0, 0, 18)] + [(0, 0, 26)] + [(0, 0, 34)])
+KEY_GONE = """
+def gone(images):
+    yellow = (images[..., 0] > 200) & (images[..., 1] > 200) & (images[..., 2] < 50)
+    return yellow[:, :, :22].sum(axis=(1, 2)) < 5
+"""
+
+
+def test_the_published_doorkey_program_is_rejected():
+    """It pays half a point in every frame without a key, whatever the door does, and nothing at the goal."""
+    expert = [np.stack([rooms(*state) for state in ERRAND])] * 10
+    random = [np.stack([rooms(1, 1, 10 + (i + t) % 10) for t in range(8)]) for i in range(10)]
+    success = [np.arange(8) == 7] * 10
+    key = Program("import numpy as np\n" + KEY_GONE + DEF + "return gone(images) * gone(1 - first_image[None] < 0) * 1.0")
+    literal = Program(KEY_GONE + DEF + "return gone(images) * 0.5")
+    summed = Program(KEY_GONE + DEF + "return gone(images) * 0.5 + gone(images) * 0.5")  # key, and "door"
+    picked = Program(KEY_GONE + DEF + "return (gone(images) & ~gone(first_image[None])) * 1.0")
+    reports = {"paid once": verify(literal, expert, random, success=success),
+               "as the goal": verify(summed, expert, random, success=success),
+               "as the door": verify(summed, expert, random, earlier=[picked], last=False)}
+    assert [r.verdict for r in reports.values()] == ["fail"] * 3
+    assert reports["paid once"].hit_rate == 0
+    assert reports["as the goal"].too_soon == 1 and reports["as the door"].too_soon == 1
+    assert verify(picked, expert, random, last=False).verdict == "pass"  # its part about the key is right
+    for program in (literal, summed, picked):
+        program.close()
+
+
+def test_sub_tasks_count_in_order_once_and_the_last_is_not_held():
+    """(s + p_s) / K by hand: an event stays done, order is kept, the goal is paid only while it lasts."""
+    progress = np.array([[0, 1, 0], [1, 0, 0], [0, 0.5, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0.5]], float)
+    assert stages(progress).tolist() == [0, 1, 1, 2, 2, 2]
+    assert np.allclose(potential(progress), np.array([0, 1, 1.5, 2, 3, 2.5]) / 3)
+
+
+def test_the_reward_is_never_positive_and_starts_afresh_with_every_episode():
+    """Phi - 1 must lie in [-1, 0], and an episode must not know the one before."""
+    source = DEF + "return images[:, 0, 0, 0] / 255"
+    pictures = np.zeros((3, 8, 8, 3), np.uint8)
+    pictures[:, 0, 0, 0] = (0, 255, 51)
+    with ProgramReward([source, source]) as reward:
+        first = reward.episode_rewards(pictures, pictures[0])
+        again = reward.episode_rewards(pictures, pictures[0])
+        assert np.allclose(first, [-1, 0, -0.4]) and np.array_equal(first, again)
+        assert np.allclose(reward.predict(pictures), first)
+        assert reward.episode_rewards(pictures, pictures[0], failed_end=True)[-1] == pytest.approx(-99.4)
+        assert reward.predict(pictures[:0]).shape == (0,)
+
+
+def test_standing_short_of_the_goal_circling_and_dawdling_earn_less_than_arriving():
+    """The returns of four behaviours under Phi - 1 must rank as they should."""
+    ways = {"arrive": np.r_[3:24:7, [24] * 17], "late": np.r_[[0] * 16, 3:24:7, 24],
+            "stand": np.full(20, 20), "circle": np.tile([0, 20], 10)}
+    with ProgramReward([DEF + "return images.any(axis=(1, 3)).argmax(axis=1) / 24"]) as reward:
+        total = {name: reward.episode_rewards(square(way), square([0])[0]).sum() for name, way in ways.items()}
+    assert max(total, key=total.get) == "arrive" and total["arrive"] > total["stand"] > total["circle"]
+
+
+def test_frames_on_which_a_program_fails_earn_nothing():
+    """One bad picture must score 0 and be counted, the others keep their value; a timeout must stop the run."""
+    source = "def progress(image, first_image):\n    return 51 / int(image[0, 0, 0])"
+    pictures = np.full((5, 8, 8, 3), 102, np.uint8)
+    pictures[3] = 0
+    with ProgramReward([source]) as reward:
+        assert np.allclose(reward.predict(pictures), [-0.5, -0.5, -0.5, -1, -0.5]) and reward.failed_frames == 1
+    slow = ProgramReward([Program(DEF + "while True: pass", seconds=0.3)], ["wait"])
+    with pytest.raises(CodeAsRewardError, match="'wait'.*timeout"):
+        slow.predict(pictures)
+
+
+class Script:
+    """Stands for a VLM in these tests: fixed answers in order; keeps what it was asked."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def __call__(self, parts):
+        self.asked.append(parts)
+        return types.SimpleNamespace(text=self.answers.pop(0))
+
+
+GOOD = "```python\nimport numpy as np\n" + DEF + "return images.any(axis=(1, 3)).argmax(axis=1) / 24\n```"
+BAD = "```python\n" + DEF + "return images.max(axis=(1, 2, 3)) / 255\n```"
+
+
+def test_a_wrong_program_goes_back_with_reasons_and_pictures_and_the_next_one_passes(tmp_path):
+    """The repair loop must show the VLM its program, the reasons and the pictures, and keep the files."""
+    ask, saved = Script("1. the square is at the right edge", BAD, GOOD), []
+    reward, reports = learn_programs(ask, EXPERT[0][0], EXPERT[0][-1], "to move it", EXPERT, RANDOM,
+                                     folder=tmp_path, save_picture=lambda path, image: saved.append(path))
+    reward.close()
+    text = " ".join(part for part in ask.asked[2] if isinstance(part, str))
+    assert "images.max" in text and reports[0].reasons[0] in text
+    assert len([p for p in ask.asked[2] if not isinstance(p, str)]) == 2 + len(reports[0].failures)
+    rows = json.loads((tmp_path / "verification.json").read_text())
+    assert [row["verdict"] for row in rows] == ["fail", "pass"] and rows[1]["round"] == 2 and saved
+    with load_programs(tmp_path) as again:
+        assert again.subtasks == ["the square is at the right edge"]
+        assert again.predict(EXPERT[0])[-1] == 0
+
+
+def test_after_the_last_round_the_run_stops_and_names_the_sub_task():
+    """R wrong programs must end in an error with sub-task and reason; go_on must leave out an earlier one."""
+    with pytest.raises(CodeAsRewardError, match="'at the edge'.*2 rounds.*start is called completed"):
+        learn_programs(Script("1. at the edge", BAD, BAD), EXPERT[0][0], EXPERT[0][-1], "g", EXPERT, RANDOM, rounds=2)
+    ask = Script("1. half way\n2. at the edge", BAD, "no idea", GOOD)
+    reward, reports = learn_programs(ask, EXPERT[0][0], EXPERT[0][-1], "g", EXPERT, RANDOM, rounds=2, go_on=True)
+    reward.close()
+    assert reward.subtasks == ["at the edge"] and [r.verdict for r in reports] == ["fail", "fail", "pass"]
+
+
+def test_a_foreign_folder_of_programs_meets_the_allow_list_again(tmp_path):
+    """A program that was edited into an attack must be refused before it runs."""
+    (tmp_path / "1_x.py").write_text("# sub-task: x\nimport os\n" + DEF + ONES)
+    with pytest.raises(CodeAsRewardError, match="import os is not allowed"):
+        load_programs(tmp_path)
+    with pytest.raises(CodeAsRewardError, match="no programs"):
+        load_programs(tmp_path / "nowhere")
+
+
+def test_answers_are_read_for_sub_tasks_and_code():
+    """Numbered and bulleted lists, fenced and bare code must be read; anything else must be said to be wrong."""
+    black = BLACK[0]
+    lists = {"1. one\n2) **two**": ["one", "two"], "Sure!\n- one": ["one"]}
+    for answer, expected in lists.items():
+        assert describe_subtasks(Script(answer), black, black, "g") == expected
+    for answer in ("I cannot", None, "\n".join(f"{i}. x" for i in range(9))):
+        with pytest.raises(CodeAsRewardError, match="1 to 5 sub-tasks"):
+            describe_subtasks(Script(answer), black, black, "g")
+    code = DEF + "return 1"
+    assert extract_code(f"```\nx = 1\n```\n```python\n{code}\n```\nDone.") == extract_code(code) == code + "\n"
+    for answer in ("no", "```python\nx = 1\n```", None):
+        with pytest.raises(ProgramError, match="no code"):
+            extract_code(answer)
+
+
+def test_code_as_reward_stands_alone_and_its_snippet_runs(tmp_path):
+    """The file alone in an empty folder: its header's snippet must run and print four times -1."""
+    text = pathlib.Path(code_as_reward.__file__).read_text()
+    (tmp_path / "code_as_reward.py").write_text(text)
+    snippet = text.split("To use it elsewhere:\n")[1].split("\n\n")[0].split('\n"""')[0]
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(snippet).replace("\\\\n", "\\n")], cwd=tmp_path,
+                         capture_output=True, text=True)
+    assert run.stdout.split() == ["[-1.", "-1.", "-1.", "-1.]"], run.stderr
+
+
+# ==== offline_vlm.py ====
+def draw_pole(degrees, size=200):
+    """A brown pole on a black cart, leaning by so many degrees to the right -> (size, size, 3) uint8."""
+    row, column = np.mgrid[:size, :size].astype(float)
+    right, down = np.sin(np.radians(degrees)), -np.cos(np.radians(degrees))
+    x, y = column - size / 2, row - 0.75 * size
+    along, across = x * right + y * down, x * down - y * right
+    inside = np.clip(size / 40 + 0.5 - abs(across), 0, 1)[..., None]  # soft edges, as a renderer makes them
+    inside = inside * ((along > 0) & (along < 0.4 * size))[..., None]
+    image = (255 + inside * (np.array([202, 152, 101]) - 255)).astype(np.uint8)
+    image[int(0.75 * size):int(0.82 * size), int(0.4 * size):int(0.6 * size)] = 0
+    return image
+
+
+POLE = "to balance the brown pole on the black cart to be upright"
+
+
+def draw_poles(pairs, seed=0, size=100):
+    """-> first, second (M, H, W, 3), right labels (M,); the angles differ by a degree at least."""
+    angles = np.random.default_rng(seed).uniform(-25, 25, (2, 2 * pairs))
+    angles = angles[:, abs(abs(angles[0]) - abs(angles[1])) > 1][:, :pairs]
+    first, second = (np.stack([draw_pole(angle, size) for angle in side]) for side in angles)
+    return first, second, (abs(angles[1]) < abs(angles[0])).astype(np.int8)
+
+
+@pytest.mark.parametrize("size", [64, 100, 200, 300])
+def test_the_stand_in_reads_the_poles_angle_from_pixels(size):
+    """At every size it must be within a degree of the angle that was drawn."""
+    for angle in (-25, -7, -1, 0, 3, 12, 28):
+        assert abs(offline_vlm.read_pole(draw_pole(angle, size)) - angle) < 1
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_the_stand_in_labels_by_what_it_sees_and_says_what_it_saw(stages):
+    """All labels must be right, and every answer must say that it is no VLM."""
+    first, second, right = draw_poles(20)
+    records = []
+    with OfflineVLM() as url:
+        labels, _ = label_pairs(VLM("offline", url=url).ask, first, second, POLE, stages, log=records.append)
+    assert (labels == right).all()
+    assert all("not a VLM" in text for record in records for text in record["answers"])
+    assert all("leans" in record["answers"][0] for record in records)
+
+
+def test_it_answers_minus_one_where_it_cannot_tell():
+    """A difference below the margin, and a picture without a pole, must be -1."""
+    blank = np.full((200, 200, 3), 255, np.uint8)
+    first = np.stack([draw_pole(10), draw_pole(10), blank])
+    second = np.stack([draw_pole(-10.2), draw_pole(12), draw_pole(0)])
+    with OfflineVLM() as url:
+        labels, counts = label_pairs(VLM("offline", url=url).ask, first, second, POLE)
+    assert list(labels) == [-1, 0, -1] and counts["unsure"] == 2
+
+
+def test_mistakes_and_doubts_are_as_frequent_as_told_and_depend_on_the_pair_alone():
+    """The same pair must meet the same fate in any order, company and number of stages."""
+    first, second, right = draw_poles(150)
+    with OfflineVLM(mistakes=0.2, unsure=0.1) as url:
+        ask = VLM("offline", url=url).ask
+        labels, _ = label_pairs(ask, first, second, POLE)
+        again, _ = label_pairs(ask, first[::-1], second[::-1], POLE, stages=1, workers=2)
+    assert (labels == again[::-1]).all()
+    assert 0.04 < (labels == -1).mean() < 0.18 and 0.1 < (labels == 1 - right).mean() < 0.28
+
+
+def test_another_setting_has_another_name():
+    """A cache of answers must never mix up an honest stand-in with a lying one."""
+    assert len({OfflineVLM(mistakes=m, seed=s).model for m in (0, 0.2) for s in (0, 1)}) == 4
+
+
+def test_an_unknown_goal_is_refused_with_the_goals_that_are_known():
+    """The client must fail fast, with one line that names them."""
+    first, second, _ = draw_poles(1)
+    with OfflineVLM() as url, pytest.raises(vlm_query.VLMError, match=f"not a VLM.*{POLE}"):
+        label_pairs(VLM("offline", url=url).ask, first, second, "to fly to the moon")
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/chat/completions", b"no json"), ("/chat/completions", b'{"messages": 1}'), ("/chat/completions", b"[]"),
+    ("/messages", b'{"messages": []}'), ("/responses", b'{"stream": true, "input": "x"}'),
+    ("/models/m:generateContent", b'{"contents": [{"parts": [{"inline_data": {"data": "AA=="}}]}]}'),
+    ("/chat/completions", b'{"messages": [{"content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}')])
+def test_a_bad_request_is_a_400_in_the_formats_own_shape(path, body):
+    """As the real servers do, and the server must live on."""
+    with OfflineVLM() as url:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(url + path, body)
+        assert caught.value.code == 400 and json.load(caught.value)["error"]["message"]
+
+
+def test_a_wrong_media_type_is_refused():
+    """A PNG that calls itself JPEG is a 400, as with Anthropic."""
+    data = vlm_query.png_base64(draw_pole(0))
+    with pytest.raises(offline_vlm.BadQuestion, match="said to be image/jpeg but appears to be image/png"):
+        offline_vlm.picture(data, "image/jpeg")
+
+
+def test_a_wrong_key_is_refused_in_every_format():
+    """With key set, any other must be a 401, and the right one must pass."""
+    for provider in ("openai/m", "gemini/m", "anthropic/m", "local/m"):
+        with OfflineVLM(key="right") as url:
+            VLM(provider, url=url, key="right").check_sight()
+            with pytest.raises(vlm_query.VLMError, match="check the key"):
+                VLM(provider, url=url, key="wrong").check_sight()
+
+
+def test_both_sight_checks_speak_of_the_same_goal():
+    """vlm_query.py and offline_vlm.py import nothing of each other, so a test must hold them equal."""
+    assert vlm_query.SIGHT_GOAL == offline_vlm.SIGHT
+
+
+def test_an_unknown_fault_is_named():
+    """A typo must not become a server without faults."""
+    with pytest.raises(ValueError, match="no fault '430'"):
+        OfflineVLM(faults="430")
+
+
+def test_the_stand_in_knows_the_goal_of_every_built_in_task():
+    """The goals of envs.py and the readers must agree word for word."""
+    assert {task.goal for task in envs.TASKS.values()} <= set(offline_vlm.READERS)
+
+
+@pytest.mark.parametrize("goal", offline_vlm.READERS)
+def test_each_reader_stands_alone_and_its_words_say_what_it_read(goal):
+    """Its source must run with numpy only, blank pictures must not break it, and the sentence must be readable."""
+    reader, alone = offline_vlm.READERS[goal], {"np": np}
+    exec(inspect.getsource(reader.read), alone)
+    for image in (np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 255, np.uint8), draw_pole(20)):
+        assert np.array_equal(alone[reader.read.__name__](image), reader.read(image), equal_nan=True)
+    words = f"Image 1: {reader.says.format(value=-2.5)}. Image 2: {reader.says.format(value=7)}."
+    assert abs(offline_vlm.find_value(reader, words, 1) + 2.5) < 0.6 and offline_vlm.find_value(reader, words, 2) == 7
+
+
+# ==== report.py ====
+HOSTILE_TEXT = "<script>alert(1)</script><img src=x onerror=alert(2)> \ud800 $\\frac{"
+
+
+def write_rows(path, head, rows):
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head.split(","), *rows])
+
+
+def make_run(folder, labeler="offline stand-in (not a VLM)", pairs=40, size=32, said="It leans."):
+    """A synthetic run folder with every file that train.py writes."""
+    rng, folder = np.random.default_rng(0), Path(folder)
+    (folder / "pairs").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({
+        "env": "CartPole", "goal": "keep the pole upright", "reward": "preference", "seed": 0,
+        "labeler": labeler, "command": "python train.py --env CartPole", "total_steps": 4000}))
+    write_rows(folder / "metrics.csv", "step,pairs_asked,labels,eval_return,eval_success,"
+               "eval_success_any,eval_success_frames,label_accuracy,train_accuracy,"
+               "heldout_accuracy,reward_accuracy", [
+                   [n, min(n // 40, 60), min(n // 50, 48), -2500 * 2.0 ** (-n / 500) - 50,
+                    min(1, n / 2000), min(1, n / 1500), min(1, n / 2500),
+                    *([0.8, 0.97, 0.75, 1 - 0.3 * 2.0 ** (-n / 500)] if n else [""] * 4)]
+                   for n in range(0, 4001, 250)])
+    write_rows(folder / "timing.csv", "step,seconds", [[0, 1.5], [4000, 41.0]])
+    write_rows(folder / "episodes.csv", "kind,episode,t,learned_reward,progress,true_reward", [
+        [kind, episode, t, np.tanh(1 - slope * t / 40) + 0.05 * rng.normal(), *[-slope * t] * 2]
+        for kind, slope in (("before", 2), ("after", 0.1), ("expert", 0.2), ("random", 1.5))
+        for episode in range(2) for t in range(60)])
+    with open(folder / "labels.jsonl", "w") as file:
+        for k in range(pairs):
+            progress = rng.uniform(-90, 0, 2)
+            kind = "label" if k % 5 else ("unsure", "unreadable", "no answer")[k % 3]
+            truth = int(progress[1] > progress[0])
+            answer = truth if rng.random() < 0.8 else 1 - truth
+            label = {"label": answer, "unsure": -1}.get(kind, -2)
+            file.write(json.dumps({
+                "index": k, "step": 500, "label": label, "kind": kind, "true_label": truth,
+                "progress": list(progress), "answers": [said * (1 + 30 * (k % 2)), str(label)],
+                "ends": ["complete", "complete"], "tokens_in": 900, "tokens_out": 40,
+                "cached": False, "seconds": 0.4}) + "\n")
+            sides = np.full((2, size, size, 3), 235, np.uint8)
+            for side, value in zip(sides, progress):  # a line that leans by -value degrees
+                up = np.arange(size * 3 // 4)
+                across = size // 2 + up * np.sin(np.radians(value)) * 0.6
+                side[size - 1 - up, across.astype(int)] = 40
+            imageio.imwrite(folder / f"pairs/{k:06d}.png", np.concatenate(sides, axis=1))
+    for name in ("before", "after"):
+        film = rng.integers(0, 255, (6, size, size, 3), dtype=np.uint8)
+        imageio.imwrite(folder / f"eval_{name}.gif", film, duration=50, loop=0)
+    (folder / "summary.json").write_text(json.dumps({
+        "text": "It keeps it upright.", "spearman": 0.97, "seconds": 42.0, "tokens_in": 54000}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full_report(tmp_path_factory):
+    """(folder, page) of a complete run, reported once."""
+    folder = make_run(tmp_path_factory.mktemp("report") / "run", said="It leans. " + HOSTILE_TEXT)
+    return folder, report.write_report(folder).read_text(encoding="utf-8")
+
+
+def test_report_is_one_file_that_loads_nothing(full_report):
+    """Every picture must be inside the page, and nothing may point outside it."""
+    page = full_report[1]
+    sources = re.findall(r"<img[^>]* src=\"([^\"]*)", page)
+    assert len(sources) == 14 and all(re.match("data:image/(png|gif);base64,", s) for s in sources)
+    assert "http:" not in page and "https:" not in page and "@import" not in page
+    assert all(ref.startswith("#") for ref in re.findall(r"(?:href=\"|url\()([^\")]*)", page))
+    assert len(page) < 5_000_000 and page.count("<svg") == 8 and 'class="missing"' not in page
+
+
+def test_report_escapes_what_the_vlm_said(full_report):
+    """Hostile answers must be shown as text, in full, and never become markup."""
+    page = full_report[1]
+    assert "<script" not in page and "<img src=x" not in page
+    said = "It leans. &lt;script&gt;alert(1)&lt;/script&gt;&lt;img src=x onerror=alert(2)&gt; ?"
+    assert f'<div class="said">{said}' in page
+
+
+def test_report_names_the_labeler_at_every_heading_and_chart(full_report):
+    """No stand-in may pass for a VLM: its name must stand at each heading and chart."""
+    page = full_report[1]
+    name = "labeler: offline stand-in \\(not a VLM\\)"
+    assert len(re.findall(name, page)) >= 1 + page.count("<h2>") + page.count("<svg")
+    assert page.count("<h2>") == len(re.findall(rf"<h2>[^<]*<small>{name}</small>", page)) >= 6
+    assert all(re.search(name, svg) for svg in re.findall("<svg.*?</svg>", page, re.DOTALL))
+
+
+def test_report_charts_follow_light_and_dark(full_report):
+    """A chart must name the page's colours and hold none of its own; ids must not meet."""
+    page = full_report[1]
+    charts = "".join(re.findall("<svg.*?</svg>", page, re.DOTALL))
+    assert charts.count("var(--ink)") > 8 and not re.search("#[0-9a-f]{6}", charts)
+    ids = re.findall(r' id="([^"]*)"', charts)
+    assert len(ids) == len(set(ids)) and "prefers-color-scheme: dark" in page
+
+
+def test_report_bins_outcomes_by_difference_in_progress():
+    """Each pair that was sent must be counted once, by its difference, the largest too."""
+    def pair(kind, label, truth, first, second):
+        return {"kind": kind, "label": label, "true_label": truth, "progress": [first, second]}
+    edges, counts = report.bin_outcomes([
+        pair("label", 1, 1, 0, 0.1), pair("label", 0, 1, -0.9, 0), pair("label", 0, 0, 1, 0),
+        pair("label", 1, -1, 0.3, 0.3), pair("unsure", -1, 1, 0, 0.8),
+        pair("unreadable", -2, 1, 0, 0.2), pair("no answer", -2, 0, 0.6, 0),
+        pair("identical", -2, -1, 0, 0), pair("limit", -2, 0, 1, 0),
+        {"kind": "label", "label": 1, "true_label": None, "progress": None}], bins=2)
+    assert edges.tolist() == [0, 0.5, 1]
+    assert {name: n.tolist() for name, n in counts.items() if n.any()} == {
+        "right": [1, 1], "wrong": [0, 1], "tie": [1, 0], "unsure": [0, 1], "unreadable": [1, 0],
+        "no answer": [0, 1]}
+    assert report.bin_outcomes([]) == (None, {})
+
+
+def test_report_gallery_shows_every_outcome(tmp_path):
+    """Pairs must be picked from each outcome in turn, the plainest mistake among them."""
+    rows = report.read_run(make_run(tmp_path / "run", pairs=90, size=8)).labels
+    chosen = report.choose_pairs(rows, 12)
+    assert len({row["index"] for row in chosen}) == 12
+    assert [report.outcome(row) for row in chosen] == [
+        *["right"] * 3, *["wrong"] * 3, *["unsure"] * 2, *["unreadable"] * 2, *["no answer"] * 2]
+    wrong = [row for row in rows if report.outcome(row) == "wrong"]
+    assert max(wrong, key=report.difference) in chosen
+
+
+def test_report_survives_missing_files(tmp_path):
+    """With nothing but a config the report must still be written and say what is missing."""
+    config = {"goal": HOSTILE_TEXT, "labeler": HOSTILE_TEXT, "seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "This run has not ended" in page and "no learning curves" in page and "seed 0" in page
+    assert "<script" not in page and page.count('class="missing"') >= 7
+
+
+def test_report_drops_torn_last_lines(tmp_path):
+    """Half a line, as a killed run leaves it, must be left out, for half a number is a number."""
+    (tmp_path / "metrics.csv").write_text("step,eval_return\r\n0,-900\r\n500,-120\r\n1000,-3")
+    (tmp_path / "labels.jsonl").write_text('{"kind": "unsure", "label": -1}\n[1]\n{"kind": "la')
+    (tmp_path / "config.json").write_text('{"goal": "keep')
+    (tmp_path / "eval_after.gif").write_bytes(b"")
+    run = report.read_run(tmp_path)
+    assert run.metrics == {"step": ["0", "500"], "eval_return": ["-900", "-120"]}
+    assert run.labels == [{"kind": "unsure", "label": -1}]
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<b>\N{MINUS SIGN}120</b>" in page and "No eval_after.gif." in page
+    assert "Goal not recorded" in page and "labeler: not recorded" in page
+
+
+def test_report_draws_a_labeler_with_dollars_and_markup(tmp_path):
+    """A VLM's name is hostile too: in a chart it must be text, neither a formula nor markup."""
+    (tmp_path / "config.json").write_text(json.dumps({"labeler": "local/$x$<script>"}))
+    (tmp_path / "metrics.csv").write_text("step,eval_return\n0,-900\n500,-120\n")
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert ">labeler: local/$x$&lt;script&gt;</text>" in page
+
+
+def test_report_shrinks_large_pictures_and_films(tmp_path, monkeypatch):
+    """Large pictures must shrink, films keep their pace, and a torn picture must not come in."""
+    monkeypatch.setattr(report, "FILM_LIMIT", 20_000)
+    monkeypatch.setattr(report, "PICTURE_LIMIT", 10_000)
+    noise = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), dtype=np.uint8)
+    imageio.imwrite(tmp_path / "film.gif", noise, duration=50, loop=0)  # about 100 kB
+    imageio.imwrite(tmp_path / "picture.png", noise[0])  # about 12 kB
+    film, picture = (report.embed(tmp_path / name) for name in ("film.gif", "picture.png"))
+    assert (tmp_path / "film.gif").stat().st_size > 80_000 and len(film) < 1.4 * 1.5 * 20_000
+    assert picture.startswith("data:image/jpeg") and len(picture) < 10_000
+    raw = base64.b64decode(film.split(",")[1])
+    frames = imageio.imread(raw, index=None, extension=".gif")
+    pause = imageio.immeta(raw, extension=".gif")["duration"]
+    assert len(frames) < 20 and len(frames) * pause == pytest.approx(1000, rel=0.2)
+    (tmp_path / "torn.png").write_bytes((tmp_path / "picture.png").read_bytes()[:11_000])
+    assert report.embed(tmp_path / "torn.png") is None
+
+
+def test_report_shows_programs_with_their_verification(tmp_path):
+    """A VLM-CaR run must show programs, verification whatever its keys, and failing pictures."""
+    folder = tmp_path / "code_as_reward"
+    for name in ("programs", "failed"):
+        (folder / name).mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    (folder / "programs" / "1_reach.py").write_text("def progress(image):\n    return 1 < 2\n")
+    (folder / "verification.json").write_text(json.dumps([
+        {"subtask": "reach", "hit_rate": 0.95},
+        {"subtask": "pull", "reasons": ["fires <early>", "frozen"]}]))
+    imageio.imwrite(folder / "failed" / "1_reach_0.png", np.zeros((8, 8, 3), np.uint8))
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "return 1 &lt; 2" in page and "<th>hit rate</th>" in page and "<td>0.95</td>" in page
+    assert "fires &lt;early&gt;; frozen" in page and page.count("data:image/png") == 1
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_report_of_no_run_folder_is_one_clear_line(tmp_path, folder):
+    """A wrong folder must end with one line and exit code 2, and nothing may be written."""
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, report.__file__, str(tmp_path / folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "run folder" in done.stderr and not list(tmp_path.rglob("report.html"))
+
+
+# ==== train.py and run.py ====
+TINY = dict(env="CartPole", total_steps=300, seed_steps=100, explore_steps=100, feedback_every=100, pairs_per_session=6,
+            max_pairs=12, batch_size=16, hidden=16, reward_epochs=2, eval_every=100, eval_episodes=1, candidates=50)
+
+
+def tiny(tmp_path, name="run", **changes):
+    return run.Config(**{**TINY, "out": str(tmp_path / name), **changes})
+
+
+def test_the_whole_algorithm_runs_every_step(tmp_path, monkeypatch):
+    """A small run on the stand-in must ask, fit, update, and relabel every stored row; all files must be there."""
+    updates, relabelled = [], []
+    update, relabel = sac.SAC.update, sac.ReplayBuffer.relabel
+    monkeypatch.setattr(sac.SAC, "update", lambda self, batch: updates.append(1) or update(self, batch))
+
+    def counting(self, reward_fn, only_new=False, chunk=1024):
+        rows = relabel(self, reward_fn, only_new, chunk)
+        relabelled.append((rows, len(self), only_new))
+        return rows
+
+    monkeypatch.setattr(sac.ReplayBuffer, "relabel", counting)
+    rows = train.train(tiny(tmp_path))
+    assert [row["step"] for row in rows] == [0, 100, 200, 300]
+    assert rows[-1]["labels"] > 0 and rows[-1]["pairs_asked"] == 12 and len(updates) > 200
+    assert [(rows, stored) for rows, stored, new in relabelled if not new] == [(100, 100), (200, 200)]
+    assert all(math.isfinite(rows[-1][name]) for name in ("critic_loss", "q_mean", "alpha"))
+    files = {"config.json", "metrics.csv", "timing.csv", "labels.jsonl", "pairs", "checkpoint", "episodes.csv",
+             "eval_before.gif", "eval_after.gif", "summary.json", "report.html"}
+    assert files <= set(os.listdir(tmp_path / "run")) and "buffer" not in os.listdir(tmp_path / "run")
+    logged = [json.loads(line) for line in open(tmp_path / "run" / "labels.jsonl")]
+    assert all(record["answers"] for record in logged if record["kind"] == "label")
+    assert len(os.listdir(tmp_path / "run" / "pairs")) >= len(logged)
+
+
+@pytest.fixture
+def unreported(monkeypatch):
+    """Leaves out the report and its pictures, which the test above has seen, to save their seconds."""
+    monkeypatch.setattr(report, "write_report", lambda folder: None)
+    monkeypatch.setattr(train, "write_gif", lambda *_: None)
+    monkeypatch.setattr(train, "write_episodes", lambda *_: 0.0)
+
+
+@pytest.mark.usefixtures("unreported")
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    """Two runs with one seed must write identical metrics.csv; another seed must not."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train.train(tiny(tmp_path, name, labels="oracle", seed=seed))
+    a, b, c = ((tmp_path / name / "metrics.csv").read_bytes() for name in "abc")
+    assert a == b and a != c
+
+
+@pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("crash_at", [120, 260])
+def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path, monkeypatch, crash_at):
+    """Killed in the middle of an episode and resumed, the run must write the same metrics.csv, byte for byte."""
+    train.train(tiny(tmp_path, "whole"))
+    add, count = sac.ReplayBuffer.add, []
+
+    def dying(self, *transition):
+        count.append(1)
+        if len(count) == crash_at:
+            raise MemoryError  # nothing in train.py expects this one: it ends the run like kill -9
+        return add(self, *transition)
+
+    monkeypatch.setattr(sac.ReplayBuffer, "add", dying)
+    with pytest.raises(MemoryError):
+        train.train(tiny(tmp_path, "killed"))
+    monkeypatch.setattr(sac.ReplayBuffer, "add", add)
+    train.train(run.parse_args(["--resume", str(tmp_path / "killed")]))
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    assert whole.joinpath("metrics.csv").read_bytes() == killed.joinpath("metrics.csv").read_bytes()
+    labels = [[json.loads(line) for line in open(folder / "labels.jsonl")] for folder in (whole, killed)]
+    labels = [sorted((record["index"], record["label"]) for record in records) for records in labels]
+    assert labels[0] == labels[1] and len(labels[0]) == 12  # in the order of arrival, which depends on threads
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    """Ctrl-C must end with the closing paragraph and the command that resumes."""
+    act, count = sac.SAC.act, []
+
+    def interrupting(self, obs, explore=True):
+        count.append(1)
+        if len(count) == 250:
+            raise KeyboardInterrupt
+        return act(self, obs, explore)
+
+    monkeypatch.setattr(sac.SAC, "act", interrupting)
+    train.train(tiny(tmp_path, labels="oracle"))
+    said = capsys.readouterr().out
+    assert "interrupted after" in said and f"--resume {tmp_path / 'run'}" in said
+    assert os.path.exists(tmp_path / "run" / "report.html") and os.path.exists(tmp_path / "run" / "buffer")
+
+
+@pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("reward", ["true", "sparse"])
+def test_baselines_ask_nobody(tmp_path, reward):
+    """With the true or the sparse reward no pair may be asked, and the prices must be that reward."""
+    rows = train.train(tiny(tmp_path, reward=reward))
+    assert rows[-1]["pairs_asked"] == 0 and not os.listdir(tmp_path / "run" / "pairs")
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    prices = state["buffer"]["reward"]
+    assert torch.equal(prices, state["buffer"]["true_reward"]) == (reward == "true")
+    assert reward == "true" or set(prices.tolist()) <= {0.0, 1.0}
+
+
+def test_the_labeler_is_named_everywhere(tmp_path, capsys):
+    """Banner, config, report and summary must all say that the oracle, not a VLM, spoke."""
+    train.train(tiny(tmp_path, labels="oracle", vlm_mistakes=0.3))
+    said = capsys.readouterr().out
+    texts = [said] + [(tmp_path / "run" / name).read_text() for name in ("config.json", "summary.json", "report.html")]
+    assert all("oracle" in text and "not a VLM" in text and "30%" in text for text in texts)
+
+
+@pytest.mark.usefixtures("unreported")
+def test_wrong_labels_show_in_the_label_accuracy(tmp_path):
+    """A labeler that is wrong in every answer must be reported as 0 % right."""
+    rows = train.train(tiny(tmp_path, labels="oracle", vlm_mistakes=1.0))
+    assert rows[-1]["label_accuracy"] == 0.0
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_limit_ends_the_questions_and_not_the_training(tmp_path):
+    """With --max-calls used up in the first session the run must still train to its end."""
+    rows = train.train(tiny(tmp_path, max_calls=6))
+    assert rows[-1]["step"] == 300 and rows[-1]["pairs_asked"] <= 3 and rows[-1]["labels"] >= 0
+
+
+def test_the_reservoir_keeps_every_picture_equally_likely(tmp_path):
+    """Of 40 pictures offered to 10 places, early and late ones must be kept about equally often."""
+    kept, picture = np.zeros(40), np.zeros((4, 4, 3), np.uint8)
+    for seed in range(200):
+        pool, rng = train.Candidates(10, 4, 4, None), np.random.default_rng(seed)
+        for number in range(40):
+            pool.offer(picture, picture, number, rng)
+        kept[pool.progress.astype(int)] += 1
+    assert kept[:20].sum() == pytest.approx(1000, rel=0.1) and kept.min() > 25
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--env", "Cartpole"], "there are CartPole"),
+    (["--env", "Pendulum-v1"], "needs a goal"),
+    (["--vlm", "openai/x"], "OPENAI_API_KEY"),
+    (["--env", "Pendulum-v1", "--goal", "to swing up"], "knows only these goals"),
+    (["--reward", "nothing"], "preference"),
+    (["--labels", "me"], "oracle"),
+    (["--stepz", "3"], "there are --env"),
+    (["--seed", "one"], "--seed"),
+    (["--schedule", "paper", "--env", "Pendulum-v1", "--goal", "x"], "the paper has no task"),
+    (["--out", "."], "exists already"),
+    (["--resume", "nowhere"], "no run folder"),
+    (["--vlm-extra", "{"], "--vlm-extra"),
+    (["--max-usd", "3"], "usd"),
+    (["--usd-per-mtok", "cheap"], "IN,OUT"),
+])
+def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, said):
+    """Each mistake of the user must end with exit code 2 and one clear line, before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Traceback" not in error
+    assert [name for name in os.listdir(tmp_path) if name != "runs"] == [] and not list(tmp_path.glob("runs/*seed*"))
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_finished_run_is_not_resumed(tmp_path):
+    """--resume of a finished run must say so instead of training on."""
+    train.train(tiny(tmp_path, reward="true"))
+    with pytest.raises(run.UserError, match="has finished"):
+        run.parse_args(["--resume", str(tmp_path / "run")])
+
+
+def test_every_config_field_is_read_and_explained():
+    """Each tunable must have a comment (its --help text), a flag, and a place in the code that reads it."""
+    code = "".join(Path(name).read_text() for name in ("train.py", "run.py"))
+    for field in dataclasses.fields(run.Config):
+        assert len(run.field_help()[field.name]) > 10, field.name
+        assert re.search(rf"config\.{field.name}\b", code), f"nothing reads Config.{field.name}"
+
+
+def test_numbers_on_the_command_line_may_be_written_as_floats():
+    """--total-steps 4e3 must mean 4000, and given flags must override the task's entry."""
+    config = run.resolve(run.parse_args(["--total-steps", "4e3", "--sac-lr", "1"]))
+    assert config.total_steps == 4000 and config.sac_lr == 1.0 and config.hidden == envs.TASKS["CartPole"].train["hidden"]
+
+
+# ==== the repository ====
+COMPONENTS = ("sac", "reward_model", "vlm_query", "envs", "deformables", "code_as_reward", "offline_vlm", "report")
+STEPS = ("explore without any reward", "act, and store the transition with the image seen after it",
+         "pick pairs of images", "ask the VLM which image is closer to the goal",
+         "fit the reward model to the answers", "relabel every stored transition with the new reward",
+         "improve the policy with SAC on the learned reward",
+         "evaluate with the true reward, which the learner never sees")
+STEP_FILES = ("sac", "sac", "reward_model", "vlm_query", "reward_model", "sac", "sac", "train")
+
+
+def imported(path):
+    """Names of all modules a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(Path(path).read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_no_component_imports_another(name):
+    """A component must stand alone: the others reach it as arrays and callables only."""
+    assert not imported(f"{name}.py") & ({*COMPONENTS, "train", "run"} - {name})
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_step_titles_are_the_same_everywhere(number):
+    """Each STEP's banner must stand, word for word, in train.py, in its component and in the README."""
+    banner = f"# ---- STEP {number}: {STEPS[number]} ----"
+    assert banner in Path("train.py").read_text() and banner in Path(f"{STEP_FILES[number]}.py").read_text()
+    assert f"| {number} | {STEPS[number]} |" in Path("README.md").read_text()
+
+
+def test_the_steps_stand_in_order_in_the_loop():
+    """A reader of train() must meet STEP 0 to STEP 7 in that order."""
+    found = re.findall(r"# ---- STEP (\d):", inspect.getsource(train.train))
+    assert found == list("01234567")
+
+
+def header_snippet(name):
+    """The indented Python block under "To use it elsewhere" in a file's docstring."""
+    docstring = ast.get_docstring(ast.parse(Path(f"{name}.py").read_text()))
+    after = docstring.split("To use it elsewhere", 1)[1].split("\n", 1)[1]
+    lines = itertools.takewhile(lambda line: line.startswith("    ") or not line, after.splitlines())
+    return "\n".join(line[4:] for line in lines)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_component_can_be_copied_out_alone(tmp_path, name):
+    """Alone in an empty folder, a component must import and its header's snippet must run."""
+    shutil.copy(f"{name}.py", tmp_path)
+    result = subprocess.run([sys.executable, "-c", header_snippet(name)], cwd=tmp_path, capture_output=True, text=True,
+                            timeout=100)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(__file__).parent.glob("*.py")))
+def test_house_rules(name):
+    """No bare except, no debugger, no leftover, no line over 120 characters, a header of at most 30 lines."""
+    text = Path(f"{name}.py").read_text()
+    tree = ast.parse(text)
+    assert not any(isinstance(node, ast.ExceptHandler) and node.type is None for node in ast.walk(tree))
+    assert not re.search(r"set_trace|breakpoint\(\)|\bTO" + r"DO\b|\bFIX" + r"ME\b", text)
+    assert max(map(len, text.splitlines())) <= 120
+    assert name == "test_components" or 3 <= len(ast.get_docstring(tree).splitlines()) <= 30
+
+
+def test_the_oracle_and_the_stand_in_know_the_same_goals():
+    """Every built-in task's goal must be one that the stand-in can read from pixels."""
+    for name, task in envs.TASKS.items():
+        assert task.goal in offline_vlm.READERS, name
+
+
+def test_readme_python_blocks_run(tmp_path):
+    """Every block marked python in the README must run as it stands, beside the repository's files."""
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=150,
+                                env=environment)
+        assert result.returncode == 0, result.stderr[-2000:]
