@@ -298,6 +298,7 @@ class Program:
             raise ValueError(f"images must be (N,H,W,3) uint8, not {images.shape} {images.dtype}")
         if self.busy > CPU_SECONDS / 2:
             self.close()
+        # trap: "dies with its parent" means the *thread* that started it; it may be gone by now.
         if self.process is None or self.process.poll() is not None:
             self._start()
         step = max(1, BATCH_BYTES // first_image.nbytes)
@@ -438,7 +439,7 @@ def write_program(ask, subtask, start_image, goal_image, goal, earlier=None, fee
         source, report = feedback
         parts.append(f"Your program so far:\n```python\n{source}```\nIt was tested and failed:\n- "
                      + "\n- ".join(report.reasons))
-        for failure in report.failures:
+        for failure in report.failures[:6]:
             zoom = max(1, 256 // len(failure["image"]))  # enlarged for the VLM's eyes
             parts += [failure["caption"], failure["image"].repeat(zoom, 0).repeat(zoom, 1)]
         parts.append("Find the mistake, and answer with the whole corrected program.")
@@ -599,7 +600,7 @@ def _faults_along(progress, last, success):
 
 
 def _deterministic(program, episode):
-    """Each picture twice, among others and alone: chance, memory and a look at neighbours all show."""
+    """Each picture twice, among others and alone: chance, memory, a look at neighbours show."""
     some = episode[:: max(1, len(episode) // 16)]
     alone = np.concatenate([program(some[i:i + 1], episode[0]) for i in range(len(some))])
     return np.allclose(program(some, episode[0]), alone, atol=1e-6)

@@ -354,6 +354,7 @@ PAPER_ROPE_WATER = dict(
     max_pairs=12_000, reward_lr=1e-4, reward_epochs=30, query_size=720,
 )
 
+ERRAND = "to pick up the key, open the yellow door with it"
 TASKS = {
     "CartPole": Task(
         goal="to balance the brown pole on the black cart to be upright",
@@ -437,6 +438,21 @@ TASKS = {
         train=dict(total_steps=50_000, feedback_every=2000, pairs_per_session=50, max_pairs=1500),
         paper=dict(PAPER_ROPE_WATER, reward_size=360),
     ),
+    **{
+        name: Task(
+            goal=goal,
+            make=f"gridworlds:{name}-v0",
+            horizon=horizon, query_size=query_size, reward_size=reward_size,
+            train=dict(total_steps=50_000, feedback_every=2000, pairs_per_session=50, max_pairs=1000),
+        )
+        for name, goal, horizon, query_size, reward_size in (
+            ("DoorKey-5x5", ERRAND + ", and get to the green square", 250, 300, 80),
+            ("DoorKey-6x6", ERRAND + ", and get to the green square", 360, 300, 84),
+            ("DoorKey-8x8", ERRAND + ", and get to the green square", 640, 304, 80),
+            ("Unlock", "to pick up the key and open the yellow door with it", 288, 308, 88),
+            ("UnlockPickup", ERRAND + ", and pick up the purple box behind it", 288, 308, 88),
+        )
+    },
 }
 
 

@@ -1,10 +1,10 @@
 """A stand-in for a vision-language model (VLM): a real HTTP server, but no VLM.
 
 It lets everything run without a key, a network or a GPU. On loopback it speaks the wire formats of
-OpenAI (chat completions, responses), Gemini (generateContent) and Anthropic (messages), decodes the
-pictures it was sent, measures them with a few lines of numpy per goal (READERS), says in words what
-it measured, and decides from the words: the two stages of STEP 3. It never sees the simulator. It
-knows the goals of the built-in tasks only; any other is an HTTP 400 that names them. Its answers
+OpenAI (chat completions, responses), Gemini (generateContent) and Anthropic (messages), decodes
+the pictures it was sent, measures them with a few lines of numpy per goal (READERS), says in words
+what it measured, and decides from the words: the two stages of STEP 3. It never sees the simulator.
+It knows the goals of the built-in tasks only; any other is an HTTP 400 that names them. Its answers
 and its model name say that it is no VLM.
 
 What it does with a question, by what is in it:
@@ -410,9 +410,9 @@ SUBTASKS = {
     "to minimize the distance between the green cube and the hole":
         [("the green cube is in the hole", "(first - value) / max(0.5, first - 0.5)")],
     "to fold the cloth diagonally from top left corner to bottom right corner":
-        [("the cloth is a triangle", "value / 80.5")],
+        [("the cloth is a triangle", "(value - first) / 43")],
     "to straighten the blue rope":
-        [("the rope is straight", "(value - first) / max(5, 75 - first)")],
+        [("the rope is straight", "(value - 25) / 50")],
     "to move the container, which holds water, to be as close to the red circle as possible "
     "without causing too many water droplets to spill":
         [("the container is at the red circle", "(first - value) / max(0.1, first - 0.1)")],
@@ -802,12 +802,18 @@ class OfflineVLM:
 def main():
     parser = argparse.ArgumentParser(description=f"A stand-in for a VLM on loopback {SAYS}.")
     parser.add_argument("--port", type=int, default=8080, help="0 picks a free one")
-    for name in ("mistakes", "unsure", "latency", "faults"):
+    for name in ("mistakes", "unsure", "latency"):
         parser.add_argument(f"--{name}", type=float, default=0.0)
+    parser.add_argument("--faults", default="0", help="a share, or one of: " + ", ".join(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
-    options = vars(parser.parse_args())
-    vlm = OfflineVLM(**options)
-    print(f"{SAYS} listens on {vlm.start()}", flush=True)
+    options = parser.parse_args()
+    if re.fullmatch(r"[01]?\.?\d*", options.faults):
+        options.faults = float(options.faults)
+    try:
+        vlm = OfflineVLM(**vars(options))
+        print(f"{SAYS} listens on {vlm.start()}", flush=True)
+    except (OSError, OverflowError, ValueError) as error:  # port taken, no such fault
+        parser.error(str(error))
     print("Expect no understanding: it measures pixels, for these goals only:")
     for goal in READERS:
         print(f'  "{goal}"')

@@ -41,7 +41,7 @@ class Config:
     # The task and the method
     env: str = "CartPole"  # a built-in task or any Gymnasium id (then with --goal)
     goal: str | None = None  # what to achieve, in words
-    reward: str = "preference"  # where the reward comes from: preference (RL-VLM-F), true or sparse
+    reward: str = "preference"  # preference (RL-VLM-F), code (VLM-CaR), or for comparison: true, sparse
     labels: str = "vlm"  # who compares the pictures: vlm, or oracle (from true progress, for comparison)
     seed: int = 0  # the one seed of everything
     schedule: str = "ours"  # the task's schedule: ours, or paper
@@ -53,6 +53,8 @@ class Config:
     vlm_unsure: float = 0.0  # share of unsure answers of the stand-in
     vlm_latency: float = 0.0  # seconds the stand-in takes for an answer
     stages: int = 2  # 2: describe, then decide (the paper's); 1: both in one call
+    programs: str | None = None  # for --reward code: a folder of verified programs to use; nobody is asked
+    rounds: int = 3  # for --reward code: how many programs the VLM may write for a sub-task
     workers: int = 8  # questions asked at the same time
     max_calls: int | None = None  # stop asking after so many calls that were paid for
     max_usd: float | None = None  # stop asking after so many dollars; needs --usd-per-mtok
@@ -88,7 +90,7 @@ class Config:
 
 
 CHOICES = {
-    "reward": ("preference", "true", "sparse"), "labels": ("vlm", "oracle"), "schedule": ("ours", "paper"),
+    "reward": ("preference", "code", "true", "sparse"), "labels": ("vlm", "oracle"), "schedule": ("ours", "paper"),
     "sampler": ("uniform", "disagreement", "entropy", "stratified"), "stages": (1, 2),
 }
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
@@ -155,10 +157,12 @@ def price_of(config):
 
 def who_labels(config):
     """The name of whoever judges, for every banner, table and plot: nothing here may pass for a VLM that is none."""
-    if config.reward != "preference":
+    if config.reward in ("true", "sparse"):
         return f"nobody ({config.reward} reward)"
+    if config.programs:
+        return f"nobody (programs from {config.programs})"
     mistakes = f", wrong on purpose in {config.vlm_mistakes:.0%}" if config.vlm_mistakes else ""
-    if config.labels == "oracle":
+    if config.labels == "oracle" and config.reward == "preference":
         return f"oracle (labels from true progress, not a VLM{mistakes})"
     return f"offline stand-in (not a VLM{mistakes})" if config.vlm == "offline" else config.vlm
 
@@ -308,12 +312,15 @@ def closing_text(config, run, finished, at, labeler, spearman):
             f"{run.seconds():.0f} s: return {last['eval_return']:.1f} (before: {first['eval_return']:.1f}); success at "
             f"the end of {last['eval_success']:.0%} of {config.eval_episodes} evaluation episodes, and on "
             f"{last['eval_success_frames']:.0%} of their steps."]
-    if labeler.asks:
+    if labeler.compares:
         text += [f"Learned from {counts['labels']} answers to {counts['asked']} pairs of pictures ({counts['unsure']} "
                  f"unsure, {counts['unreadable']} unreadable, {counts['no_answer']} unanswered) by "
                  f"{who_labels(config)}; {labeler.accuracy():.0%} of them were right.",
                  f"The learned reward has the true order on {at['fit'].get('reward_accuracy', float('nan')):.0%} of "
                  f"picture pairs; Spearman with the true reward over fresh random episodes: {spearman:.2f}."]
+    elif config.reward == "code":
+        text += [f"The reward is {len(labeler.subtasks)} verified programs ({'; '.join(labeler.subtasks)}), written by "
+                 f"{who_labels(config)}."]
     else:
         text += [f"Learned from the {config.reward} reward; nobody was asked."]
     if labeler.vlm:

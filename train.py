@@ -69,6 +69,7 @@ def train(config):
     data = reward_model.PreferenceDataset(config.max_pairs, small)
     parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler}
     learned = config.reward == "preference"  # otherwise an episode is priced as it ends, and nobody is asked
+    programs = learn_programs(config, run, eval_env, labeler) if config.reward == "code" else None  # STEPs C1 to C3
     at = {"step": 0, "episode": 0, "sessions": 0, "fitted": not learned, "fit": {}, "solved": None}
     if run.state:
         load_all(run.state, parts, at, rng)
@@ -77,7 +78,7 @@ def train(config):
         run.write({"step": 0, "episodes": 0, **evaluate(agent, eval_env, config)})
 
     obs, _ = env.reset(seed=train_seed(config, at))
-    successes, losses = [], {}
+    start_image, successes, losses = env.picture(config.reward_size), [], {}
     bar = tqdm(range(at["step"], config.total_steps), initial=at["step"], total=config.total_steps, unit="step")
     try:
         for step in bar:
@@ -120,8 +121,11 @@ def train(config):
                         for _ in range(RESET_UPDATES):
                             agent.update(buffer.sample(config.batch_size))
                     at["fitted"] = True
+            elif done and learned:
+                if at["fitted"]:
+                    buffer.relabel(model.predict, only_new=True)
             elif done:
-                price_episode(config.reward, buffer, model if at["fitted"] else None, successes)
+                buffer.price(episode_rewards(config, buffer, programs, start_image, successes, terminated))
 
             # ---- STEP 6: improve the policy with SAC on the learned reward ----
             for _ in range(config.updates if step >= config.seed_steps else 0):
@@ -142,7 +146,7 @@ def train(config):
                 if session or at["step"] % config.eval_every < len(successes):
                     run.save(save_all(parts, at, rng))
                 obs, _ = env.reset(seed=train_seed(config, at))
-                successes = []
+                start_image, successes = env.picture(config.reward_size), []
                 bar.set_postfix_str(status(run.rows[-1], labeler))
         finished = True
     except KeyboardInterrupt:
@@ -152,6 +156,8 @@ def train(config):
     finally:
         bar.close()
         labeler.close()
+        if programs:
+            programs.close()
     print("\n" + finish(config, run, finished, at, labeler, agent, model if learned else None, eval_env))
     return run.rows
 
@@ -203,8 +209,9 @@ class Labeler:
         self.config, self.server, self.vlm = config, None, None
         self.counts = dict.fromkeys(self.COUNTS, 0)
         self.exhausted = False  # a limit on calls or money was reached: go on with the reward there is
-        self.asks = config.reward == "preference"
-        if not self.asks or config.labels == "oracle":
+        self.subtasks = []  # VLM-CaR's, once there are programs for them
+        self.compares = config.reward == "preference"
+        if not (self.compares and config.labels == "vlm") and not (config.reward == "code" and not config.programs):
             return
         name, url = config.vlm, config.vlm_url
         if name == "offline":
@@ -265,7 +272,7 @@ class Labeler:
         return self.vlm.usd if self.vlm else None
 
     def may_ask(self):
-        return self.asks and not self.exhausted and self.counts["asked"] < self.config.max_pairs
+        return self.compares and not self.exhausted and self.counts["asked"] < self.config.max_pairs
 
     def row(self):
         """What metrics.csv says about the labels so far."""
@@ -321,14 +328,44 @@ def random_action(space, rng):
     return int(rng.integers(space.n)) if hasattr(space, "n") else rng.uniform(-1, 1, space.shape).astype(np.float32)
 
 
-def price_episode(reward, buffer, model, successes):
-    """Rewards for the episode that just ended, in one batch. A learned reward that is not there yet prices nothing."""
-    if reward == "true":
-        buffer.price(buffer.true_reward[buffer.newest(buffer.unpriced)])
-    elif reward == "sparse":
-        buffer.price(successes)
-    elif model is not None:
-        buffer.relabel(model.predict, only_new=True)
+# ---- STEPs C1 to C4 (VLM-CaR, in place of STEPs 2 to 5) ----
+def learn_programs(config, run, env, labeler):
+    """Ask the VLM for sub-tasks and programs and verify them -> ProgramReward. With --programs, nobody is asked."""
+    import code_as_reward
+    import envs
+    import imageio
+
+    folder = run.path("code_as_reward")
+    if config.programs or os.path.exists(os.path.join(folder, "programs", "complete")):  # the latter: a resumed run
+        programs = code_as_reward.load_programs(config.programs or folder)
+    else:
+        expert = envs.expert(env)
+        env.reset(seed=EVAL_SEED + 1000 * config.seed)
+        start_image = env.picture(config.query_size)
+        goal_image = run_episode(env, expert, EVAL_SEED + 1000 * config.seed, config.query_size)[0][-1]
+        episodes = code_as_reward.collect_episodes(env, expert, config.reward_size, seed=FRESH_SEED)
+        other = envs.make("CartPole" if config.env != "CartPole" else "DoorKey-5x5")
+        others = [run_episode(other, envs.expert(other), seed, config.reward_size)[0] for seed in range(3)]
+        programs, reports = code_as_reward.learn_programs(
+            labeler.vlm.ask, start_image, goal_image, config.goal, episodes["expert_episodes"],
+            episodes["random_episodes"], others, episodes["success"], config.rounds, folder=folder,
+            save_picture=imageio.imwrite)
+        open(os.path.join(folder, "programs", "complete"), "w").close()
+        print(code_as_reward.verification_table(reports), flush=True)
+    labeler.subtasks = programs.subtasks
+    return programs
+
+
+def episode_rewards(config, buffer, programs, start_image, successes, terminated):
+    """Rewards of the episode that just ended, where they are not learned from preferences -> (T,)."""
+    rows = buffer.newest(buffer.unpriced)
+    if config.reward == "true":
+        return buffer.true_reward[rows]
+    if config.reward == "sparse":
+        return np.array(successes)
+    # STEP C4: Phi - 1 of every picture, and what the environment itself says of success
+    failed = terminated and not successes[-1]
+    return programs.episode_rewards(buffer.image[rows], start_image, failed, config.discount) + np.array(successes)
 
 
 def order_accuracy(model, pool, rng, pairs=500):

@@ -797,7 +797,7 @@ def demo():
     def ask(parts):
         levels = [part.mean() for part in parts if not isinstance(part, str)]
         if levels:  # stage 1: it sees the pictures and says what it sees
-            text = f"Image 1 has brightness {levels[0]:.0f}, Image 2 has brightness {levels[1]:.0f}."
+            text = "Image 1 has brightness {:.0f}, Image 2 has brightness {:.0f}.".format(*levels)
         else:  # stage 2: it decides from the words
             one, two = map(int, re.findall(r"brightness (\d+)", parts[0]))
             text = f"Image {1 if one > two else 2} is brighter.\n{int(two > one)}"

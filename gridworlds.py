@@ -1,0 +1,201 @@
+"""Key, door and target: MiniGrid's tasks, with a whole picture, a state that hides nothing, and a planner as the expert.
+
+What this is: MiniGrid's DoorKey (5x5, 6x6, 8x8), Unlock and UnlockPickup as Gymnasium environments for VLM-CaR. The
+programs look at the whole grid from above; the policy acts on a symbolic state; neither sees what the other does.
+Which STEPs: none; every STEP acts or looks here.
+
+Differs from the paper (VLM-CaR, 2402.04764):
+  1. The state is fully observable (theirs: the agent's own 7x7 view): what is learned shows the reward, not a memory.
+  2. Key and door are always yellow and the box purple, so that one sentence and one program fit every episode.
+  3. MiniGrid's seventh action, which does nothing, is left out; toggling the box, which destroys it, does nothing.
+
+Shapes: observation (O,) float32, action an int below 6, pictures (size, size, 3) uint8.
+  Ids: DoorKey-5x5-v0, DoorKey-6x6-v0, DoorKey-8x8-v0, Unlock-v0, UnlockPickup-v0, registered when this is imported.
+  Needs numpy, gymnasium and minigrid.
+
+To use it elsewhere:
+    import gymnasium, gridworlds  # the import registers the ids
+    env = gymnasium.make("DoorKey-6x6-v0").unwrapped
+    obs, info = env.reset(seed=0)
+    obs, reward, terminated, truncated, info = env.step(env.expert_action(obs))
+    print(env.goal, env.picture(84).shape, info["success"], info["progress"], info["subtasks"])
+"""
+import collections
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+
+GOALS = {
+    "DoorKey": "to pick up the key, open the yellow door with it, and get to the green square",
+    "Unlock": "to pick up the key and open the yellow door with it",
+    "UnlockPickup": "to pick up the key, open the yellow door with it, and pick up the purple box behind it",
+}
+
+
+class KeyAndDoor(gymnasium.Env):
+    """Pick up the key, open the locked door, then reach the green square, or pick up the box, if there is one.
+
+    Actions, Discrete(6): turn left, turn right, go forward, pick up, drop, toggle (MiniGrid's seventh does nothing).
+    Observation: where the agent, the key, the door and the target are (one-hot columns and rows each, and the columns
+    and rows from the agent to it), the agent's direction, what is carried, the door's state, and what the agent faces.
+    info: success; subtasks: key ever taken, door open, target reached (bool); progress: sub-tasks done + closeness to the next.
+    """
+
+    LEFT, RIGHT, FORWARD, PICKUP, DROP, TOGGLE = range(6)
+    KINDS = ("wall", "key", "door", "goal", "box")
+    render_mode = "rgb_array"
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+
+    def __init__(self, id, seed=0):
+        import minigrid  # noqa: F401  (registers its ids with Gymnasium)
+
+        self.inner = gymnasium.make(id).unwrapped
+        self.goal = GOALS["DoorKey" if "DoorKey" in id else id.split("-")[1]]
+        self.horizon = self.inner.max_steps
+        self._seed = seed  # of the first reset, if that brings none
+        self.action_space = Discrete(6)
+        self.target = "goal" if "DoorKey" in id else "box" if "Pickup" in id else None
+        self.observation_space = Box(-1.0, 1.0, self.reset()[0].shape, np.float32)
+        self._seed = seed
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.inner.reset(seed=self._seed if seed is None else seed)
+        self._seed = None
+        # MiniGrid draws colours at random, red (the agent's) and grey (the walls') among them. One sentence has to
+        # describe every episode, so key and door are yellow, as in DoorKey, and the box is purple.
+        for thing in self.inner.grid.grid:
+            if thing is not None and thing.type in ("key", "door", "box"):
+                thing.color = "purple" if thing.type == "box" else "yellow"
+        self.success = self.key_taken = False
+        return self._observe(), self._info()
+
+    def step(self, action):
+        front = self.inner.grid.get(*self.inner.front_pos)
+        # trap: MiniGrid's toggle opens the box, which is then gone for good, and the picture is that of a box picked
+        # up: a program would pay for it until the end. Here a box stays shut.
+        if int(action) == self.TOGGLE and front is not None and front.type == "box":
+            action = self.inner.actions.done  # does nothing
+        _, reward, terminated, truncated, _ = self.inner.step(int(action))
+        self.success = bool(terminated and reward > 0)
+        return self._observe(), float(reward), bool(terminated), bool(truncated), self._info()
+
+    def _places(self):
+        """Positions (column, row) of agent, key, door and target; the agent's own for what it carries."""
+        grid, agent = self.inner.grid, tuple(int(v) for v in self.inner.agent_pos)
+        found = {"agent": agent}
+        for i, thing in enumerate(grid.grid):
+            if thing is not None and thing.type in ("key", "door", self.target):
+                found[thing.type] = (i % grid.width, i // grid.width)
+        return [found.get(kind, agent) for kind in ("agent", "key", "door", self.target or "door")]
+
+    def _door(self):
+        column, row = self._places()[2]
+        # trap: the agent stands *in* an open door, and the grid still holds the door there.
+        return self.inner.grid.get(column, row)
+
+    def _observe(self):
+        width, height, places = self.inner.width, self.inner.height, self._places()
+        door, carried, front = self._door(), self.inner.carrying, self.inner.grid.get(*self.inner.front_pos)
+        parts = []
+        for column, row in places:
+            parts += [np.arange(width) == column, np.arange(height) == row]
+            parts.append([(column - places[0][0]) / width, (row - places[0][1]) / height])
+        parts.append(np.arange(4) == self.inner.agent_dir)
+        parts.append([carried is not None and carried.type == kind for kind in ("key", "box")])
+        parts.append([door.is_locked, door.is_open])
+        parts.append([front is not None and front.type == kind for kind in self.KINDS])
+        return np.concatenate(parts).astype(np.float32)
+
+    def _info(self):
+        places, carried = self._places(), self.inner.carrying
+        key_in_hand = carried is not None and carried.type == "key"
+        self.key_taken |= key_in_hand
+        done = [self.key_taken, self._door().is_open] + ([self.success] if self.target else [])
+        # A stage once passed stays passed: with the door open the key may lie anywhere.
+        stage = 3 if self.success and self.target else 2 if done[1] else int(key_in_hand)
+        to = places[min(1 + stage, 3)]
+        distance = abs(to[0] - places[0][0]) + abs(to[1] - places[0][1])
+        near = 0.0 if stage == len(done) else 1 - distance / (self.inner.width + self.inner.height)
+        return {"success": float(self.success), "progress": stage + near, "subtasks": np.array(done)}
+
+    def picture(self, size):
+        """The whole grid from above, with as many whole pixels per cell as fit, in the middle of a black square."""
+        grid = self.inner.grid
+        tile = max(1, size // max(grid.width, grid.height))
+        drawn = grid.render(tile, self.inner.agent_pos, self.inner.agent_dir)  # (rows, columns, 3); MiniGrid keeps its tiles
+        image = np.zeros((size, size, 3), np.uint8)
+        top, left = (size - drawn.shape[0]) // 2, (size - drawn.shape[1]) // 2
+        image[top:top + drawn.shape[0], left:left + drawn.shape[1]] = drawn
+        return image
+
+    def render(self):
+        return self.picture(300)
+
+    # -- the planner --
+    def expert_action(self, obs=None):
+        """The next action of a shortest way to the next sub-task. It looks at the grid itself: obs is not read."""
+        _, key, door_at, target = self._places()
+        door, carried = self._door(), self.inner.carrying
+        key_taken = carried is not None and carried.type == "key"
+        if not door.is_open:
+            if door.is_locked and not key_taken:
+                return self._approach(key, self.PICKUP)
+            return self._approach(door_at, self.TOGGLE)
+        if self.target == "box" and key_taken:  # one hand: the key must go before the box can be taken
+            return self.DROP if self.inner.grid.get(*self.inner.front_pos) is None else self.RIGHT
+        return self._approach(target, self.FORWARD if self.target == "goal" else self.PICKUP)
+
+    def _approach(self, cell, then):
+        """Breadth-first over (column, row, direction) until the agent faces `cell`; there, the action `then`."""
+        grid, ahead = self.inner.grid, ((1, 0), (0, 1), (-1, 0), (0, -1))
+        start = (*(int(v) for v in self.inner.agent_pos), int(self.inner.agent_dir))
+        queue, first = collections.deque([start]), {start: None}  # first: the first action of the way to this state
+        while queue:
+            state = queue.popleft()
+            column, row, direction = state
+            front = (column + ahead[direction][0], row + ahead[direction][1])
+            if front == cell:
+                return then if first[state] is None else first[state]
+            thing = grid.get(*front)
+            moves = [(self.LEFT, (column, row, (direction - 1) % 4)), (self.RIGHT, (column, row, (direction + 1) % 4))]
+            if thing is None or thing.can_overlap():
+                moves.append((self.FORWARD, (*front, direction)))
+            for action, to in moves:
+                if to not in first:
+                    first[to] = action if first[state] is None else first[state]
+                    queue.append(to)
+        return self.RIGHT  # shut in by a dropped key: MiniGrid's starts never are
+
+
+for _name in ("DoorKey-5x5", "DoorKey-6x6", "DoorKey-8x8", "Unlock", "UnlockPickup"):
+    if _name + "-v0" not in gymnasium.registry:
+        gymnasium.register(_name + "-v0", entry_point=lambda _name=_name, **_: KeyAndDoor(f"MiniGrid-{_name}-v0"))
+
+
+def demo():
+    """Let the planner solve 20 episodes of each task, and draw where they begin and end -> contact_gridworlds.png."""
+    import imageio
+
+    rows = []
+    for name in ("DoorKey-5x5", "DoorKey-6x6", "DoorKey-8x8", "Unlock", "UnlockPickup"):
+        env, steps, solved, pictures = KeyAndDoor(f"MiniGrid-{name}-v0"), [], 0, []
+        for seed in range(20):
+            obs, info = env.reset(seed=seed)
+            pictures = [env.picture(200)]
+            over = False
+            while not over:
+                obs, _, terminated, truncated, info = env.step(env.expert_action(obs))
+                pictures.append(env.picture(200))
+                over = terminated or truncated
+            steps.append(len(pictures) - 1)
+            solved += info["success"]
+        rows.append(np.concatenate([pictures[len(pictures) * i // 4] for i in range(4)] + [pictures[-1]], axis=1))
+        print(f"{name:13s} the planner solves {solved:.0f} of 20 in {np.median(steps):.0f} steps; {obs.size} numbers seen")
+    imageio.imwrite("contact_gridworlds.png", np.concatenate(rows))
+    print("contact_gridworlds.png: an episode of the planner, in quarters (expected: 20 of 20 solved in every task)")
+
+
+if __name__ == "__main__":
+    demo()
