@@ -807,7 +807,7 @@ def main():
     parser.add_argument("--faults", default="0", help="a share, or one of: " + ", ".join(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if re.fullmatch(r"[01]?\.?\d*", options.faults):
+    if re.fullmatch(r"[01]|[01]?\.\d+", options.faults):
         options.faults = float(options.faults)
     try:
         vlm = OfflineVLM(**vars(options))

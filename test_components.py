@@ -1913,6 +1913,38 @@ def test_code_as_reward_stands_alone_and_its_snippet_runs(tmp_path):
     assert run.stdout.split() == ["[-1.", "-1.", "-1.", "-1.]"], run.stderr
 
 
+def test_a_program_lives_on_when_the_thread_that_started_it_has_ended():
+    """The kernel kills the child with its thread; the next call must start another."""
+    program = Program(DEF + ONES)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(program, BLACK, BLACK[0]).result()
+    program.process.wait(timeout=5) if "dies-with-parent" in program.active else None
+    assert program(BLACK, BLACK[0]).tolist() == [1, 1, 1]
+    program.close()
+
+
+def test_the_stand_in_writes_a_wrong_program_is_told_and_puts_it_right():
+    """CartPole over HTTP with every first program wrong: round 1 must fail, round 2 pass, in 3 calls."""
+    env, goal = envs.make("CartPole"), envs.TASKS["CartPole"].goal
+    episodes = code_as_reward.collect_episodes(env, envs.expert(env), size=64, count=6)
+    start, end = episodes["expert_episodes"][0][[0, -1]]
+    server = offline_vlm.OfflineVLM(mistakes=1.0)
+    with server as url:
+        ask = vlm_query.VLM("offline/stand-in", url=url).ask
+        reward, reports = learn_programs(ask, start, end, goal, other_episodes=OTHER[:1], **episodes)
+    reward.close()
+    assert [r.verdict for r in reports] == ["fail", "pass"] and sum(server.requests.values()) == 3
+
+
+def test_the_stand_in_knows_the_sub_tasks_of_every_goal_it_can_read():
+    """Each goal with a reader must have programs, each of them within the allow-list."""
+    goals = set(offline_vlm.READERS) - {offline_vlm.SIGHT}
+    assert goals <= set(offline_vlm.SUBTASKS)
+    for goal in goals:
+        for sentence, _ in offline_vlm.SUBTASKS[goal]:
+            code_as_reward.check_source(offline_vlm.write_code(goal, sentence, wrong=False))
+
+
 # ==== offline_vlm.py ====
 def draw_pole(degrees, size=200):
     """A brown pole on a black cart, leaning by so many degrees to the right -> (size, size, 3) uint8."""
@@ -2044,6 +2076,21 @@ def test_each_reader_stands_alone_and_its_words_say_what_it_read(goal):
         assert np.array_equal(alone[reader.read.__name__](image), reader.read(image), equal_nan=True)
     words = f"Image 1: {reader.says.format(value=-2.5)}. Image 2: {reader.says.format(value=7)}."
     assert abs(offline_vlm.find_value(reader, words, 1) + 2.5) < 0.6 and offline_vlm.find_value(reader, words, 2) == 7
+
+
+def test_the_stand_in_serves_from_the_command_line_and_says_what_it_is():
+    """The first line must name it and its URL; a bad flag or a taken port must be one line and exit code 2."""
+    command = [sys.executable, offline_vlm.__file__, "--faults", "429 hint", "--port"]
+    with subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        url = line.split()[-1]
+        VLM("offline", url=url).check_sight()
+        taken = subprocess.run([*command, url.split(":")[2].split("/")[0]], capture_output=True, text=True)
+        process.terminate()
+    wrong = subprocess.run([*command, "0", "--faults", "430"], capture_output=True, text=True)
+    assert "not a VLM" in line and "no fault '430'" in wrong.stderr
+    for done in (taken, wrong):
+        assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 # ==== report.py ====

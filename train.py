@@ -441,12 +441,15 @@ def finish(config, run, finished, at, labeler, agent, model, env):
 
 
 def write_episodes(path, env, learned_policy, model, config, random_episodes=5):
-    """Learned reward beside true progress, step by step -> episodes.csv; their rank correlation on random episodes."""
+    """Learned reward beside true progress, step by step -> episodes.csv; their rank correlation on random episodes.
+
+    For the correlation each different picture counts once: half of CartPole's random steps lie still at the clamp.
+    """
     from scipy.stats import spearmanr
 
     import envs
 
-    rng, pairs = np.random.default_rng(FRESH_SEED + config.seed), []
+    rng, seen = np.random.default_rng(FRESH_SEED + config.seed), {}  # seen: picture -> (learned, true reward)
     episodes = [("random", lambda obs: random_action(env.action_space, rng))] * random_episodes
     episodes += [("after", learned_policy)]
     try:
@@ -462,9 +465,9 @@ def write_episodes(path, env, learned_policy, model, config, random_episodes=5):
             learned = model.predict(images) if model else np.full(len(images), np.nan)
             for t, values in enumerate(zip(learned, progress, rewards)):
                 writer.writerow((kind, number, t, *(f"{value:.6g}" for value in values)))
-            pairs += [(learned, rewards)] if kind == "random" else []
-    learned, rewards = (np.concatenate(part) for part in zip(*pairs))
-    return float(spearmanr(learned, rewards).statistic) if model else float("nan")
+            if kind == "random":
+                seen.update({image.tobytes(): pair for image, pair in zip(images, zip(learned, rewards))})
+    return float(spearmanr(*zip(*seen.values())).statistic) if model else float("nan")
 
 
 def main(arguments=None):
