@@ -381,7 +381,11 @@ TASKS = {
             expert=scripted("SawyerDrawerOpenV3Policy"),
         ),
         horizon=150, query_size=300, reward_size=84,
-        train=dict(total_steps=50_000, feedback_every=2000, pairs_per_session=40, max_pairs=1000),
+        train=dict(
+            total_steps=20_000, seed_steps=1_000, explore_steps=4_000, feedback_every=2_000,
+            pairs_per_session=40, max_pairs=300, sac_lr=5e-4, batch_size=128, reward_epochs=20,
+            eval_every=2_000, eval_episodes=1,
+        ),
         paper=PAPER_METAWORLD,
     ),
     "Soccer": Task(
@@ -415,7 +419,11 @@ TASKS = {
         goal="to fold the cloth diagonally from top left corner to bottom right corner",
         make="deformables:FoldCloth-v0",
         horizon=1, query_size=300, reward_size=100,
-        train=dict(total_steps=3_000, feedback_every=300, pairs_per_session=50, max_pairs=500),
+        train=dict(
+            total_steps=1_500, seed_steps=150, explore_steps=150, feedback_every=150,
+            pairs_per_session=30, max_pairs=300, sac_lr=1e-3, batch_size=128, hidden=128,
+            updates=4, reward_epochs=20, eval_every=150, eval_episodes=1,
+        ),
         paper=dict(
             PAPER_SAC, total_steps=15_000, feedback_every=1_000, pairs_per_session=50,
             max_pairs=500, seed_steps=250, explore_steps=500, sac_lr=5e-4, batch_size=1024,
@@ -427,7 +435,11 @@ TASKS = {
         goal="to straighten the blue rope",
         make="deformables:StraightenRope-v0",
         horizon=40, query_size=300, reward_size=100,
-        train=dict(total_steps=50_000, feedback_every=2000, pairs_per_session=50, max_pairs=1500),
+        train=dict(
+            total_steps=20_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
+            pairs_per_session=40, max_pairs=600, sac_lr=1e-3, batch_size=128, hidden=128,
+            reward_epochs=20, eval_every=2_000, eval_episodes=10,
+        ),
         paper=dict(PAPER_ROPE_WATER, reward_size=240),
     ),
     "PassWater": Task(
@@ -435,7 +447,11 @@ TASKS = {
         "possible without causing too many water droplets to spill",
         make="deformables:PassWater-v0",
         horizon=75, query_size=300, reward_size=100,
-        train=dict(total_steps=50_000, feedback_every=2000, pairs_per_session=50, max_pairs=1500),
+        train=dict(
+            total_steps=20_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
+            pairs_per_session=40, max_pairs=600, sac_lr=1e-3, batch_size=128, hidden=128,
+            reward_epochs=20, eval_every=2_000, eval_episodes=10,
+        ),
         paper=dict(PAPER_ROPE_WATER, reward_size=360),
     ),
     **{

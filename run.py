@@ -56,7 +56,7 @@ class Config:
     programs: str | None = None  # for --reward code: a folder of verified programs to use; nobody is asked
     rounds: int = 3  # for --reward code: how many programs the VLM may write for a sub-task
     workers: int = 8  # questions asked at the same time
-    max_calls: int | None = None  # stop asking after so many calls that were paid for
+    max_calls: int | None = None  # stop asking after so many answered calls (an answer from the cache counts like a paid one)
     max_usd: float | None = None  # stop asking after so many dollars; needs --usd-per-mtok
     usd_per_mtok: str | None = None  # price of a million tokens, IN,OUT
     # The schedule

@@ -2085,9 +2085,9 @@ def test_the_stand_in_serves_from_the_command_line_and_says_what_it_is():
         line = process.stdout.readline()
         url = line.split()[-1]
         VLM("offline", url=url).check_sight()
-        taken = subprocess.run([*command, url.split(":")[2].split("/")[0]], capture_output=True, text=True)
+        taken = subprocess.run([*command, url.split(":")[2].split("/")[0]], capture_output=True, text=True, timeout=20)
         process.terminate()
-    wrong = subprocess.run([*command, "0", "--faults", "430"], capture_output=True, text=True)
+    wrong = subprocess.run([*command, "0", "--faults", "430"], capture_output=True, text=True, timeout=20)
     assert "not a VLM" in line and "no fault '430'" in wrong.stderr
     for done in (taken, wrong):
         assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -20,8 +20,8 @@ What this is: the algorithm, STEP by STEP (RL-VLM-F, arXiv 2402.03681); the only
 Differs from the paper:
   1. Sessions of questions, evaluations' checkpoints and pricing happen where an episode ends: nothing half-done to save.
   2. Fewer steps and pairs, from each task's entry in envs.py (`--schedule paper` has the paper's own).
-  3. Only every tenth picture becomes a candidate for a question, in a reservoir over the whole run, not the last 100
-     episodes; the reward network sees a smaller picture than the VLM.
+  3. Only some pictures (at least one in ten) become candidates for a question, in a reservoir over the whole run, not
+     the last 100 episodes; the reward network sees a smaller picture than the VLM.
 
 Every run leaves a folder: config.json, metrics.csv, labels.jsonl, pairs/, checkpoint/, eval_*.gif, report.html.
 """
@@ -39,7 +39,6 @@ from run import (Config, Run, UserError, closing_text, parse_args, price_of, res
                  write_json)
 
 EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000  # episodes no training episode shares a seed with
-CANDIDATE_SHARE = 0.1  # of all pictures may be asked about; each of these is drawn twice, small and large
 SOLVED = 0.99  # share of evaluation steps with success at which the run's clock of "seconds until solved" stops
 RESET_UPDATES = 100  # updates of the fresh critics at once, as in the paper
 
@@ -68,6 +67,7 @@ def train(config):
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed)
     data = reward_model.PreferenceDataset(config.max_pairs, small)
     parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler}
+    candidate_share = max(0.1, config.candidates / config.total_steps)  # as many as there is room for, or one in ten
     learned = config.reward == "preference"  # otherwise an episode is priced as it ends, and nobody is asked
     programs = learn_programs(config, run, eval_env, labeler) if config.reward == "code" else None  # STEPs C1 to C3
     at = {"step": 0, "episode": 0, "sessions": 0, "fitted": not learned, "fit": {}, "solved": None}
@@ -91,12 +91,12 @@ def train(config):
             image = env.picture(config.reward_size)
             buffer.add(obs, action, next_obs, terminated, image, true_reward)
             successes.append(info["success"])
-            if learned and rng.random() < CANDIDATE_SHARE:
+            if learned and rng.random() < candidate_share:  # drawn a second time, large
                 pool.offer(env.picture(config.query_size), image, info["progress"], rng)
             obs, done = next_obs, terminated or truncated
 
             due = step + 1 >= config.explore_steps + at["sessions"] * config.feedback_every
-            session = done and due and labeler.may_ask()
+            session = done and due and labeler.may_ask() and len(pool) > 1
             if session:
                 # ---- STEP 2: pick pairs of images ----
                 count = min(config.pairs_per_session, config.max_pairs - labeler.counts["asked"])
@@ -280,10 +280,12 @@ class Labeler:
         return {**{column: self.counts[name] for column, name in names.items()}, "label_accuracy": self.accuracy()}
 
     def state_dict(self):
-        return {"counts": dict(self.counts), "exhausted": self.exhausted}
+        return {"counts": dict(self.counts), "exhausted": self.exhausted, "vlm": self.vlm and self.vlm.state_dict()}
 
     def load_state_dict(self, state):
         self.counts, self.exhausted = state["counts"], state["exhausted"]
+        if self.vlm:
+            self.vlm.load_state_dict(state["vlm"])
 
     def close(self):
         if self.server:

@@ -1,0 +1,735 @@
+"""How fast is it: against the usual way, against the machine, and as the work grows?
+
+    python bench.py                   all but the learning curves; about 25 minutes
+    python bench.py --quick           the same with little of each, within 3 minutes; writes no CSV
+    python bench.py --only learning   what both SACs have learned after the same steps; hours
+    PYTHONPATH=peers python bench.py  after pip install --target peers --no-deps \
+                                      -r requirements-bench.txt: with Stable-Baselines3
+
+What this is: one section per question, a printed table, results/bench.csv. Machines differ, and one
+machine from minute to minute; so every figure is a ratio of two neighbours in time: ours, theirs,
+theirs, ours, ..., and the table has the median, the smallest and the largest of these ratios.
+Which STEPs: 1, 4, 5 and 6 are measured, and the whole:
+    ratio = ours / theirs as rates (per second), theirs / ours as times: above 1, ours is faster.
+"The textbook way" of the reward model: channels-first float32, member by member, an optimiser each,
+two forward passes for a pair, at 200 px; the same networks, batch size and number of threads.
+
+Differs from the paper: it reports no speeds.
+Shapes: pictures (N, size, size, 3) uint8.  Names: compare, Row, SECTIONS, Textbook.
+
+To use it elsewhere:
+    import bench
+    one = lambda: bench.per_second(lambda: sum(range(20_000)), 1, seconds=0.02)
+    other = lambda: bench.per_second(lambda: sum(list(range(20_000))), 1, seconds=0.02)
+    row = bench.compare("sum without a list", "sums/s", one, other, runs=5, target=">= 1")
+    print(row.ratio(), row.verdict())
+"""
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+COLUMNS = ("question", "ours", "theirs", "unit", "ratio_median", "ratio_min", "ratio_max", "runs",
+           "target", "note")
+TEXTBOOK_SIZE = 200  # px, what the paper's reward networks see in CartPole
+BATCH = 256  # transitions in one update of both SACs
+
+
+class LeftOut(Exception):
+    """A question that cannot be asked here: one line why."""
+
+
+@dataclass
+class Row:
+    """One line of the table. With theirs, the target is for the ratio, else for ours."""
+
+    question: str
+    unit: str
+    ours: list  # one figure a run
+    theirs: list = field(default_factory=list)
+    target: str = ""  # ">= 1.5" or "<= 30"; "" where there is none
+    note: str = ""
+    why: object = None  # callable that prints where the time goes; called if the target is missed
+
+    def ratios(self):
+        """Above 1 means ours is better: rates are divided one way, times and bytes the other."""
+        pairs = zip(self.ours, self.theirs)
+        return [o / t if "/s" in self.unit else t / o for o, t in pairs]
+
+    def ratio(self):
+        return statistics.median(self.ratios()) if self.theirs else statistics.median(self.ours)
+
+    def verdict(self):
+        sign, _, limit = self.target.partition(" ")
+        if not limit:
+            return ""
+        met = self.ratio() >= float(limit) if sign == ">=" else self.ratio() <= float(limit)
+        return "met" if met else "missed"
+
+    def cells(self):
+        """The ten columns of the CSV."""
+        ratios = self.ratios()
+        spread = [statistics.median(ratios), min(ratios), max(ratios)] if ratios else [None] * 3
+        note = self.note
+        if not ratios and len(self.ours) > 1:
+            note = f"{min(self.ours):.4g} to {max(self.ours):.4g}. {note}"
+        figures = [statistics.median(part) if part else None for part in (self.ours, self.theirs)]
+        ours, theirs, *spread = ["" if x is None else f"{x:.4g}" for x in figures + spread]
+        return [self.question, ours, theirs, self.unit, *spread, len(self.ours), self.target,
+                note.strip()]
+
+
+# ---- how to measure ----
+def per_second(do, amount, seconds=0.0):
+    """do() handles `amount` of something; how much of it in a second? At least `seconds` long."""
+    start, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - start < seconds:
+        do()
+        count += 1
+    return count * amount / (time.perf_counter() - start)
+
+
+def seconds_of(do):
+    start = time.perf_counter()
+    do()
+    return time.perf_counter() - start
+
+
+def compare(question, unit, ours, theirs, runs, target="", note="", why=None):
+    """ours() and theirs() each return one figure; called in turn, so that both see one machine."""
+    figures = {ours: [], theirs: []}
+    for run in range(runs):
+        # trap: a machine that grows slower would always favour whoever goes first
+        for side in (ours, theirs) if run % 2 == 0 else (theirs, ours):
+            figures[side].append(side())
+    return Row(question, unit, figures[ours], figures[theirs], target, note, why)
+
+
+def best_threads(rate):
+    """rate() -> figure per second. The same, run with the number of threads at which it is best."""
+    import torch
+
+    def run_with(threads):
+        torch.set_num_threads(threads)
+        return rate()
+
+    choices = sorted({1, os.cpu_count() or 1})
+    run_with(choices[0])  # warm
+    best = max(choices, key=run_with)
+    return (lambda: run_with(best)), best
+
+
+def hot_spots(do, times=10):
+    """Prints which operations the time of do() goes to."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as run:
+        for _ in range(times):
+            do()
+    rows = sorted(run.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    for row in rows[:8]:
+        share, each = row.self_cpu_time_total / total, row.count / times
+        print(f"    {share:6.1%}  {row.key[:50]:50s} {each:7.0f} calls each time")
+
+
+def gigaflops(device, dtype=None, size=1024):
+    """What this machine does in matrix products, GFLOP/s: the ceiling of all networks here."""
+    import torch
+
+    a = torch.randn(size, size, device=device, dtype=dtype)
+
+    def products():
+        for _ in range(3):
+            b = a @ a
+        return float(b[0, 0])  # waits for a GPU
+
+    products()
+    return per_second(products, 3 * 2 * size**3 / 1e9, seconds=0.2)
+
+
+def operations(do):
+    """Floating-point operations of the matrix products and convolutions in do(), forward and back."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        do()
+    return counter.get_total_flops()
+
+
+def against_the_machine(question, do, size, device, amount, unit):
+    """The three figures: operations, ceiling measured beside it, achieved."""
+    flop = operations(do)
+    do()
+    row = compare(question, "GFLOP/s", lambda: per_second(do, flop / 1e9, seconds=0.3),
+                  lambda: gigaflops(device), size["runs"])
+    each, top = flop / amount, statistics.median(row.theirs) * 1e9
+    row.note = (f"{each / 1e6:.0f} MFLOP; ceiling {top / 1e9:.0f} GFLOP/s = {top / each:.0f} "
+                f"{unit}/s; achieved {statistics.median(row.ours) * 1e9 / each:.0f} {unit}/s")
+    return row
+
+
+def sections_rows(names, size, device):
+    """The rows of the named sections, one by one; a section that cannot run says so."""
+    for name in names:
+        start = time.perf_counter()
+        try:
+            yield from SECTIONS[name](size, device)
+        except (LeftOut, ValueError) as error:
+            print(f"{name}: left out: {error}")
+        print(f"  [{name}: {time.perf_counter() - start:.0f} s]", flush=True)
+
+
+# ---- machine: what is it? ----
+def machine(size, device):
+    import torch
+
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    if device == "cuda":
+        model = torch.cuda.get_device_name()
+    torch.set_num_threads(1)
+    # Measured, not read from a list of flags: what counts is whether it is faster.
+    row = compare("bfloat16 against float32, products", "GFLOP/s",
+                  lambda: gigaflops(device, torch.bfloat16, 512),
+                  lambda: gigaflops(device, torch.float32, 512), size["runs"])
+    hardware = "is" if row.ratio() > 1.2 else "is not"
+    row.note = (f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, torch "
+                f"{torch.__version__}, Python {platform.python_version()}; one thread; bfloat16 "
+                f"{hardware} worth while here")
+    yield row
+
+
+# ---- sac: training steps per second (STEPs 1 and 6) ----
+class OurLoop:
+    """act, step, store, sample, update: the plain loop around sac.py. learn(steps) goes on with it."""
+
+    def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000):
+        import gymnasium
+
+        import sac
+
+        self.env = gymnasium.wrappers.RescaleAction(gymnasium.make(env_id), -1.0, 1.0)
+        shape, space = self.env.observation_space.shape, self.env.action_space
+        space.seed(seed)
+        self.agent = sac.SAC(shape[0], space, device=device, seed=seed)
+        self.buffer = sac.ReplayBuffer(capacity, shape, space.shape, seed=seed)
+        self.first_random, self.obs = first_random, self.env.reset(seed=seed)[0]
+
+    def learn(self, steps):
+        for _ in range(steps):
+            warm = self.buffer.added >= self.first_random
+            action = self.agent.act(self.obs) if warm else self.env.action_space.sample()
+            next_obs, reward, terminated, truncated, _ = self.env.step(action)
+            self.buffer.add(self.obs, action, next_obs, terminated, None, reward)
+            self.buffer.price([reward])
+            if warm:
+                self.agent.update(self.buffer.sample(BATCH))
+            self.obs = self.env.reset()[0] if terminated or truncated else next_obs
+
+    def act(self, obs):
+        return self.agent.act(obs, explore=False)
+
+
+class TheirLoop:
+    """The same with Stable-Baselines3, settings alike; learning rate, tau, discount are its own."""
+
+    def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000):
+        try:
+            from stable_baselines3 import SAC
+        except ImportError:
+            raise LeftOut("no Stable-Baselines3 here: see requirements-bench.txt") from None
+        self.model = SAC("MlpPolicy", env_id, batch_size=BATCH, buffer_size=capacity, seed=seed,
+                         learning_starts=first_random, device=device,
+                         policy_kwargs={"net_arch": [256, 256]})
+        self.env = self.model.env.envs[0]
+
+    def learn(self, steps):
+        self.model.learn(steps, reset_num_timesteps=False)
+
+    def act(self, obs):
+        return self.model.predict(obs, deterministic=True)[0]
+
+
+def sac_speed(size, device):
+    steps = size["sac_steps"]
+    for env_id in ("Pendulum-v1", "HalfCheetah-v5"):
+        rates, threads = [], []
+        loops = [kind(env_id, device, first_random=300) for kind in (OurLoop, TheirLoop)]
+        for loop in loops:
+            loop.learn(310)
+            rate, best = best_threads(lambda loop=loop: per_second(lambda: loop.learn(steps), steps))
+            rates.append(rate)
+            threads.append(best)
+        yield compare(f"SAC training steps, {env_id}", "steps/s", *rates, size["runs"], ">= 1.5",
+                      f"against Stable-Baselines3; threads {threads[0]} and {threads[1]}",
+                      lambda loop=loops[0]: hot_spots(lambda: loop.learn(1), 50))
+    agent, batch = loops[0].agent, loops[0].buffer.sample(BATCH)
+    yield against_the_machine("SAC update, against the machine", lambda: float(
+        agent.update(batch)["q_mean"]), size, device, 1, "updates")
+
+
+# ---- learning: is it the same SAC? ----
+def learning(size, device):
+    """Returns after the same number of steps: evaluation episodes with the same seeds for both."""
+    import torch
+
+    torch.set_num_threads(1)
+    for env_id, steps in (("Pendulum-v1", 10_000), ("HalfCheetah-v5", 50_000)):
+        steps = size["learn_steps"] or steps
+        returns = [[], []]
+        for seed in range(3):
+            for kind, into in zip((OurLoop, TheirLoop), returns):
+                loop = kind(env_id, device, seed, min(1000, steps // 10), steps)
+                loop.learn(steps)
+                into.append(mean_return(loop))
+                print(f"  {env_id} {kind.__name__} seed {seed}: {into[-1]:.0f}", flush=True)
+        ours, theirs = returns
+        below = "within or above" if np.mean(ours) >= min(theirs) else "below"
+        lists = " and ".join(str([round(x) for x in part]) for part in returns)
+        # No ratio: returns below zero have none.
+        row = Row(f"return after {steps:,} steps, {env_id}", "return", ours, note=lists)
+        row.note = f"ours and Stable-Baselines3's, 3 seeds: {lists}: ours is {below} theirs"
+        yield row
+
+
+def mean_return(loop, episodes=10):
+    total = 0.0
+    for episode in range(episodes):
+        obs, done = loop.env.reset(seed=1_000_000 + episode)[0], False
+        while not done:
+            obs, reward, terminated, truncated, _ = loop.env.step(loop.act(obs))
+            total, done = total + float(reward), terminated or truncated
+    return total / episodes
+
+
+# ---- fit and price: the reward model (STEPs 4 and 5) ----
+class Textbook:
+    """The reward model as one writes it first. Pictures (N, 3, size, size) uint8, channels first."""
+
+    def __init__(self, size, device, members=3, seed=0):
+        import torch
+
+        import reward_model
+
+        torch.manual_seed(seed)
+        self.nets = [reward_model.RewardNet(size, size).to(device) for _ in range(members)]
+        self.optimizers = [torch.optim.Adam(net.parameters(), lr=3e-4) for net in self.nets]
+        self.device, self.rng = device, np.random.default_rng(seed)
+
+    def float32(self, images):
+        import torch
+
+        return torch.from_numpy(images).to(self.device).float() / 255
+
+    def fit(self, first, second, label, epochs, batch=16):
+        import torch
+
+        for _ in range(epochs):
+            for net, optimizer in zip(self.nets, self.optimizers):
+                rows = self.rng.permutation(len(label))
+                for part in np.split(rows, range(batch, len(rows), batch)):
+                    rewards = [net(self.float32(images[part])) for images in (first, second)]
+                    answer = torch.from_numpy(label[part]).to(self.device)
+                    loss = torch.nn.functional.cross_entropy(torch.stack(rewards, -1), answer)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    loss.item()
+
+    def predict(self, images, batch=32):
+        import torch
+
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(images), batch):
+                x = images[start : start + batch]
+                parts.append(np.mean([net(self.float32(x)).cpu().numpy() for net in self.nets], 0))
+        return np.concatenate(parts)
+
+
+def task_pictures(name, sizes, count, seed=0):
+    """{size: (count, size, size, 3) uint8} and progress (count,): from clumsy to expert episodes."""
+    import envs
+
+    env, rng = envs.make(name, seed), np.random.default_rng(seed)
+    pictures, progress, done, expert = {s: [] for s in sizes}, [], True, envs.expert(env)
+    while len(progress) < count:
+        if done:
+            obs, clumsy = env.reset(seed=len(progress))[0], rng.random()
+        action = env.action_space.sample() if rng.random() < clumsy else expert(obs)
+        obs, _, terminated, truncated, info = env.step(action)
+        done = terminated or truncated
+        progress.append(info["progress"])
+        for s in sizes:
+            pictures[s].append(env.picture(s))
+    env.close()
+    return {s: np.stack(images) for s, images in pictures.items()}, np.array(progress)
+
+
+def answered_pairs(progress, count, rng):
+    """Pairs of different progress and which picture is better -> (M, 2), (M,) int64."""
+    pairs = rng.integers(0, len(progress), (10 * count, 2))
+    pairs = pairs[progress[pairs[:, 0]] != progress[pairs[:, 1]]][:count]
+    return pairs, (progress[pairs[:, 1]] > progress[pairs[:, 0]]).astype(np.int64)
+
+
+def preference_data(images, pairs, label):
+    import reward_model
+
+    data = reward_model.PreferenceDataset(len(label), images.shape[1:])
+    data.add(images[pairs[:, 0]], images[pairs[:, 1]], label)
+    return data
+
+
+def channels_first(images):
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+def reward_fit(size, device):
+    import reward_model
+
+    rng = np.random.default_rng(0)
+    for name, small in (("CartPole", 64), ("DrawerOpen", 84)):
+        sizes = (small, TEXTBOOK_SIZE)
+        pictures, progress = task_pictures(name, sizes, size["pictures"])
+        pairs, label = answered_pairs(progress, size["pairs"], rng)
+        large = channels_first(pictures[TEXTBOOK_SIZE])
+        first, second = large[pairs[:, 0]], large[pairs[:, 1]]
+        textbook = Textbook(TEXTBOOK_SIZE, device)
+        theirs, their_threads = best_threads(lambda: per_second(
+            lambda: textbook.fit(first, second, label, 1), len(label)))
+        for side, target in ((TEXTBOOK_SIZE, ">= 1.5"), (small, ">= 10")):
+            if side == TEXTBOOK_SIZE and name != "CartPole":
+                continue  # the pixels do not matter to the time
+            data = preference_data(pictures[side], pairs, label)
+            model = reward_model.RewardModel((side, side, 3), device=device)
+            once = lambda: model.fit(data, 1, stop_accuracy=2.0)  # noqa: E731
+            ours, threads = best_threads(lambda: per_second(once, len(data.rows())))
+            row = compare(f"reward fit, ours at {side} px ({name})", "pairs/s", ours, theirs,
+                          size["runs"], target, why=lambda once=once: hot_spots(once, 2),
+                          note=f"against the textbook way at 200 px; threads {threads} and "
+                               f"{their_threads}")
+            if side == small and size["accuracy_epochs"]:
+                row.note += "; " + equal_accuracy(pictures, progress, small, size, device)
+            yield row
+    images, _ = task_pictures("CartPole", (64,), 32)
+    net, x = model.nets[0], reward_model.as_input(images[64], model.device)
+    yield against_the_machine(
+        "reward network forward and back, against the machine",
+        lambda: net(x).sum().backward(), size, device, len(x), "pictures")
+
+
+def equal_accuracy(pictures, progress, small, size, device):
+    """Both ways fitted to the same answers, as many epochs; then pairs of pictures never seen."""
+    import reward_model
+
+    half, rng = len(progress) // 2, np.random.default_rng(1)
+    pairs, label = answered_pairs(progress[:half], size["pairs"], rng)
+    unseen, better = answered_pairs(progress[half:], 500, rng)
+    ours = reward_model.RewardModel((small, small, 3), device=device)
+    ours.fit(preference_data(pictures[small], pairs, label), size["accuracy_epochs"])
+    theirs, large = Textbook(TEXTBOOK_SIZE, device), channels_first(pictures[TEXTBOOK_SIZE])
+    theirs.fit(large[pairs[:, 0]], large[pairs[:, 1]], label, size["accuracy_epochs"])
+    both = [model.predict(images[half:])[unseen] for model, images in
+            ((ours, pictures[small]), (theirs, large))]  # (P, 2) each
+    right = [float(((r[:, 1] > r[:, 0]) == (better == 1)).mean()) for r in both]
+    return f"unseen pairs in order: ours {right[0]:.1%}, theirs {right[1]:.1%}"
+
+
+def pricing(size, device):
+    import reward_model
+
+    pictures, _ = task_pictures("CartPole", (64, 84, TEXTBOOK_SIZE), size["priced"])
+    large = channels_first(pictures[TEXTBOOK_SIZE])
+    textbook = Textbook(TEXTBOOK_SIZE, device)
+    theirs, their_threads = best_threads(
+        lambda: per_second(lambda: textbook.predict(large), len(large), 0.3))
+    for side, target in ((TEXTBOOK_SIZE, ">= 1.5"), (84, ">= 10"), (64, ">= 10")):
+        images = pictures[side]
+        model = reward_model.RewardModel((side, side, 3), device=device)
+        once = lambda: model.predict(images)  # noqa: E731
+        ours, threads = best_threads(lambda: per_second(once, len(images), 0.3))
+        yield compare(f"pricing and relabelling, ours at {side} px", "pictures/s", ours, theirs,
+                      size["runs"], target, "against the textbook way, 32 at a time, at 200 px; "
+                      f"threads {threads} and {their_threads}", lambda once=once: hot_spots(once, 2))
+
+
+# ---- pictures: Meta-World, drawn our way and as shipped ----
+def drawing(size, device):
+    import envs
+
+    envs.choose_opengl()
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    ours = envs.make("DrawerOpen")
+    ours.reset(seed=0)
+    ours.picture(84), ours.picture(300)
+    shipped = ALL_V3_ENVIRONMENTS["drawer-open-v3"](
+        render_mode="rgb_array", camera_name="corner2", width=300, height=300)
+    shipped._freeze_rand_vec, shipped._set_task_called = True, True
+    shipped._last_rand_vec = np.array([0.0, 0.9, 0.0])
+    shipped.reset()
+    assert shipped.render().shape == (300, 300, 3)
+    for side, target in ((300, ">= 20"), (84, ">= 60")):
+        yield compare(f"Meta-World pictures, {side} px", "pictures/s",
+                      lambda side=side: per_second(lambda: ours.picture(side), 1, size["seconds"]),
+                      lambda: per_second(shipped.render, 1, size["seconds"]),
+                      size["runs"], target, "against env.render() as shipped at 300 px")
+    ours.close()
+    shipped.close()
+
+
+# ---- labels: questions side by side (STEP 3) ----
+def labelling(size, device):
+    import envs
+    import offline_vlm
+    import vlm_query
+
+    goal, rounds = envs.TASKS["CartPole"].goal, size["label_rounds"]
+    pictures, _ = task_pictures("CartPole", (TEXTBOOK_SIZE,), 200)
+    images, rng = pictures[TEXTBOOK_SIZE], np.random.default_rng(0)
+    with offline_vlm.OfflineVLM(latency=0.5) as url:
+        ask = vlm_query.VLM("offline", url=url, workers=8).ask
+
+        def labels_per_second(pairs, workers):
+            rows = rng.permutation(len(images))[: 2 * pairs]
+            start = time.perf_counter()
+            labels, _ = vlm_query.label_pairs(ask, images[rows[:pairs]], images[rows[pairs:]],
+                                              goal, workers=workers)
+            return sum(labels >= -1) / (time.perf_counter() - start)
+
+        yield compare("labels, 0.5 s latency, 8 workers", "labels/s",
+                      lambda: labels_per_second(8 * rounds, 8),
+                      lambda: labels_per_second(rounds, 1), size["runs"], ">= 7.2",
+                      "against one worker; two calls a label, 200 px")
+
+
+# ---- run: how long until CartPole is solved? ----
+def whole_run(size, device):
+    solved, total = [], []
+    for seed in range(size["whole_runs"]):
+        with tempfile.TemporaryDirectory() as folder:
+            out = os.path.join(folder, "run")
+            total.append(seconds_of(lambda: train_py(
+                "--env", "CartPole", "--seed", seed, "--out", out, "--device", device)))
+            with open(os.path.join(out, "summary.json")) as file:
+                solved.append(json.load(file)["seconds_until_solved"] or float("inf"))
+    note = "whole command, --env CartPole, seeds 0 to " + str(size["whole_runs"] - 1)
+    yield Row("CartPole: until solved", "s", solved, target="<= 30",
+              note="of an evaluation's steps, 99 % upright")
+    yield Row("CartPole: until the report is written", "s", total, target="<= 60", note=note)
+
+
+def train_py(*flags):
+    """python train.py FLAGS, quietly."""
+    done = subprocess.run([sys.executable, str(HERE / "train.py"), *map(str, flags)], cwd=HERE,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise LeftOut(f"train.py {flags[0]} {flags[1]} ended with: {done.stdout.strip()[-200:]}")
+
+
+# ---- memory: a long run with pictures ----
+def memory(size, device):
+    """A short run of DrawerOpen, and what 100,000 steps come to."""
+    if not os.path.exists("/proc/self/status"):
+        raise LeftOut("resident memory is read from /proc, which only Linux has")
+    steps, long = size["memory_steps"], 100_000
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        flags = dict(env="DrawerOpen", labels="oracle", total_steps=steps, seed_steps=200,
+                     explore_steps=400, feedback_every=300, max_pairs=80, reward_epochs=3,
+                     eval_every=steps, eval_episodes=1, device=device, out=out)
+        words = [w for name, v in flags.items() for w in ("--" + name.replace("_", "-"), str(v))]
+        run = subprocess.Popen([sys.executable, str(HERE / "train.py"), *words], cwd=HERE,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        most, stored = {"RssAnon": 0, "RssFile": 0}, {}
+        while run.poll() is None:
+            most = {key: max(value, resident(run.pid, key)) for key, value in most.items()}
+            for path in out.glob("buffer/*.npy"):
+                try:
+                    stored[path.stem] = path.stat().st_size
+                except FileNotFoundError:  # the run has ended, and tidied up
+                    pass
+            time.sleep(0.2)
+        if run.returncode:
+            raise LeftOut("train.py --env DrawerOpen failed here: is there OpenGL?")
+    fixed = sum(nbytes for name, nbytes in stored.items() if name.startswith("query"))
+    rows = (sum(stored.values()) - fixed) / steps * long
+    whole = most["RssAnon"] + fixed + rows
+    yield Row("memory of DrawerOpen, 100,000 steps", "GB", [whole / 1e9], target="<= 2", note=(
+        f"measured after {steps:,} steps: own {most['RssAnon'] / 1e9:.2f}, mapped files "
+        f"{most['RssFile'] / 1e9:.2f}. For 100,000 own stays; files {rows / 1e9:.2f} (rows x "
+        f"{rows / long:,.0f} bytes) + {fixed / 1e9:.2f} (candidates), which the system keeps in "
+        "memory only while there is room. Official code: about 70 GB"))
+
+
+def resident(pid, key):
+    """Bytes: RssAnon is the process's own, RssFile the pages of mapped files."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+# ---- start: how long until something happens? ----
+def starting(size, device):
+    def python(*words):
+        return lambda: seconds_of(lambda: subprocess.run(
+            [sys.executable, *words], cwd=HERE, check=True, stdout=subprocess.DEVNULL))
+
+    helps = [python("train.py", "--help")() for _ in range(size["runs"])]
+    yield Row("start of python train.py --help", "s", helps, target="<= 0.5")
+    yield compare("import sac", "s", python("-c", "import sac"), python("-c", "import torch"),
+                  size["runs"], ">= 0.95", "against import torch alone, a new process each")
+
+
+# ---- growth: does it stay as fast? ----
+def growth(size, device):
+    """theirs is our own figure at the smallest size; a ratio of 1 is no growth at all."""
+    import torch
+
+    import reward_model
+    import sac
+
+    torch.set_num_threads(1)
+    shape, rng = (84, 84, 3), np.random.default_rng(0)
+    env_steps, image = size["growth_steps"], np.zeros(shape, np.uint8)
+    loop = OurLoop("HalfCheetah-v5", device)
+    with tempfile.TemporaryDirectory() as folder:
+        buffers = {}
+        for rows in (10_000, 50_000, 200_000):
+            # Files with holes: rows whose pictures nobody wrote need no disk.
+            buffer = sac.ReplayBuffer(rows, (17,), (6,), shape, os.path.join(folder, str(rows)))
+            buffer.obs[:], buffer.next_obs[:] = rng.normal(size=(2, rows, 17))
+            buffer.reward[:], buffer.added = 0.0, rows
+            buffers[rows] = buffer
+
+        def seconds_per_thousand(rows):
+            def steps():
+                for _ in range(env_steps):
+                    action = loop.agent.act(loop.obs)
+                    next_obs, reward, _, _, _ = loop.env.step(action)
+                    buffers[rows].add(loop.obs, action, next_obs, False, image, reward)
+                    buffers[rows].price([reward])
+                    loop.agent.update(buffers[rows].sample(BATCH))
+            loop.obs = loop.env.reset(seed=0)[0]
+            return seconds_of(steps) * 1000 / env_steps
+
+        seconds_per_thousand(10_000)
+        for rows in (50_000, 200_000):
+            yield compare(f"1,000 steps with {rows:,} stored", "s",
+                          lambda rows=rows: seconds_per_thousand(rows),
+                          lambda: seconds_per_thousand(10_000), size["runs"], ">= 0.9",
+                          "against 10,000 stored; 84 px pictures, on disk")
+        model = reward_model.RewardModel(shape, device=device)
+        few, many = size["relabel_rows"]
+        buffers = {rows: sac.ReplayBuffer(rows, (1,), (1,), shape) for rows in (few, many)}
+        for rows, buffer in buffers.items():
+            buffer.image[:], buffer.added = rng.integers(0, 255, shape, np.uint8), rows
+        yield compare(f"relabelling {many:,} rows", "rows/s",
+                      lambda: per_second(lambda: buffers[many].relabel(model.predict), many),
+                      lambda: per_second(lambda: buffers[few].relabel(model.predict), few),
+                      size["runs"], ">= 0.9", f"against {few:,} rows; as every stored row is "
+                      "relabelled, a session's share of this grows with what is stored")
+    yield from label_growth(size, device)
+
+
+def label_growth(size, device):
+    import reward_model
+
+    pictures, progress = task_pictures("CartPole", (64,), 500)
+    rng = np.random.default_rng(0)
+
+    def fit_seconds(count):
+        pairs, label = answered_pairs(progress, count, rng)
+        data = preference_data(pictures[64], pairs, label)
+        model = reward_model.RewardModel((64, 64, 3), device=device)
+        return lambda: 1000 * seconds_of(lambda: model.fit(data, 1, stop_accuracy=2.0)) / count
+
+    few = fit_seconds(100)
+    few()
+    for count in (500, 2000):
+        yield compare(f"an epoch of the label fit, {count:,} labels", "ms per label",
+                      fit_seconds(count), few, size["runs"], ">= 0.9",
+                      "against 100 labels: a ratio of 1 grows just as fast as the labels")
+
+
+SECTIONS = {"machine": machine, "sac": sac_speed, "learning": learning, "fit": reward_fit,
+            "price": pricing, "pictures": drawing, "labels": labelling, "run": whole_run,
+            "memory": memory, "start": starting, "growth": growth}
+LONG = ("learning",)  # only when named
+FULL = dict(runs=7, sac_steps=500, learn_steps=0, pictures=600, pairs=96, accuracy_epochs=20,
+            priced=512, seconds=0.5, label_rounds=4, whole_runs=5, memory_steps=4000,
+            growth_steps=500, relabel_rows=(2_000, 20_000))
+QUICK = dict(runs=5, sac_steps=60, learn_steps=600, pictures=64, pairs=32, accuracy_epochs=0,
+             priced=64, seconds=0.2, label_rounds=1, whole_runs=1, memory_steps=800,
+             growth_steps=60, relabel_rows=(200, 1_000))
+
+
+# ---- the table ----
+def show(row):
+    ours, theirs, unit, *spread = row.cells()[1:8]
+    ratio = "{} ({} to {})".format(*spread[:3]) if row.theirs else ""
+    print(f"{row.question:48s}{ours:>9s} {theirs:>8s} {unit:12s}{ratio:26s}{row.target:8s}"
+          f"{row.verdict()}")
+    if row.note:
+        print(f"    {row.note}")
+    if row.verdict() == "missed" and row.why:
+        print("    missed; where the time goes:")
+        row.why()
+
+
+def write(path, rows):
+    """Rows measured now replace those of the same question; the others stay."""
+    kept, path = {}, Path(path)
+    if path.exists():
+        with open(path, newline="") as file:
+            kept = {line[0]: line for line in list(csv.reader(file))[1:]}
+    kept.update({row.question: row.cells() for row in rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *kept.values()])
+
+
+def main(arguments=None):
+    usual = [name for name in SECTIONS if name not in LONG]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="little of each; writes no CSV")
+    parser.add_argument("--only", default=",".join(usual), metavar="NAME,NAME",
+                        help=f"which of {', '.join(SECTIONS)} (default: all but learning)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--csv", help="where to (default: results/bench.csv; --quick: nowhere)")
+    args = parser.parse_args(arguments)
+    names = args.only.split(",")
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown:
+        parser.error(f"no section {unknown[0]}; there are {', '.join(SECTIONS)}")
+    print(f"{'question':48s}{'ours':>9s} {'theirs':>8s} {'unit':12s}{'times as good (min to max)':26s}"
+          "target  verdict")
+    rows, path = [], args.csv or (None if args.quick else HERE / "results" / "bench.csv")
+    for row in sections_rows(names, QUICK if args.quick else FULL, args.device):
+        show(row)
+        rows.append(row)
+        if path:  # at once: a killed run keeps what it has measured
+            write(path, rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Independent witnesses: do vlm_query.py and offline_vlm.py speak the wire formats as others understand them?
+
+Our client and our stand-in could share a misunderstanding. So the official SDKs of OpenAI, Anthropic and Google talk to
+the stand-in under strict validation, and must send the JSON that we send and read the text that we read; and a server
+we did not write, `transformers serve`, must see both pictures that our client sends, in order.
+
+    python -m venv witness && witness/bin/pip install -r requirements-witness.txt
+    witness/bin/python -m pytest test_witness.py
+"""
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+
+import vlm_query
+from offline_vlm import SIGHT, OfflineVLM
+from vlm_query import VLM
+
+CURE = "this witness is missing: pip install -r requirements-witness.txt, in an environment of its own"
+KEY = "a-key"
+DARK, LIGHT = np.full((32, 32, 3), 9, np.uint8), np.full((32, 32, 3), 200, np.uint8)
+QUESTION = ["Image 1:", DARK, "Image 2:", LIGHT, vlm_query.ONE_CALL.format(goal=SIGHT)]
+
+
+def png(image):
+    return base64.b64decode(vlm_query.png_base64(image))
+
+
+def data_url(image):
+    return "data:image/png;base64," + vlm_query.png_base64(image)
+
+
+def by_openai_chat(url):
+    openai = pytest.importorskip("openai", reason=CURE)
+    client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, _strict_response_validation=True)
+    content = [{"type": "text", "text": part} if isinstance(part, str) else
+               {"type": "image_url", "image_url": {"url": data_url(part)}} for part in QUESTION]
+    answer = client.chat.completions.create(model="m", messages=[{"role": "user", "content": content}])
+    message = answer.choices[0].message
+    return message.content or message.refusal, answer.usage.prompt_tokens, answer.usage.completion_tokens
+
+
+def by_openai_responses(url):
+    openai = pytest.importorskip("openai", reason=CURE)
+    client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, _strict_response_validation=True)
+    content = [{"type": "input_text", "text": part} if isinstance(part, str) else
+               {"type": "input_image", "image_url": data_url(part), "detail": "auto"} for part in QUESTION]
+    answer = client.responses.create(model="m", input=[{"role": "user", "content": content}])
+    part = answer.output[0].content[0]
+    return answer.output_text or part.refusal, answer.usage.input_tokens, answer.usage.output_tokens
+
+
+def by_anthropic(url):
+    anthropic = pytest.importorskip("anthropic", reason=CURE)
+    client = anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key=KEY, max_retries=0,
+                                 _strict_response_validation=True)
+    content = [{"type": "text", "text": part} if isinstance(part, str) else
+               {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                            "data": vlm_query.png_base64(part)}} for part in QUESTION]
+    answer = client.messages.create(model="m", max_tokens=8192, messages=[{"role": "user", "content": content}])
+    return answer.content[0].text, answer.usage.input_tokens, answer.usage.output_tokens
+
+
+def by_google(url):
+    genai = pytest.importorskip("google.genai", reason=CURE)
+    root = genai.types.HttpOptions(base_url=url.removesuffix("/v1"), api_version="v1")
+    client = genai.Client(api_key=KEY, http_options=root)
+    parts = [genai.types.Part.from_text(text=part) if isinstance(part, str) else
+             genai.types.Part.from_bytes(data=png(part), mime_type="image/png") for part in QUESTION]
+    answer = client.models.generate_content(model="m", contents=[genai.types.Content(role="user", parts=parts)])
+    return answer.text, answer.usage_metadata.prompt_token_count, answer.usage_metadata.candidates_token_count
+
+
+def plain(value):
+    """Google's SDK writes inlineData and URL-safe base64, both legal; we write what its curl examples write."""
+    if isinstance(value, dict):
+        names = {"inlineData": "inline_data", "mimeType": "mime_type"}
+        return {names.get(name, name): plain(v).replace("-", "+").replace("_", "/") if name == "data" else plain(v)
+                for name, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list) else value
+
+
+WITNESSES = {"openai/m": by_openai_chat, "anthropic/m": by_anthropic, "gemini/m": by_google}
+
+
+@pytest.mark.parametrize("provider", WITNESSES)
+def test_the_sdk_sends_the_json_that_we_send_and_reads_the_text_that_we_read(provider):
+    """Path, key and body must be equal, and so must text and token counts of the answer."""
+    server = OfflineVLM(key=KEY)
+    with server as url:
+        theirs = WITNESSES[provider](url)
+        path, headers, raw = server.last
+        ours = VLM(provider, url=url, key=KEY).ask(QUESTION)
+        assert server.last[0] == path and json.loads(server.last[2]) == plain(json.loads(raw))
+    assert theirs == (ours.text, ours.tokens_in, ours.tokens_out)
+    assert vlm_query.parse_label(theirs[0]) == 1 and ours.end == "complete"
+
+
+def test_the_responses_format_of_the_stand_in_satisfies_the_sdk():
+    """The fourth format, which our client does not send, must be read by the SDK all the same."""
+    with OfflineVLM(key=KEY) as url:
+        text, *tokens = by_openai_responses(url)
+    assert vlm_query.parse_label(text) == 1 and min(tokens) > 0
+
+
+@pytest.mark.parametrize("fault", ["refusal", "cut off"])
+@pytest.mark.parametrize("provider", ["openai/m", "anthropic/m"])
+def test_the_sdk_accepts_the_stand_ins_refusals_and_cut_off_answers(provider, fault):
+    """Under strict validation they must read the words that we read."""
+    with OfflineVLM(faults=fault) as url:
+        text = WITNESSES[provider](url)[0]
+    with OfflineVLM(faults=fault) as url:
+        reply = VLM(provider, url=url, key=KEY).ask(QUESTION)
+    assert reply.text == text and reply.end == {"refusal": "refused", "cut off": "cut off"}[fault]
+
+
+@pytest.mark.parametrize("fault, name", [("429", "RateLimitError"), ("wrong key", "AuthenticationError"),
+                                         ("unknown model", "NotFoundError"), ("500", "InternalServerError"),
+                                         ("invalid JSON", "Error"), ("drop before", "APIConnectionError")])
+@pytest.mark.parametrize("provider", ["openai/m", "anthropic/m"])
+def test_the_sdk_knows_the_stand_ins_faults_by_name(provider, fault, name):
+    """Each fault must be the exception that the SDK's users know it by."""
+    with OfflineVLM(faults=fault) as url, pytest.raises(Exception) as caught:
+        WITNESSES[provider](url)
+    assert type(caught.value).__name__.endswith(name)
+
+
+# ---- a server we did not write, with a tiny VLM of random weights ----
+
+def make_tiny_vlm(folder):
+    """LLaVA with one layer of each kind, random weights, an alphabet of bytes, 28 x 28 pixels. Nothing is downloaded."""
+    import tokenizers
+    import torch
+    import transformers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # needs no torchvision
+
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    letters = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[]))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=letters, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"})
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    template = ("{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
+                "{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}")
+    processor = transformers.LlavaProcessor(
+        image_processor=pictures, tokenizer=tokenizer, patch_size=14, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", image_token="<image>", chat_template=template)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=28, patch_size=14, projection_dim=16, **small),
+        text_config=transformers.LlamaConfig(vocab_size=len(words), bos_token_id=1, eos_token_id=2, pad_token_id=3,
+                                             num_key_value_heads=2, **small),
+        image_token_index=4, vision_feature_select_strategy="default", vision_feature_layer=-1)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            weight.data.normal_(0, 0.7)  # the usual small weights would write the same letter whatever they see
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def says_directly(model, processor, images, letters):
+    """What the model writes about the pictures without any server or client between."""
+    import torch
+
+    text = "Image 1:<image>Image 2:<image>Which one?"
+    inputs = processor(images=[image for image in images], text=text, return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=letters, do_sample=False)
+    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """-> (name for our client, url of `transformers serve`, model, processor)"""
+    pytest.importorskip("fastapi", reason=CURE)
+    pytest.importorskip("transformers", reason=CURE)
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    model, processor = make_tiny_vlm(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", folder, "--host", "127.0.0.1",
+               "--port", str(port), "--device", "cpu"]
+    with open(Path(folder) / "log.txt", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(240):
+            try:
+                if requests.get(f"http://127.0.0.1:{port}/health", timeout=1).ok:
+                    break
+            except requests.RequestException:
+                time.sleep(0.5)
+            assert process.poll() is None, (Path(folder) / "log.txt").read_text()[-2000:]
+        yield f"local/{folder}", f"http://127.0.0.1:{port}/v1", model, processor
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_a_real_server_sees_both_pictures_in_order_and_we_read_its_answer(tiny):
+    """Through our client the model must write what it writes directly, and something else for swapped pictures."""
+    name, url, model, processor = tiny
+    vlm = VLM(name, url=url, extra={"max_tokens": 24})
+    texts = {}
+    for case, images in {"in order": (DARK, LIGHT), "swapped": (LIGHT, DARK), "first twice": (DARK, DARK)}.items():
+        reply = vlm.ask(["Image 1:", images[0], "Image 2:", images[1], "Which one?"])
+        assert reply.text == says_directly(model, processor, images, 24) and reply.end == "cut off"
+        texts[case] = reply.text
+    assert len(set(texts.values())) == 3 and reply.tokens_out == 24
+
+
+def test_a_model_that_cannot_see_is_found_out_before_it_is_trusted(tiny):
+    """Random weights must not pass the sight check."""
+    with pytest.raises(vlm_query.VLMError, match="sight check: cut off"):
+        VLM(tiny[0], url=tiny[1], extra={"max_tokens": 24}).check_sight()
