@@ -223,7 +223,9 @@ class OurLoop:
 
         import sac
 
-        self.env = gymnasium.wrappers.RescaleAction(gymnasium.make(env_id), -1.0, 1.0)
+        env = gymnasium.make(env_id)
+        bounds = np.array([-1, 1], env.action_space.dtype)  # a Python float makes gymnasium warn
+        self.env = gymnasium.wrappers.RescaleAction(env, *bounds)
         shape, space = self.env.observation_space.shape, self.env.action_space
         space.seed(seed)
         self.agent = sac.SAC(shape[0], space, device=device, seed=seed)
@@ -427,8 +429,9 @@ def reward_fit(size, device):
             if side == small and size["accuracy_epochs"]:
                 row.note += "; " + equal_accuracy(pictures, progress, small, size, device)
             yield row
-    images, _ = task_pictures("CartPole", (64,), 32)
-    net, x = model.nets[0], reward_model.as_input(images[64], model.device)
+    model = reward_model.RewardModel((64, 64, 3), device=device)
+    net = model.nets[0]
+    x = reward_model.as_input(task_pictures("CartPole", (64,), 32)[0][64], model.device)
     yield against_the_machine(
         "reward network forward and back, against the machine",
         lambda: net(x).sum().backward(), size, device, len(x), "pictures")

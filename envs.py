@@ -361,8 +361,8 @@ TASKS = {
         make=CartPole,
         horizon=100, query_size=200, reward_size=64,
         train=dict(
-            total_steps=4_000, seed_steps=400, explore_steps=400, feedback_every=400,
-            pairs_per_session=12, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128,
+            total_steps=4_000, seed_steps=300, explore_steps=300, feedback_every=700,
+            pairs_per_session=20, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128,
             reward_epochs=30, eval_every=500,
         ),
         paper=dict(

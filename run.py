@@ -47,6 +47,7 @@ class Config:
     schedule: str = "ours"  # the task's schedule: ours, or paper
     # The VLM
     vlm: str = "offline"  # offline (a stand-in, not a VLM), openai/MODEL, gemini/MODEL, anthropic/MODEL or local/MODEL
+    labels_from: str | None = None  # a labels.jsonl, or a folder of the official label files: nobody is asked
     vlm_url: str | None = None  # where local/MODEL answers, such as http://localhost:11434/v1
     vlm_extra: str = "{}"  # JSON merged into every request, such as {"reasoning_effort": "low"}
     vlm_mistakes: float = 0.0  # share of wrong answers of the stand-in, or of the oracle
@@ -161,6 +162,8 @@ def who_labels(config):
         return f"nobody ({config.reward} reward)"
     if config.programs:
         return f"nobody (programs from {config.programs})"
+    if config.labels_from:
+        return f"answers read from {config.labels_from}"
     mistakes = f", wrong on purpose in {config.vlm_mistakes:.0%}" if config.vlm_mistakes else ""
     if config.labels == "oracle" and config.reward == "preference":
         return f"oracle (labels from true progress, not a VLM{mistakes})"

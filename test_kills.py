@@ -11,7 +11,7 @@ What must hold, for every kill:
   2. Answers that had been asked for and were not on disk: at most as many as there are workers. Only these repeat.
 And at the end:
   3. metrics.csv equals that of the undisturbed run, byte for byte; labels.jsonl holds the same labels.
-  4. The cache holds exactly what was asked, so that 1 and 2 compared the right things.
+  4. Both runs asked the same questions, and the cache holds exactly these: so 1 and 2 compared the right things.
 
 Moments are drawn uniformly from the first SPAN seconds after a process has said what it is going to do, and one time
 in ten from the first SPAN seconds of its start. A run that ends before all kills are spent is followed by another one,
@@ -138,15 +138,16 @@ def prove(folder, settings, kills, rng):
     started = time.time()
     with Witness() as server:
         go(server, folder / "whole", settings)
-        whole, requests = outcome(folder / "whole"), len(server.asked)
+        # trap: two pairs can have the same notes, and their second questions, asked at once, the same body
+        whole, requests = outcome(folder / "whole"), set(server.asked)
         server.asked.clear()
         killed, repeated = kill_and_resume(server, folder / "killed", settings, kills, rng)
-        assert set(server.asked) == on_disk(folder / "killed") and len(set(server.asked)) == requests
-        assert len(server.asked) == requests + repeated
+        assert set(server.asked) == on_disk(folder / "killed") == requests
         metrics, labels = outcome(folder / "killed")
     assert labels == whole[1] and metrics == whole[0], f"the killed run in {folder} ends differently"
-    return {"kills": killed, "steps": settings["total_steps"], "requests": requests, "repeated_in_flight": repeated,
-            "identical_metrics": metrics == whole[0], "seconds": round(time.time() - started)}
+    return {"kills": killed, "steps": settings["total_steps"], "requests": len(requests),
+            "repeated_in_flight": repeated, "identical_metrics": metrics == whole[0],
+            "seconds": round(time.time() - started)}
 
 
 @pytest.mark.parametrize("seed", [0])

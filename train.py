@@ -65,7 +65,7 @@ def train(config):
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed)
-    data = reward_model.PreferenceDataset(config.max_pairs, small)
+    data = reward_model.PreferenceDataset(max(config.max_pairs, len(labeler.kept[2])), small)
     parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler}
     candidate_share = max(0.1, config.candidates / config.total_steps)  # as many as there is room for, or one in ten
     learned = config.reward == "preference"  # otherwise an episode is priced as it ends, and nobody is asked
@@ -104,9 +104,8 @@ def train(config):
                                                   model if at["fitted"] else None)  # (M, 2)
 
                 # ---- STEP 3: ask the VLM which image is closer to the goal ----
-                labels = labeler(run, pool, pairs, step + 1, rng)  # (M,) 0, 1, -1 unsure, -2 no label
-                pairs, labels = pairs[labels >= 0], labels[labels >= 0]
-                data.add(pool.small[pairs[:, 0]], pool.small[pairs[:, 1]], labels)
+                first, second, labels = labeler(run, pool, pairs, step + 1, rng)  # (L, S, S, 3) twice, (L,) 0 or 1
+                data.add(first, second, labels)
                 at["sessions"] += 1
 
                 if len(labels):
@@ -210,8 +209,17 @@ class Labeler:
         self.counts = dict.fromkeys(self.COUNTS, 0)
         self.exhausted = False  # a limit on calls or money was reached: go on with the reward there is
         self.subtasks = []  # VLM-CaR's, once there are programs for them
+        self.kept = [], [], []  # first, second, label of --labels-from
+        if config.labels_from:
+            import cached_labels
+
+            try:
+                *self.kept, _ = cached_labels.read_labels(config.labels_from, config.reward_size)
+            except cached_labels.CachedLabelsError as error:
+                raise UserError(f"--labels-from {error}") from None
         self.compares = config.reward == "preference"
-        if not (self.compares and config.labels == "vlm") and not (config.reward == "code" and not config.programs):
+        compares_by_vlm = self.compares and config.labels == "vlm" and not config.labels_from
+        if not compares_by_vlm and not (config.reward == "code" and not config.programs):
             return
         name, url = config.vlm, config.vlm_url
         if name == "offline":
@@ -231,10 +239,17 @@ class Labeler:
         self.vlm.check_sight()
 
     def __call__(self, run, pool, pairs, step, rng):
-        """STEP 3 for the chosen pairs (M, 2) of candidates -> labels (M,) in {0, 1, -1, -2}; all of it in the log."""
+        """STEP 3 for M pairs (M, 2) of candidates -> first, second (L, S, S, 3), label (L,): those that got a label.
+
+        Every pair, labelled or not, is in the run's log. With --labels-from, the kept answers all come at once.
+        """
         import imageio
         import vlm_query
 
+        if self.config.labels_from:
+            self.exhausted = True
+            self.counts.update(asked=len(self.kept[2]), labels=len(self.kept[2]))
+            return self.kept
         before, after = pool.progress[pairs[:, 0]], pool.progress[pairs[:, 1]]  # (M,) true progress, only to be judged by
         true_labels = vlm_query.oracle_labels(before, after, rng)
         first, second = pool.large[pairs[:, 0]], pool.large[pairs[:, 1]]  # (M, P, P, 3)
@@ -263,7 +278,8 @@ class Labeler:
         self.counts["labels"] += int((labels >= 0).sum())
         self.counts["judged"] += int(judged.sum())
         self.counts["right"] += int((labels == true_labels)[judged].sum())
-        return labels
+        usable = labels >= 0
+        return pool.small[pairs[usable, 0]], pool.small[pairs[usable, 1]], labels[usable]
 
     def accuracy(self):
         return self.counts["right"] / self.counts["judged"] if self.counts["judged"] else float("nan")

@@ -1,0 +1,243 @@
+"""Pictures of a sweep: results/NAME.csv -> results/NAME.png, and the learning curves beside it.
+
+What this is: how the plots of the README were made. Which STEPs: none. The number that stands for a few seeds is the
+interquartile mean with a 95 % bootstrap interval (Agarwal et al., NeurIPS 2021, arXiv 2108.13264):
+    IQM(x_1 .. x_n) = mean of the x that are left without the n // 4 smallest and the n // 4 largest
+    interval        = 2.5 % and 97.5 % quantile of the IQM of n seeds drawn from the n with replacement, 2000 times
+Three seeds leave nothing out: their IQM is the mean. One seed has no interval, and none is drawn.
+
+Which picture: a column that varies by number (max_pairs, vlm_mistakes, vlm_unsure, ...; three values or more) becomes the
+horizontal axis, what else varies becomes the lines; else (also where more than three columns vary) a setting is a dot. Learning curves are drawn
+for at most eight settings. Every title names the labeler, so that no stand-in and no oracle passes for a VLM.
+
+Shapes: values (n,) of n seeds, or (n, T) of n seeds at T steps.  Names: iqm, interval, plot.
+Needs numpy, scipy and matplotlib. Imports nothing from this repository.
+
+To use it elsewhere:
+    import numpy as np, plots
+    values = np.array([0.9, 1.0, 0.8, 0.95, 0.1])  # (n,) one number a seed
+    low, high = plots.interval(values)
+    print(f"{plots.iqm(values):.2f} [{low:.2f}, {high:.2f}]")
+    # plots.plot("results/few_questions.csv") -> the paths of the pictures it drew
+"""
+import csv
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+# Mid-tones that read on white and on black paper alike, in an order in which neighbours differ without colour vision.
+COLOURS = ("#3b8ad0", "#dd7a2b", "#2f9e77", "#b06fc4", "#c9535b", "#a58a2a", "#4aa3ad", "#8a7f78")
+MARKS, INK = "osD^vPX*", "#868b93"
+NOT_SETTINGS = ("task", "method", "setting", "seed", "steps", "pairs_asked", "labels", "label_accuracy",
+                "reward_accuracy", "spearman", "eval_return", "eval_success", "eval_success_any",
+                "success_last_third", "seconds", "labeler", "command", "error")
+MOST_LINES = 8
+
+
+# ---- the numbers ----
+def iqm(values, axis=0):
+    """Interquartile mean over the seeds: the mean without a quarter of them at each end.  (n, ...) -> (...)"""
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def interval(values, draws=2000, seed=0):
+    """95 % bootstrap interval of the IQM over the seeds.  (n, ...) -> low (...), high (...)"""
+    rows = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    return np.quantile(iqm(np.asarray(values)[rows], axis=1), (0.025, 0.975), axis=0)  # [rows]: (draws, n, ...)
+
+
+def number(text):
+    """A cell -> float, NaN where it is none."""
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def read(path):
+    """The rows of a CSV file; ValueError where there is none."""
+    try:
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise ValueError(f"no results: {error}") from None
+
+
+def groups(rows, *names):
+    """{values of the names: rows}, in the order of first appearance."""
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
+def axes_of(rows):
+    """Which columns vary -> (those that vary by number and can be an x axis, all that vary)."""
+    varied = [name for name in rows[0] if name not in NOT_SETTINGS and len({row[name] for row in rows}) > 1]
+    numeric = [name for name in varied if all(np.isfinite(number(row[name])) for row in rows)
+               and len({row[name] for row in rows}) > 2]
+    # a column that follows another (questions a session, from questions in all) is no axis of its own
+    follows = [b for i, b in enumerate(numeric) for a in numeric[:i] if follow(rows, a, b)]
+    return [name for name in numeric if name not in follows], [name for name in varied if name not in follows]
+
+
+def follow(rows, a, b):
+    """Whether the value of a settles that of b."""
+    return len({(row[a], row[b]) for row in rows}) == len({row[a] for row in rows})
+
+
+def others_at_rest(rows, x, axes):
+    """The rows in which every other axis has its smallest value: one change at a time."""
+    for other in (name for name in axes if name != x):
+        least = min(number(row[other]) for row in rows)
+        if not any(number(row[other]) > least and number(row[x]) > min(number(r[x]) for r in rows) for row in rows):
+            rows = [row for row in rows if number(row[other]) == least]
+    return rows
+
+
+def labelers(rows):
+    """Who compared the pictures, on one line: the share of wrong labels is on an axis or in a name already."""
+    names = dict.fromkeys(
+        (row["method"], re.sub(r", wrong on purpose in \S+?%", "", row["labeler"])) for row in rows)
+    names = [pair for pair in names if pair[1] and not pair[1].startswith("nobody")]
+    return "; ".join(f"{name} ({method})" if len(names) > 1 else name for method, name in names) or "nobody"
+
+
+# ---- the pictures ----
+def canvas(columns, rows, title, labeler):
+    """A transparent figure with columns x rows panels -> (figure, axes (rows, columns))."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(3.4 * columns, 5.5), 2.7 * rows + 0.9), layout="constrained", facecolor="none")
+    figure.suptitle(f"{title}\nlabeler: {labeler}", color=INK, fontsize=10)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_facecolor("none")
+        ax.tick_params(colors=INK, labelsize=8)
+        ax.grid(color=INK, alpha=0.25, linewidth=0.6)
+        for side, spine in ax.spines.items():
+            spine.set_color(INK)
+            spine.set_visible(side in ("left", "bottom"))
+    return figure, axes
+
+
+def finish(figure, axes, path):
+    """One legend below all panels, and the file -> its path."""
+    named = {}
+    for ax in axes.flat:
+        handles, names = ax.get_legend_handles_labels()
+        named.update(zip(names, handles))
+    if len(named) > 1:
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(4, len(named)),
+                      frameon=False, labelcolor=INK, fontsize=9)
+    figure.savefig(path, dpi=160, transparent=True)
+    return str(path)
+
+
+def line(ax, x, values, name, order):
+    """One line with its interval.  x (T,); values: list of T arrays of seeds."""
+    colour = COLOURS[order % len(COLOURS)]
+    ax.plot(x, [iqm(each) for each in values], color=colour, label=name, linewidth=1.8,
+            marker=MARKS[order % len(MARKS)], markersize=4 if len(x) < 15 else 0)
+    low, high = np.transpose([interval(each) for each in values])
+    ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def draw_axis(path, rows, x, axes, varied, measure):
+    """The measure against the values of x: a panel a task, a line for every combination of what else varies."""
+    rows = others_at_rest(rows, x, axes)
+    tasks = groups(rows, "task")
+    others = ["method"] + [name for name in varied if name != x and name not in ("reward", "labels")]
+    others = [name for name in others if len({row[name] for row in rows}) > 1]
+    figure, panels = canvas(len(tasks), 1, f"{words(measure)} by {words(x)} (IQM, 95 % interval)", labelers(rows))
+    for ax, ((task,), its) in zip(panels[0], tasks.items()):
+        for order, (key, cells) in enumerate(groups(its, *others).items()):
+            at = {number(value): [number(row[measure]) for row in seeds] for (value,), seeds in groups(cells, x).items()}
+            points = sorted(at)
+            line(ax, points, [np.array(at[point]) for point in points], " ".join(map(words, key)) or measure, order)
+        if min(points) > 0 and max(points) / min(points) >= 20:
+            ax.set_xscale("log")
+        ax.set_xticks(points, [f"{point:g}" for point in points])
+        ax.minorticks_off()
+        dress(ax, task, x, measure)
+    return finish(figure, panels, path)
+
+
+def draw_dots(path, rows, measure):
+    """The measure of each setting as a dot with its interval: a panel a task."""
+    tasks, settings = groups(rows, "task"), [key[0] for key in groups(rows, "setting")]
+    columns = min(4, len(tasks))
+    figure, panels = canvas(columns, -(-len(tasks) // columns), f"{words(measure)} (IQM, 95 % interval)", labelers(rows))
+    for ax in panels.flat[len(tasks):]:
+        ax.set_visible(False)
+    for ax, ((task,), its) in zip(panels.flat, tasks.items()):
+        for (setting,), seeds in groups(its, "setting").items():
+            values, y = np.array([number(row[measure]) for row in seeds]), -settings.index(setting)
+            ax.plot(*np.array([interval(values), [y, y]]), color=COLOURS[0], linewidth=5, alpha=0.35,
+                    solid_capstyle="butt")
+            ax.plot(iqm(values), y, "o", color=COLOURS[0], markersize=6)
+            ax.plot(values, [y] * len(values), "|", color=INK, markersize=7)  # each seed
+        ax.set_yticks([-i for i in range(len(settings))], settings)
+        ax.set_ylim(0.6 - len(settings), 0.4)
+        dress(ax, task, measure, None)
+    return finish(figure, panels, path)
+
+
+def draw_curves(path, rows, labeler, measure):
+    """Learning curves: the measure against environment steps, a panel a task, a line a setting."""
+    tasks, settings = groups(rows, "task"), [key[0] for key in groups(rows, "setting")]
+    columns = min(4, len(tasks))
+    figure, panels = canvas(columns, -(-len(tasks) // columns), f"{words(measure)} while learning (IQM, 95 % interval)",
+                            labeler)
+    for ax in panels.flat[len(tasks):]:
+        ax.set_visible(False)
+    for ax, ((task,), its) in zip(panels.flat, tasks.items()):
+        for (setting,), cells in groups(its, "setting").items():
+            at = {number(step): np.array([number(row[measure]) for row in seeds])
+                  for (step,), seeds in groups(cells, "step").items()}
+            points = sorted(at)
+            line(ax, points, [at[point] for point in points], setting, settings.index(setting))
+        dress(ax, task, "environment steps", measure)
+    return finish(figure, panels, path)
+
+
+def dress(ax, title, x_name, y_name):
+    """Title, axis names, and percent for what is a share."""
+    ax.set_title(title, color=INK, fontsize=10, weight="bold", loc="left")
+    for name, axis, limits in ((x_name, ax.xaxis, ax.set_xlim), (y_name, ax.yaxis, ax.set_ylim)):
+        axis.set_label_text(words(name or ""), color=INK, fontsize=9)
+        if name and ("success" in name or "accuracy" in name):
+            limits(-0.04, 1.04)
+        if name and any(part in name for part in ("success", "accuracy", "mistakes", "unsure")):
+            axis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+
+
+def words(name):
+    """A column's name for people."""
+    return {"eval_success": "success at the end", "eval_success_any": "success at any time", "eval_return": "return",
+            "success_last_third": "success in the last third of the run", "max_pairs": "pairs that may be asked",
+            "vlm_mistakes": "wrong labels", "vlm_unsure": "unsure answers"}.get(name, name.replace("_", " "))
+
+
+def plot(path, measure="eval_success"):
+    """Draw a results file -> the paths of the pictures. Rows with an error are left out."""
+    path = Path(path)
+    rows = [row for row in read(path) if not row["error"] and np.isfinite(number(row[measure]))]
+    if not rows:
+        raise ValueError(f"{path} has no finished run")
+    axes, varied = axes_of(rows)
+    axes = axes if len(varied) <= 3 else []  # many things, each changed once: settings beside each other
+    names = {x: path.with_name(f"{path.stem}_{x}.png" if len(axes) > 1 else f"{path.stem}.png") for x in axes}
+    drawn = [draw_axis(names[x], rows, x, axes, varied, measure) for x in axes]
+    drawn = drawn or [draw_dots(path.with_suffix(".png"), rows, measure)]
+    curves = path.with_name(f"{path.stem}_curves.csv")
+    if curves.exists() and len({row["setting"] for row in rows}) <= MOST_LINES:
+        drawn.append(draw_curves(curves.with_suffix(".png"), read(curves), labelers(rows), measure))
+    return drawn
+
+
+if __name__ == "__main__":
+    print("\n".join(plot(*sys.argv[1:3])))
