@@ -336,8 +336,9 @@ def audit(config, pairs=100, policy=None):
     """Draw, ask, sum up, write the folder -> {"verdict": one line, "rows": those of audit.csv, "text", "folder"}."""
     if pairs < 1:
         raise run.UserError(f"--pairs {pairs}: at least one pair")
-    if config.resume or config.labels != "vlm" or config.reward != "preference":
-        raise run.UserError("an audit asks a VLM to compare pictures: leave out --resume, --labels and --reward")
+    if config.resume or config.labels_from or config.labels != "vlm" or config.reward != "preference":
+        raise run.UserError("an audit asks a VLM to compare pictures: leave out --resume, --labels, --labels-from and "
+                            "--reward")
     if config.out is None:
         name = f"audit-{config.env}-{config.vlm}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = dataclasses.replace(config, out=os.path.join("runs", name.replace("/", "_").replace(":", "_")))

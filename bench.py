@@ -6,16 +6,16 @@
     PYTHONPATH=peers python bench.py  after pip install --target peers --no-deps \
                                       -r requirements-bench.txt: with Stable-Baselines3
 
-What this is: one section per question, a printed table, results/bench.csv. Machines differ, and one
-machine from minute to minute; so every figure is a ratio of two neighbours in time: ours, theirs,
-theirs, ours, ..., and the table has the median, the smallest and the largest of these ratios.
+What this is: one section per question, a printed table, results/bench.csv. Machines differ, and
+one machine from minute to minute; so every figure is a ratio of two neighbours in time: ours,
+theirs, theirs, ours, ..., and the table has the median, smallest and largest of these ratios.
 Which STEPs: 1, 4, 5 and 6 are measured, and the whole:
     ratio = ours / theirs as rates (per second), theirs / ours as times: above 1, ours is faster.
-"The textbook way" of the reward model: channels-first float32, member by member, an optimiser each,
-two forward passes for a pair, at 200 px; the same networks, batch size and number of threads.
+"The textbook way" of the reward model: channels-first float32, member by member, an optimiser
+each, two forward passes for a pair, at 200 px; the same networks and batch size.
 
 Differs from the paper: it reports no speeds.
-Shapes: pictures (N, size, size, 3) uint8.  Names: compare, Row, SECTIONS, Textbook.
+Shapes: pictures (N, size, size, 3) uint8.  Names: compare, Row, SECTIONS, Textbook, write.
 
 To use it elsewhere:
     import bench
@@ -117,7 +117,7 @@ def compare(question, unit, ours, theirs, runs, target="", note="", why=None):
 
 
 def best_threads(rate):
-    """rate() -> figure per second. The same, run with the number of threads at which it is best."""
+    """rate() -> figure per second. The same, with as many threads as are best for it."""
     import torch
 
     def run_with(threads):
@@ -160,7 +160,7 @@ def gigaflops(device, dtype=None, size=1024):
 
 
 def operations(do):
-    """Floating-point operations of the matrix products and convolutions in do(), forward and back."""
+    """Floating-point operations of the matrix products and convolutions in do()."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -208,15 +208,15 @@ def machine(size, device):
                   lambda: gigaflops(device, torch.bfloat16, 512),
                   lambda: gigaflops(device, torch.float32, 512), size["runs"])
     hardware = "is" if row.ratio() > 1.2 else "is not"
-    row.note = (f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, torch "
-                f"{torch.__version__}, Python {platform.python_version()}; one thread; bfloat16 "
-                f"{hardware} worth while here")
+    row.note = (f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, "
+                f"torch {torch.__version__}, Python {platform.python_version()}; one thread; "
+                f"bfloat16 {hardware} worth while here")
     yield row
 
 
 # ---- sac: training steps per second (STEPs 1 and 6) ----
 class OurLoop:
-    """act, step, store, sample, update: the plain loop around sac.py. learn(steps) goes on with it."""
+    """act, step, store, sample, update: the plain loop around sac.py."""
 
     def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000):
         import gymnasium
@@ -248,7 +248,7 @@ class OurLoop:
 
 
 class TheirLoop:
-    """The same with Stable-Baselines3, settings alike; learning rate, tau, discount are its own."""
+    """The same with Stable-Baselines3, settings alike; the rest of them its own."""
 
     def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000):
         try:
@@ -268,21 +268,23 @@ class TheirLoop:
 
 
 def sac_speed(size, device):
-    steps = size["sac_steps"]
+    steps, loop = size["sac_steps"], OurLoop("HalfCheetah-v5", device, first_random=BATCH)
+    loop.learn(BATCH)
+    agent, batch = loop.agent, loop.buffer.sample(BATCH)
+    yield against_the_machine("SAC update, against the machine", lambda: float(
+        agent.update(batch)["q_mean"]), size, device, 1, "updates")
     for env_id in ("Pendulum-v1", "HalfCheetah-v5"):
         rates, threads = [], []
         loops = [kind(env_id, device, first_random=300) for kind in (OurLoop, TheirLoop)]
         for loop in loops:
             loop.learn(310)
-            rate, best = best_threads(lambda loop=loop: per_second(lambda: loop.learn(steps), steps))
+            rate, best = best_threads(
+                lambda loop=loop: per_second(lambda: loop.learn(steps), steps))
             rates.append(rate)
             threads.append(best)
         yield compare(f"SAC training steps, {env_id}", "steps/s", *rates, size["runs"], ">= 1.5",
                       f"against Stable-Baselines3; threads {threads[0]} and {threads[1]}",
                       lambda loop=loops[0]: hot_spots(lambda: loop.learn(1), 50))
-    agent, batch = loops[0].agent, loops[0].buffer.sample(BATCH)
-    yield against_the_machine("SAC update, against the machine", lambda: float(
-        agent.update(batch)["q_mean"]), size, device, 1, "updates")
 
 
 # ---- learning: is it the same SAC? ----
@@ -321,7 +323,7 @@ def mean_return(loop, episodes=10):
 
 # ---- fit and price: the reward model (STEPs 4 and 5) ----
 class Textbook:
-    """The reward model as one writes it first. Pictures (N, 3, size, size) uint8, channels first."""
+    """The reward model as one writes it first. Pictures (N, 3, size, size) uint8."""
 
     def __init__(self, size, device, members=3, seed=0):
         import torch
@@ -365,7 +367,7 @@ class Textbook:
 
 
 def task_pictures(name, sizes, count, seed=0):
-    """{size: (count, size, size, 3) uint8} and progress (count,): from clumsy to expert episodes."""
+    """{size: (count, size, size, 3) uint8} and progress (count,), clumsy to expert."""
     import envs
 
     env, rng = envs.make(name, seed), np.random.default_rng(seed)
@@ -420,8 +422,10 @@ def reward_fit(size, device):
                 continue  # the pixels do not matter to the time
             data = preference_data(pictures[side], pairs, label)
             model = reward_model.RewardModel((side, side, 3), device=device)
-            once = lambda: model.fit(data, 1, stop_accuracy=2.0)  # noqa: E731
-            ours, threads = best_threads(lambda: per_second(once, len(data.rows())))
+            epochs = size["fit_epochs"]  # after the last of them, fit() measures itself once
+            once = lambda: model.fit(data, epochs, stop_accuracy=2.0)  # noqa: E731
+            ours, threads = best_threads(
+                lambda: per_second(once, epochs * len(data.rows())))
             row = compare(f"reward fit, ours at {side} px ({name})", "pairs/s", ours, theirs,
                           size["runs"], target, why=lambda once=once: hot_spots(once, 2),
                           note=f"against the textbook way at 200 px; threads {threads} and "
@@ -469,7 +473,8 @@ def pricing(size, device):
         ours, threads = best_threads(lambda: per_second(once, len(images), 0.3))
         yield compare(f"pricing and relabelling, ours at {side} px", "pictures/s", ours, theirs,
                       size["runs"], target, "against the textbook way, 32 at a time, at 200 px; "
-                      f"threads {threads} and {their_threads}", lambda once=once: hot_spots(once, 2))
+                      f"threads {threads} and {their_threads}",
+                      lambda once=once: hot_spots(once, 2))
 
 
 # ---- pictures: Meta-World, drawn our way and as shipped ----
@@ -560,34 +565,54 @@ def memory(size, device):
         words = [w for name, v in flags.items() for w in ("--" + name.replace("_", "-"), str(v))]
         run = subprocess.Popen([sys.executable, str(HERE / "train.py"), *words], cwd=HERE,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        most, stored = {"RssAnon": 0, "RssFile": 0}, {}
+        own, most, stored = 0, {}, {}
         while run.poll() is None:
-            most = {key: max(value, resident(run.pid, key)) for key, value in most.items()}
+            own = max(own, own_memory(run.pid))
+            for name, nbytes in mapped_memory(run.pid, "/buffer/").items():
+                most[name] = max(most.get(name, 0), nbytes)
             for path in out.glob("buffer/*.npy"):
                 try:
-                    stored[path.stem] = path.stat().st_size
+                    stored[path.name] = path.stat().st_size
                 except FileNotFoundError:  # the run has ended, and tidied up
                     pass
             time.sleep(0.2)
         if run.returncode:
             raise LeftOut("train.py --env DrawerOpen failed here: is there OpenGL?")
-    fixed = sum(nbytes for name, nbytes in stored.items() if name.startswith("query"))
-    rows = (sum(stored.values()) - fixed) / steps * long
-    whole = most["RssAnon"] + fixed + rows
+    rows = [name for name in stored if not name.startswith("query")]  # the others do not grow
+    row_bytes = sum(stored[name] for name in rows) / steps
+    share = sum(most.get(name, 0) for name in rows) / (row_bytes * steps)
+    fixed = sum(most.get(name, 0) for name in stored if name not in rows)
+    whole = own + fixed + share * row_bytes * long
     yield Row("memory of DrawerOpen, 100,000 steps", "GB", [whole / 1e9], target="<= 2", note=(
-        f"measured after {steps:,} steps: own {most['RssAnon'] / 1e9:.2f}, mapped files "
-        f"{most['RssFile'] / 1e9:.2f}. For 100,000 own stays; files {rows / 1e9:.2f} (rows x "
-        f"{rows / long:,.0f} bytes) + {fixed / 1e9:.2f} (candidates), which the system keeps in "
-        "memory only while there is room. Official code: about 70 GB"))
+        f"measured after {steps:,} steps: {own / 1e9:.2f} its own, {fixed / 1e9:.2f} candidates, "
+        f"{share:.0%} of the stored rows' files. 100,000 rows x {row_bytes:,.0f} bytes = "
+        f"{row_bytes * long / 1e9:.2f} GB of files, which leave memory when others need it. "
+        "Official code: about 70 GB"))
 
 
-def resident(pid, key):
-    """Bytes: RssAnon is the process's own, RssFile the pages of mapped files."""
+def own_memory(pid):
+    """Bytes that are in no file."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
+    except OSError:  # the process has just ended
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def mapped_memory(pid, folder):
+    """{file name: bytes of it in the process's memory} of the mapped files in such a folder."""
+    found, name = {}, None
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        first = line.split(maxsplit=1)[0]
+        if not first.endswith(":"):  # the head of a mapping, with its path
+            name = os.path.basename(line) if folder in line else None
+        elif name and first == "Rss:":
+            found[name] = found.get(name, 0) + int(line.split()[1]) * 1024
+    return found
 
 
 # ---- start: how long until something happens? ----
@@ -667,7 +692,7 @@ def label_growth(size, device):
 
     few = fit_seconds(100)
     few()
-    for count in (500, 2000):
+    for count in size["label_counts"]:
         yield compare(f"an epoch of the label fit, {count:,} labels", "ms per label",
                       fit_seconds(count), few, size["runs"], ">= 0.9",
                       "against 100 labels: a ratio of 1 grows just as fast as the labels")
@@ -677,12 +702,12 @@ SECTIONS = {"machine": machine, "sac": sac_speed, "learning": learning, "fit": r
             "price": pricing, "pictures": drawing, "labels": labelling, "run": whole_run,
             "memory": memory, "start": starting, "growth": growth}
 LONG = ("learning",)  # only when named
-FULL = dict(runs=7, sac_steps=500, learn_steps=0, pictures=600, pairs=96, accuracy_epochs=20,
-            priced=512, seconds=0.5, label_rounds=4, whole_runs=5, memory_steps=4000,
-            growth_steps=500, relabel_rows=(2_000, 20_000))
-QUICK = dict(runs=5, sac_steps=60, learn_steps=600, pictures=64, pairs=32, accuracy_epochs=0,
-             priced=64, seconds=0.2, label_rounds=1, whole_runs=1, memory_steps=800,
-             growth_steps=60, relabel_rows=(200, 1_000))
+FULL = dict(runs=7, sac_steps=500, learn_steps=0, pictures=600, pairs=96, fit_epochs=10,
+            accuracy_epochs=20, priced=512, seconds=0.5, label_rounds=4, whole_runs=5, memory_steps=4000,
+            growth_steps=500, relabel_rows=(2_000, 20_000), label_counts=(500, 2000))
+QUICK = dict(runs=5, sac_steps=40, learn_steps=600, pictures=64, pairs=32, fit_epochs=5,
+             accuracy_epochs=0, priced=64, seconds=0.2, label_rounds=1, whole_runs=1, memory_steps=500,
+             growth_steps=40, relabel_rows=(200, 1_000), label_counts=(500,))
 
 
 # ---- the table ----
@@ -723,7 +748,7 @@ def main(arguments=None):
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         parser.error(f"no section {unknown[0]}; there are {', '.join(SECTIONS)}")
-    print(f"{'question':48s}{'ours':>9s} {'theirs':>8s} {'unit':12s}{'times as good (min to max)':26s}"
+    print(f"{'question':48s}{'ours':>9s} {'theirs':>8s} {'unit':12s}{'ratio (min to max)':26s}"
           "target  verdict")
     rows, path = [], args.csv or (None if args.quick else HERE / "results" / "bench.csv")
     for row in sections_rows(names, QUICK if args.quick else FULL, args.device):

@@ -1,8 +1,8 @@
 """Rewards from CLIP: how well a picture fits a sentence, without asking anybody and without training anything.
 
-What this is: the baseline that RL-VLM-F is measured against (CLIP score), and VLM-RM's goal-baseline regularisation of it
-(Rocamonde et al., arXiv 2310.12921). In place of STEPs 2 to 5: a frozen CLIP prices every picture. With x, g and b the
-embeddings, of unit length, of the picture, of the goal ("the drawer is open") and of a baseline ("a drawer"):
+What this is: the baseline that RL-VLM-F is measured against (CLIP score), and VLM-RM's goal-baseline regularisation of
+it (Rocamonde et al., arXiv 2310.12921). In place of STEPs 2 to 5: a frozen CLIP prices every picture. With x, g and b
+the embeddings, of unit length, of the picture, of the goal ("the drawer is open") and of a baseline ("a drawer"):
     CLIP score:  r = <x, g>                      VLM-RM:  r = 1 - |P(x - g)|^2 / 2
     P = alpha L + (1 - alpha) I,   where L projects onto the line through b and g;   alpha = 0: exactly the CLIP score,
     alpha = 1: only what moves the picture from baseline to goal counts, and what is beside the matter does not.
@@ -13,8 +13,8 @@ Differs from the paper:
   2. The default is a small CLIP that two CPU cores can run; VLM-RM found that larger ones judge much better.
 
 Shapes: pictures (N, H, W, 3) uint8; embeddings (N, D) float32 of unit length; rewards (N,) float32, in (-1, 1] for
-alpha = 0. Names: cosine_reward, goal_baseline_reward, preprocess, ClipReward.  Needs numpy and torch; and, for ClipReward
-alone, transformers (pip install transformers) with a model that is fetched once or stands in a folder.
+alpha = 0. Names: cosine_reward, goal_baseline_reward, preprocess, ClipReward.  Needs numpy and torch; ClipReward also
+transformers (pip install transformers), with a model that is fetched once or stands in a folder.
 
 To use it elsewhere:
     import torch, clip_reward
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MODEL = "openai/clip-vit-base-patch32"  # 150 million parameters, 0.6 GB; a picture takes about 50 ms on one core
+MODEL = "openai/clip-vit-base-patch32"  # 150 million parameters, 0.6 GB; about 0.1 s of one core for a picture
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pictures
 
 
@@ -64,7 +64,7 @@ def goal_baseline_reward(x, goal, baseline, alpha):
 
 
 def preprocess(images, size):
-    """(N, H, W, 3) uint8 -> (N, 3, size, size) float as CLIP knows pictures: short side to `size`, centre, normalised."""
+    """(N, H, W, 3) uint8 -> (N, 3, size, size) float as CLIP knows it: short side to `size`, centre, normalised."""
     assert images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8, (images.shape, images.dtype)
     x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # (N, 3, H, W) uint8
     shape = [size * side // min(x.shape[2:]) for side in x.shape[2:]]
@@ -87,7 +87,7 @@ class ClipReward:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha is a share, 0 to 1, not {alpha}")
         if alpha > 0 and not baseline_text:
-            raise ValueError("alpha > 0 draws a line from a baseline to the goal: give a baseline_text, such as 'a drawer'")
+            raise ValueError("alpha > 0 needs a line from a baseline to the goal: give a baseline_text, as 'a drawer'")
         self.alpha, self.device = alpha, torch.device(device)
         self.clip, self.tokenizer = load(model)
         self.clip.to(self.device).eval().requires_grad_(False)

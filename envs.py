@@ -361,8 +361,8 @@ TASKS = {
         make=CartPole,
         horizon=100, query_size=200, reward_size=64,
         train=dict(
-            total_steps=4_000, seed_steps=300, explore_steps=300, feedback_every=700,
-            pairs_per_session=20, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128,
+            total_steps=3_000, seed_steps=300, explore_steps=300, feedback_every=500,
+            pairs_per_session=20, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
             reward_epochs=30, eval_every=500,
         ),
         paper=dict(
@@ -437,7 +437,7 @@ TASKS = {
         horizon=40, query_size=300, reward_size=100,
         train=dict(
             total_steps=20_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
-            pairs_per_session=40, max_pairs=600, sac_lr=1e-3, batch_size=128, hidden=128,
+            pairs_per_session=40, max_pairs=500, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
             reward_epochs=20, eval_every=2_000, eval_episodes=10,
         ),
         paper=dict(PAPER_ROPE_WATER, reward_size=240),
@@ -449,7 +449,7 @@ TASKS = {
         horizon=75, query_size=300, reward_size=100,
         train=dict(
             total_steps=20_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
-            pairs_per_session=40, max_pairs=600, sac_lr=1e-3, batch_size=128, hidden=128,
+            pairs_per_session=40, max_pairs=500, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
             reward_epochs=20, eval_every=2_000, eval_episodes=10,
         ),
         paper=dict(PAPER_ROPE_WATER, reward_size=360),

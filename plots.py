@@ -6,9 +6,10 @@ interquartile mean with a 95 % bootstrap interval (Agarwal et al., NeurIPS 2021,
     interval        = 2.5 % and 97.5 % quantile of the IQM of n seeds drawn from the n with replacement, 2000 times
 Three seeds leave nothing out: their IQM is the mean. One seed has no interval, and none is drawn.
 
-Which picture: a column that varies by number (max_pairs, vlm_mistakes, vlm_unsure, ...; three values or more) becomes the
-horizontal axis, what else varies becomes the lines; else (also where more than three columns vary) a setting is a dot. Learning curves are drawn
-for at most eight settings. Every title names the labeler, so that no stand-in and no oracle passes for a VLM.
+Which picture: a column that varies by number (max_pairs, vlm_mistakes, ...; three values or more) becomes the
+horizontal axis, what else varies becomes the lines; else (also where more than three columns vary) a setting is a dot.
+Learning curves are drawn for at most eight settings. Every title names the labeler, so that no stand-in and no oracle
+passes for a VLM.
 
 Shapes: values (n,) of n seeds, or (n, T) of n seeds at T steps.  Names: iqm, interval, plot.
 Needs numpy, scipy and matplotlib. Imports nothing from this repository.
@@ -155,9 +156,10 @@ def draw_axis(path, rows, x, axes, varied, measure):
     figure, panels = canvas(len(tasks), 1, f"{words(measure)} by {words(x)} (IQM, 95 % interval)", labelers(rows))
     for ax, ((task,), its) in zip(panels[0], tasks.items()):
         for order, (key, cells) in enumerate(groups(its, *others).items()):
-            at = {number(value): [number(row[measure]) for row in seeds] for (value,), seeds in groups(cells, x).items()}
+            at = {number(value): np.array([number(row[measure]) for row in seeds])
+                  for (value,), seeds in groups(cells, x).items()}
             points = sorted(at)
-            line(ax, points, [np.array(at[point]) for point in points], " ".join(map(words, key)) or measure, order)
+            line(ax, points, [at[point] for point in points], " ".join(map(words, key)) or measure, order)
         if min(points) > 0 and max(points) / min(points) >= 20:
             ax.set_xscale("log")
         ax.set_xticks(points, [f"{point:g}" for point in points])
@@ -170,7 +172,8 @@ def draw_dots(path, rows, measure):
     """The measure of each setting as a dot with its interval: a panel a task."""
     tasks, settings = groups(rows, "task"), [key[0] for key in groups(rows, "setting")]
     columns = min(4, len(tasks))
-    figure, panels = canvas(columns, -(-len(tasks) // columns), f"{words(measure)} (IQM, 95 % interval)", labelers(rows))
+    figure, panels = canvas(columns, -(-len(tasks) // columns), f"{words(measure)} (IQM, 95 % interval)",
+                            labelers(rows))
     for ax in panels.flat[len(tasks):]:
         ax.set_visible(False)
     for ax, ((task,), its) in zip(panels.flat, tasks.items()):

@@ -12,7 +12,9 @@ Differs from the paper (RL-VLM-F, 2402.03681):
   2. The networks see 64 to 100 pixels, the VLM 200 to 300: several times cheaper, and enough to rank these tasks.
   3. Pairs are drawn from all candidate pictures kept so far, not from the last 100 episodes, and informative pairs can
      be preferred (`how`); "uniform" is the paper's.
-  4. One CNN for all tasks (theirs: the same CNN, and a ResNet-18 without tanh for the soft bodies).
+  4. predict() is standardised over the pictures it was fitted to (mean 0, deviation 1; arXiv 1706.03741): a fit that
+     stops early may order every pair and still differ by hundredths, which SAC's temperature would drown.
+  5. One CNN for all tasks (theirs: the same CNN, and a ResNet-18 without tanh for the soft bodies).
 
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images are (N, H, W, 3) uint8 until they are computed with.
   preference_loss, sample_pairs, RewardNet, PreferenceDataset, RewardModel.  Needs numpy and torch, nothing else.
@@ -187,13 +189,14 @@ class RewardNet(nn.Module):
 class RewardModel:
     """An ensemble of RewardNets: their mean is the reward, their spread says where it is not sure.
 
-    fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32 in (-1, 1);  member_rewards -> (members, N).
+    fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;  member_rewards -> (members, N) in (-1, 1).
     """
 
     def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16):
         height, width, _ = image_shape
         self.device, self.batch = torch.device(device), batch
         self.rng = np.random.default_rng(seed)
+        self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the pictures it was fitted to
         with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's global generator
             torch.manual_seed(seed)
             self.nets = nn.ModuleList(RewardNet(height, width) for _ in range(members)).to(self.device)
@@ -226,6 +229,8 @@ class RewardModel:
                 losses.append(float(loss.detach()) / len(self.nets))
             if right / seen > stop_accuracy:
                 break
+        pictures = self.member_rewards(np.concatenate([data.first[: len(data)], data.second[: len(data)]])).mean(0)
+        self.mean, self.deviation = float(pictures.mean()), max(float(pictures.std()), 1e-6)
         return {"loss": float(np.mean(losses)), "train_accuracy": right / seen, "epochs": epoch,
                 "heldout_accuracy": self.accuracy(data, held_out=True)}
 
@@ -245,18 +250,18 @@ class RewardModel:
         return np.concatenate(parts, axis=1) if parts else np.zeros((len(self.nets), 0), np.float32)
 
     def predict(self, images):
-        """(N, H, W, 3) uint8 -> (N,) float32 in (-1, 1): the mean of the members."""
-        return self.member_rewards(images).mean(0)
+        """(N, H, W, 3) uint8 -> (N,) float32: the mean of the members, standardised."""
+        return (self.member_rewards(images).mean(0) - self.mean) / self.deviation
 
     def state_dict(self):
         return {"nets": self.nets.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "rng": self.rng.bit_generator.state}
+                "rng": self.rng.bit_generator.state, "mean": self.mean, "deviation": self.deviation}
 
     def load_state_dict(self, state):
         self.nets.load_state_dict(state["nets"])
         # trap: an optimiser takes over the step counter it is given, so without the copy two models would share it
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.rng.bit_generator.state = state["rng"]
+        self.rng.bit_generator.state, self.mean, self.deviation = state["rng"], state["mean"], state["deviation"]
 
 
 def demo_pictures(n, rng, size=64):

@@ -69,6 +69,7 @@ class Config:
     max_pairs: int | None = None  # pairs asked in all
     sampler: str = "uniform"  # which pairs are asked: uniform (the paper's), disagreement, entropy or stratified
     candidates: int = 1000  # pictures kept to ask about
+    without: str = "nothing"  # leave one part out, to see what it is good for: novelty, relabelling or critic-reset
     # The reward model
     members: int = 3  # networks in the ensemble
     reward_lr: float | None = None  # learning rate of the reward model
@@ -93,6 +94,7 @@ class Config:
 CHOICES = {
     "reward": ("preference", "code", "true", "sparse"), "labels": ("vlm", "oracle"), "schedule": ("ours", "paper"),
     "sampler": ("uniform", "disagreement", "entropy", "stratified"), "stages": (1, 2),
+    "without": ("nothing", "novelty", "relabelling", "critic-reset"),
 }
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
 DEFAULTS = dict(

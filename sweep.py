@@ -7,14 +7,14 @@
     python sweep.py tasks --set vlm=openai/MODEL --name tasks_openai        the same with a real VLM
     python sweep.py --plot results/few_questions.csv             its pictures, beside it
 
-What this is: how every table of the README was made. Which STEPs: all, through train.py. Two runs at a time, on Ray if it
-is installed (pip install -r requirements-sweep.txt), else as processes; each run in a fresh process of its own, so that
-none can take another down. Stop it whenever you like: the same command goes on, skipping finished runs and resuming
-half-done ones from their checkpoints. A run that fails is a row with an `error`, and is tried again next time.
+What this is: how every table of the README was made. Which STEPs: all, through train.py. Two runs at a time, on Ray
+if it is installed (pip install -r requirements-sweep.txt), else as processes; each run in a fresh process of its own,
+so that none can take another down. Stop it whenever you like: the same command goes on, skipping finished runs and
+resuming half-done ones from their checkpoints. A run that fails is a row with an `error`, and is tried again next time.
 
 It leaves: results/NAME.csv, a row per finished run, and results/NAME_curves.csv, a row per evaluation of each of them;
 rows of earlier calls stay, unless a newer run of the same task, method, setting and seed takes their place.
-runs/sweeps/NAME/TASK-SETTING-seedN/ is the run folder, with what the run printed in train.log (while it runs: beside it).
+runs/sweeps/NAME/TASK-SETTING-seedN/ is the run folder; train.log in it (beside it while it runs) is what it printed.
 
 Names: a setting is {field of Config: value}; a Job is a setting of a task with a seed. SWEEPS, plan, sweep, run_one.
 Shapes: none.
@@ -58,7 +58,7 @@ def asking(sampler, n):
 
 @dataclasses.dataclass
 class Sweep:
-    """question: what it answers.  tasks: names.  settings: {name: {field of Config: value}}; the name goes into the CSV."""
+    """question: what it answers.  tasks: names.  settings: {its name in the CSV: {field of Config: value}}."""
 
     question: str
     tasks: tuple
@@ -69,6 +69,10 @@ SEVEN = ("CartPole", "FoldCloth", "StraightenRope", "PassWater", "DrawerOpen", "
 TWO = ("CartPole", "DrawerOpen")
 SEEDS = {"DrawerOpen": 3, "Soccer": 3, "SweepInto": 3}  # five for every other task
 SWEEPS = {
+    "cartpole": Sweep("Does the README's first command work, and with one answer in five wrong?", ("CartPole",), {
+        "default": {},
+        "one answer in five wrong": {"vlm_mistakes": 0.2, "max_pairs": 300, "pairs_per_session": 60},
+    }),
     "tasks": Sweep("What does each method reach on the paper's seven tasks?", SEVEN, {
         "preference": {},
         "oracle": {"labels": "oracle"},
@@ -88,7 +92,7 @@ SWEEPS = {
         "default": {},
         "no relabelling": {"without": "relabelling"},
         "no novelty exploration": {"without": "novelty"},
-        "no critic reset": {"without": "critic_reset"},
+        "no critic reset": {"without": "critic-reset"},
         "one member": {"members": 1},
         "one stage": {"stages": 1},
         "64 px": {"reward_size": 64},
@@ -143,7 +147,7 @@ def plan(name, seeds=None, extra=None):
 
 
 def parse_fields(words):
-    """["max_pairs=10,20", "env=CartPole"] -> {"max_pairs": [10, 20], "env": ["CartPole"]}, checked by Config's parser."""
+    """["max_pairs=10,20"] -> {"max_pairs": [10, 20]}, with the types and checks of train.py's own flags."""
     import run
 
     fields = {}
@@ -417,7 +421,7 @@ def main(arguments=None):
             if args.grid else plan(args.sweep, args.seeds, extra)
         name = args.name or args.sweep
         failed = sweep(only(jobs, args.only or ()), name, args.parallel, args.address)
-    except (ValueError, run.UserError) as error:
+    except (ValueError, ConnectionError, run.UserError) as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -84,7 +84,8 @@ def train(config):
         for step in bar:
             # ---- STEP 0: explore without any reward ----
             exploring = step < config.explore_steps or not at["fitted"]  # random, then SAC on state novelty
-            action = random_action(space, rng) if step < config.seed_steps else agent.act(obs)
+            blind = step < config.seed_steps or (exploring and config.without == "novelty")
+            action = random_action(space, rng) if blind else agent.act(obs)
 
             # ---- STEP 1: act, and store the transition with the image seen after it ----
             next_obs, true_reward, terminated, truncated, info = env.step(action)
@@ -114,8 +115,8 @@ def train(config):
                     at["fit"]["reward_accuracy"] = order_accuracy(model, pool, rng)
 
                     # ---- STEP 5: relabel every stored transition with the new reward ----
-                    buffer.relabel(model.predict)
-                    if not at["fitted"]:  # so far the critics have learned what is novel, not what is wanted
+                    buffer.relabel(model.predict, only_new=config.without == "relabelling")
+                    if not at["fitted"] and config.without != "critic-reset":  # so far the critics have learned what is novel, not what is wanted
                         agent.reset_critic()
                         for _ in range(RESET_UPDATES):
                             agent.update(buffer.sample(config.batch_size))
@@ -127,7 +128,7 @@ def train(config):
                 buffer.price(episode_rewards(config, buffer, programs, start_image, successes, terminated))
 
             # ---- STEP 6: improve the policy with SAC on the learned reward ----
-            for _ in range(config.updates if step >= config.seed_steps else 0):
+            for _ in range(0 if blind else config.updates):
                 draw = sac.novelty_batch if exploring else sac.ReplayBuffer.sample
                 losses = agent.update(draw(buffer, config.batch_size))
 
