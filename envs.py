@@ -436,7 +436,7 @@ TASKS = {
         make="deformables:StraightenRope-v0",
         horizon=40, query_size=300, reward_size=100,
         train=dict(
-            total_steps=20_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
+            total_steps=15_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
             pairs_per_session=40, max_pairs=500, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
             reward_epochs=20, eval_every=2_000, eval_episodes=10,
         ),
@@ -448,7 +448,7 @@ TASKS = {
         make="deformables:PassWater-v0",
         horizon=75, query_size=300, reward_size=100,
         train=dict(
-            total_steps=20_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
+            total_steps=15_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
             pairs_per_session=40, max_pairs=500, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
             reward_epochs=20, eval_every=2_000, eval_episodes=10,
         ),

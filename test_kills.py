@@ -13,9 +13,9 @@ And at the end:
   3. metrics.csv equals that of the undisturbed run, byte for byte; labels.jsonl holds the same labels.
   4. Both runs asked the same questions, and the cache holds exactly these: so 1 and 2 compared the right things.
 
-Moments are drawn uniformly from the first SPAN seconds after a process has said what it is going to do, and one time
-in ten from the first SPAN seconds of its start. A run that ends before all kills are spent is followed by another one,
-with the next seed.
+Moments are drawn uniformly from the first seconds after a process has said what it is going to do (one time in ten:
+after its start): SPAN, or where that is longer the undisturbed run's time over the number of kills, so that the kills
+spread over the run. A run that ends before all kills are spent is followed by another one, with the next seed.
 
 To use it elsewhere:
     import pathlib, tempfile
@@ -40,7 +40,7 @@ import pytest
 
 import offline_vlm
 
-SPAN = 2.0  # seconds; a process is killed this long after it got going, at the latest
+SPAN = 2.0  # seconds
 WORKERS = 4
 HERE = Path(__file__).resolve().parent
 # Small networks and pictures: the time should go where it can be lost, into questions and checkpoints.
@@ -114,13 +114,13 @@ def outcome(folder):
 
 
 # ---- the proof ----
-def kill_and_resume(server, folder, settings, kills, rng):
+def kill_and_resume(server, folder, settings, kills, span, rng):
     """Run to the end with up to `kills` kills -> (kills, requests repeated because they were in flight)."""
     killed, repeated, saved = 0, 0, set()
     while True:
         began = len(server.asked)
         known = set(server.asked[:began])
-        wait = float(rng.uniform(0, SPAN)) if killed < kills else None
+        wait = float(rng.uniform(0, span)) if killed < kills else None
         dead = go(server, folder, settings, wait, from_start=bool(rng.random() < 0.1))
         asked = server.asked[began:]
         again = saved & set(asked)
@@ -141,7 +141,8 @@ def prove(folder, settings, kills, rng):
         # trap: two pairs can have the same notes, and their second questions, asked at once, the same body
         whole, requests = outcome(folder / "whole"), set(server.asked)
         server.asked.clear()
-        killed, repeated = kill_and_resume(server, folder / "killed", settings, kills, rng)
+        span = max(SPAN, json.loads((folder / "whole" / "run" / "summary.json").read_text())["seconds"] / kills)
+        killed, repeated = kill_and_resume(server, folder / "killed", settings, kills, span, rng)
         assert set(server.asked) == on_disk(folder / "killed") == requests
         metrics, labels = outcome(folder / "killed")
     assert labels == whole[1] and metrics == whole[0], f"the killed run in {folder} ends differently"
