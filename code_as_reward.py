@@ -13,11 +13,10 @@ no state: no episode leaks into the next; 2. distinct sub-tasks in order count, 
 3. more negatives: backwards, frozen, another task, too soon; 4. failures go back as text and
 pictures; 5. Phi - 1, for a bonus on every frame is earned by standing still.
 
-Sandbox: allow-list over the syntax tree; curated builtins, numpy, math; own process without
-environment, empty folder; limits on time, memory, files, processes; on Linux other user (if root),
-no network, a system-call filter (x86-64, arm64). NOT covered: bugs of kernel, Python or numpy; one
-busy core until the limit; network and system calls on macOS; Windows (refuses); whether a program
-is *right*, which C3 judges on the episodes it was given.
+Sandbox: an allow-list over the syntax tree; its own process without environment in an empty folder;
+limits on time, memory, files, processes; on Linux (x86-64, arm64) a system-call filter: no network.
+NOT covered: bugs of kernel, Python or numpy; one busy core until the limit; network and system
+calls on macOS; Windows (refuses); whether a program is *right*: C3 judges that on its episodes.
 
 Shapes: T frames of an episode, N images, K sub-tasks. ask(list of str | (H,W,3)) -> has .text
 To use it elsewhere:
@@ -27,24 +26,27 @@ To use it elsewhere:
     with ProgramReward([source]) as reward:
         print(reward.predict(np.zeros((4, 64, 64, 3), np.uint8)))  # four black pictures: -1 each
 """
-
 import ast
 import builtins
+import ctypes
 import dataclasses
+import itertools
 import json
 import math
 import os
-import pathlib
 import re
-import select
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import types
 import weakref
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 
 import numpy as np
 
@@ -53,9 +55,9 @@ HIT_RATE = 0.95  # share of expert episodes that a program must see completed
 FALSE_RATE = 0.10  # share of the negative episodes of a kind that it may wrongly see completed
 FALL_BACK = 0.20  # how far progress may fall below its best while the expert works on the sub-task
 MEMORY = 2 << 30  # bytes of address space of one program
-BATCH_BYTES = 4 << 20  # pixels in one message: float64 copies of them are far from MEMORY
-BATCH_SECONDS = 5.0  # wall clock for one message
-CPU_SECONDS = 600  # of one process; at half of it a fresh one takes over
+BATCH_BYTES = 1 << 20  # pixels in one message: float64 copies of them are far from MEMORY
+BATCH_SECONDS, START_SECONDS = 5.0, 60.0  # wall clock: for one message; for numpy to load at first
+CPU_SECONDS = 600  # of one process; a fresh one takes over well before
 
 
 class CodeAsRewardError(Exception):
@@ -71,39 +73,32 @@ class ProgramError(Exception):
 
 
 # ---- what a program may say: the allow-list over its syntax tree ----
-NODES = set("""Module FunctionDef arguments arg Return Assign AugAssign AnnAssign For While If
-    Expr Pass Break Continue BoolOp BinOp UnaryOp Lambda IfExp Dict Set ListComp SetComp DictComp
-    GeneratorExp comprehension Compare Call keyword JoinedStr FormattedValue Constant Attribute
-    Subscript Starred Name List Tuple Slice Import alias Try ExceptHandler Raise Assert With
-    withitem NamedExpr""".split())
-BUILTINS = set("""abs all any bool dict divmod enumerate filter float frozenset int isinstance
-    len list map max min pow print range reversed round set slice sorted str sum tuple zip
-    Exception ArithmeticError IndexError KeyError RuntimeError TypeError ValueError
-    ZeroDivisionError""".split())
-LINALG = set("norm det inv solve lstsq svd eigh".split())
-# trap: numpy opens files (load, save, fromfile, memmap, ...), unpickles, and reaches raw memory
-# (lib.stride_tricks, ctypeslib). A deny-list misses the next such function: so, an allow-list.
-NUMPY = set("""abs absolute add all allclose any append apply_along_axis arange arccos arcsin
-    arctan arctan2 argmax argmin argsort argwhere array array_equal array_split asarray
-    atleast_1d atleast_2d average bincount bool_ broadcast_to ceil clip column_stack concatenate
-    convolve copy corrcoef cos count_nonzero cov cross cumprod cumsum deg2rad degrees diag diff
-    digitize divide dot einsum empty empty_like equal errstate exp expand_dims eye fabs
-    flatnonzero flip fliplr flipud float16 float32 float64 floating floor full full_like gradient
-    greater histogram hstack hypot indices inf int16 int32 int64 int8 integer interp intp isclose
-    isfinite isin isinf isnan less linalg linspace log log10 log1p log2 logical_and logical_not
-    logical_or logical_xor matmul max maximum mean median meshgrid mgrid min minimum mod moveaxis
-    multiply nan nan_to_num nanargmax nanargmin nanmax nanmean nanmedian nanmin nanstd nansum
-    ndarray negative newaxis nonzero ones ones_like outer pad percentile pi polyfit polyval power
-    prod ptp quantile rad2deg radians ravel repeat reshape rint roll rot90 round searchsorted
-    sign sin sort split sqrt square squeeze stack std subtract sum swapaxes take take_along_axis
-    tan tanh tensordot tile transpose trapezoid tril triu uint16 uint32 uint64 uint8 unique
-    unravel_index var vectorize vstack where zeros zeros_like""".split())
-METHODS = set("""T all any argmax argmin argsort astype clip copy cumsum diagonal dot dtype fill
-    flatten imag item itemsize max mean min nbytes ndim nonzero prod ravel real repeat reshape
-    round shape size sort squeeze std sum swapaxes take tolist transpose var accumulate at reduce
-    append extend insert pop remove reverse index count clear get items keys values update add
-    union intersection difference join split strip lower upper startswith endswith""".split())
-MATH = {name for name in dir(math) if not name.startswith("_")}
+NODES = tuple(getattr(ast, name) for name in """Module FunctionDef arguments arg Return Assign
+    AugAssign AnnAssign For While If Expr Pass Break Continue BoolOp BinOp UnaryOp Lambda IfExp Dict
+    Set ListComp SetComp DictComp GeneratorExp comprehension Compare Call keyword JoinedStr
+    FormattedValue Constant Attribute Subscript Starred Name List Tuple Slice Import alias Try
+    ExceptHandler Raise Assert With withitem NamedExpr operator unaryop boolop cmpop
+    expr_context""".split())
+BUILTINS = """abs all any bool dict divmod enumerate filter float frozenset int isinstance len list
+    map max min pow print range reversed round set slice sorted str sum tuple zip Exception
+    ArithmeticError IndexError KeyError RuntimeError TypeError ValueError
+    ZeroDivisionError""".split()
+# Attributes of anything: functions of math, numpy and numpy.linalg, methods of arrays and lists.
+# trap: numpy opens files (load, tofile, memmap, ...), unpickles, reaches raw memory (ctypeslib): a
+# deny-list misses the next such function. And "{0.__class__}".format(x) hides a name: no format.
+ATTRIBUTES = {name for name in dir(math) if name[0] != "_"} | set("""
+    abs add all allclose any append arange arctan arctan2 argmax argmin argsort argwhere array
+    array_equal asarray astype average bincount ceil clip column_stack concatenate convolve copy
+    cos count count_nonzero cumprod cumsum diag diagonal diff digitize dot dtype einsum empty
+    empty_like errstate exp expand_dims extend eye fill flatnonzero flatten flip fliplr flipud
+    float32 float64 floor full full_like get gradient histogram hstack hypot index inf int16 int32
+    int64 interp isclose isfinite isin isinf isnan item items keys linalg linspace log log10 log1p
+    log2 logical_and logical_not logical_or logical_xor matmul max maximum mean median meshgrid min
+    minimum nan nan_to_num nanmax nanmean nanmedian nanmin nansum ndarray ndim newaxis nonzero norm
+    ones ones_like outer pad percentile pi polyfit pop power prod quantile ravel repeat reshape
+    roll rot90 round searchsorted shape sign sin size sort split sqrt square squeeze stack std sum
+    swapaxes T take take_along_axis tan tanh tile tolist transpose uint16 uint32 uint8 unique
+    unravel_index values var vstack where zeros zeros_like""".split())
 
 
 def check_source(source):
@@ -115,22 +110,19 @@ def check_source(source):
     for node in ast.walk(tree):
         kind, why = type(node).__name__, None
         names = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "asname")]
-        operator = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
-        if kind not in NODES and not isinstance(node, operator):
+        hidden = [n for n in names if isinstance(n, str) and n[0] == "_" and n != "_"]
+        if not isinstance(node, NODES):
             why = f"{kind} is not allowed, only plain functions"
-        elif hidden := [n for n in names if isinstance(n, str) and n[0] == "_" and n != "_"]:
+        elif hidden:
             why = f"the name {hidden[0]} begins with an underscore"
         elif kind == "Name" and hasattr(builtins, node.id) and node.id not in BUILTINS:
             why = f"{node.id} is not available"
-        # trap: "{0.__class__}".format(x) hides attributes from the tree: format is not allowed.
-        elif kind == "Attribute" and node.attr not in NUMPY | LINALG | METHODS | MATH:
+        elif kind == "Attribute" and node.attr not in ATTRIBUTES:
             why = f".{node.attr} is not available"
-        elif kind == "Attribute" and not isinstance(node.ctx, ast.Load):
+        elif kind == "Attribute" and not isinstance(node.ctx, ast.Load):  # np.mean = None
             why = f"assigning to .{node.attr} is not allowed"
         elif kind == "alias" and node.name not in ("numpy", "math"):
             why = f"import {node.name} is not allowed, only numpy and math"
-        elif kind == "FunctionDef" and node.decorator_list:
-            why = "decorators are not allowed"
         if why:
             raise ProgramError("rejected", f"line {getattr(node, 'lineno', 1)}: {why}")
     tops = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == "progress"]
@@ -142,21 +134,17 @@ def check_source(source):
 
 
 # ---- the inside of the sandbox: this part runs in the child process ----
-BOOT = ("import sys, runpy; sys.path.append(sys.argv[2]);"
-        "runpy.run_path(sys.argv[1], run_name='sandbox')")
 SYSTEM_CALLS = {  # machine: (its audit number, what is left: read, write, memory, signals, exit)
-    "x86_64": (0xC000003E, (0, 1, 9, 10, 11, 12, 13, 14, 15, 24, 25, 28, 60, 131, 202, 228,
-                            231, 318)),
+    "x86_64": (0xC000003E, (0, 1, *range(9, 16), 24, 25, 28, 60, 131, 202, 228, 231, 318)),
     "aarch64": (0xC00000B7, (63, 64, 93, 94, 98, 113, 124, 132, 134, 135, 139, 214, 215, 216,
-                             222, 226, 233, 278)),
-}
+                             222, 226, 233, 278))}
 
 
 def _filter_system_calls(libc):
     """seccomp: the kernel refuses every other call: no open, socket, fork, kill, sleep."""
-    import ctypes
     audit, calls = SYSTEM_CALLS[os.uname().machine]
     load, jump_if_equal, back, refuse, allow = 0x20, 0x15, 0x06, 0x00050001, 0x7FFF0000
+    # each step: (what, steps to skip if equal, steps to skip if not, operand)
     steps = [(load, 0, 0, 4), (jump_if_equal, 1, 0, audit), (back, 0, 0, refuse), (load, 0, 0, 0)]
     steps += [(jump_if_equal, len(calls) - i, 0, number) for i, number in enumerate(calls)]
     steps += [(back, 0, 0, refuse), (back, 0, 0, allow)]
@@ -167,52 +155,52 @@ def _filter_system_calls(libc):
 
 def _lock_down():
     """Give up all that reading pictures does not need -> names of the layers that hold."""
-    import ctypes
-    import resource
-    active, libc, linux = [], ctypes.CDLL(None), sys.platform == "linux"
-    # An empty network namespace; whoever is not root needs a user namespace of their own for it.
-    if linux and libc.unshare(0x40000000 | (0x10000000 if os.getuid() else 0)) == 0:
-        active.append("no-network")
-    if os.getuid() == 0:
+    import resource  # Linux and macOS only
+    active, libc = [], ctypes.CDLL(None)
+    for name, limit in dict(CPU=CPU_SECONDS, AS=MEMORY, FSIZE=0, NOFILE=8, NPROC=0).items():
         try:
-            os.setgroups([]), os.setgid(65534), os.setuid(65534)
-            active.append("other-user")
-        except OSError:  # a container may forbid it; the layers below hold all the same
-            pass
-    # trap: a change of user clears the parent-death signal, so it has to come after setuid.
-    if linux and libc.prctl(1, int(signal.SIGKILL), 0, 0, 0) == 0:
-        active.append("dies-with-parent")
-    if linux and libc.prctl(38, 1, 0, 0, 0) == 0:
-        active.append("no-new-privileges")
-    limits = dict(CPU=CPU_SECONDS, AS=MEMORY, FSIZE=0, NOFILE=8, NPROC=0, CORE=0)
-    for name, value in limits.items():
-        try:
-            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
             active.append("limit-" + name.lower())
         except (ValueError, OSError):  # macOS refuses some
             pass
-    if linux and os.uname().machine in SYSTEM_CALLS and _filter_system_calls(libc):
-        active.append("system-calls")
+    if sys.platform == "linux":
+        if libc.prctl(1, int(signal.SIGKILL), 0, 0, 0) == 0:
+            active.append("dies-with-parent")
+        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS, which the filter asks for
+        if os.uname().machine in SYSTEM_CALLS and _filter_system_calls(libc):
+            active.append("system-calls")
     return active
 
 
-def _namespace():
-    """All that a program finds: some builtins, and stand-ins for numpy and math."""
-    def pick(module, names):
-        return {name: getattr(module, name) for name in names if hasattr(module, name)}
+def _serve(pipe):
+    """Answer messages: a JSON object, then raw bytes, both ways."""
+    import numpy.ma  # noqa: F401  trap: numpy loads parts late (median: ma); soon no file opens
+    np.seterr(all="ignore")
+    active = _lock_down()
+    while True:
+        message, pixels, answer, raw = json.loads(pipe.recv_bytes()), pipe.recv_bytes(), {}, b""
+        try:
+            if "source" in message:  # the first message
+                batch = check_source(message["source"])
+                code = compile(message["source"], "<program>", "exec")
+                answer = {"active": active}
+            else:  # (1+N, H, W, 3), read-only: the first image, then the others
+                images = np.frombuffer(pixels, np.uint8).reshape(message["shape"])
+                raw = _run_program(code, batch, images[1:], images[0]).tobytes()
+        except Exception as error:  # whatever goes wrong in a program is its verdict
+            lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
+                     if frame.f_code.co_filename == "<program>"]
+            text = f"error: {type(error).__name__}: {error} (line {lines[-1] if lines else '?'})"
+            answer["error"] = str(error if isinstance(error, ProgramError) else text)[:1000]
+        pipe.send_bytes(json.dumps(answer).encode())
+        pipe.send_bytes(raw)
 
-    space = types.SimpleNamespace
-    numpy = space(**{**pick(np, NUMPY), "linalg": space(**pick(np.linalg, LINALG))})
-    modules = {"numpy": numpy, "math": space(**pick(math, MATH))}
-    # trap: numpy's C code imports its own parts through the builtins of its caller.
-    fetch = lambda name, *rest: modules.get(name) or builtins.__import__(name, *rest)
-    safe = {**pick(builtins, BUILTINS), "__import__": fetch}
-    return {"__builtins__": safe, "__name__": "program", "np": numpy, "math": modules["math"]}
 
-
-def _answer(code, batch, images, first_image):
+def _run_program(code, batch, images, first_image):
     """Run the program afresh: nothing it stored in the last batch survives -> (N,) float64"""
-    space = _namespace()
+    # trap: numpy's C code, too, imports its parts through the builtins of its caller.
+    safe = {name: getattr(builtins, name) for name in [*BUILTINS, "__import__"]}
+    space = {"__builtins__": safe, "np": np, "math": math}
     exec(code, space)
     if batch:
         out = space["progress"](images, first_image)
@@ -224,66 +212,24 @@ def _answer(code, batch, images, first_image):
     return out
 
 
-def _describe(error):
-    """The error as the VLM will read it: type, message, and the line of its program."""
-    line, trace = "", error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_filename == "<program>":
-            line = f" (line {trace.tb_lineno})"
-        trace = trace.tb_next
-    named = isinstance(error, ProgramError)
-    return (str(error) if named else f"error: {type(error).__name__}: {error}{line}")[:1000]
-
-
-def _sandbox_main():
-    """The child serves messages, both ways: two lengths (4 bytes each), JSON, raw bytes."""
-    # trap: a program that prints would write into the protocol: pipes move, 0 to 2 become null.
-    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    null = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2):
-        os.dup2(null, number)
-    np.seterr(all="ignore")
-    # trap: numpy loads parts of itself at first use (median: numpy.ma); soon no file can be read.
-    import numpy.ma  # noqa: F401
-
-    def send(payload=b"", **header):
-        text = json.dumps(header).encode()
-        sink.write(struct.pack("<II", len(text), len(payload)) + text + payload)
-        sink.flush()
-
-    send(active=_lock_down())
-    code = batch = None
-    while lengths := source.read(8):
-        text, size = struct.unpack("<II", lengths)
-        header, pixels = json.loads(source.read(text)), source.read(size)
-        try:
-            if "source" in header:
-                batch = check_source(header["source"])
-                code = compile(header["source"], "<program>", "exec")
-                send()
-            else:  # (1+N, H, W, 3), read-only: the first image, then the others
-                images = np.frombuffer(pixels, np.uint8).reshape(header["shape"])
-                send(_answer(code, batch, images[1:], images[0]).tobytes())
-        except Exception as error:  # whatever goes wrong in a program is its verdict
-            send(error=_describe(error))
-
-
 # ---- the outside of the sandbox: one long-lived process per program ----
-def _end(process, folder):
-    """Kill the process group, and remove its folder."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # it has ended already
-        pass
+BOOT = ("import sys, runpy; sys.path.append(sys.argv[2]);"
+        "runpy.run_path(sys.argv[1], run_name='sandbox')")
+
+
+def _end(process, pipe, folder):
+    """Kill the process, and remove its folder."""
+    process.kill()
     process.wait()
-    process.stdin.close(), process.stdout.close()
+    pipe.close()
     folder.cleanup()
 
 
 class Program:
     """program(images (N,H,W,3) uint8, first_image (H,W,3)) -> (N,) float32, or ProgramError.
 
-    The process starts at the first call and stays; a batch that takes over `seconds` kills it.
+    The process starts at the first call and stays until close() or the end of this object; a batch
+    that takes over `seconds` kills it.
     """
 
     def __init__(self, source, seconds=BATCH_SECONDS):
@@ -296,92 +242,64 @@ class Program:
         images, first_image = np.asarray(images), np.asarray(first_image)
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1:] != first_image.shape:
             raise ValueError(f"images must be (N,H,W,3) uint8, not {images.shape} {images.dtype}")
-        if self.busy > CPU_SECONDS / 2:
-            self.close()
         # trap: "dies with its parent" means the *thread* that started it; it may be gone by now.
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None or self.process.poll() is not None or self.busy > CPU_SECONDS / 2:
             self._start()
-        step = max(1, BATCH_BYTES // first_image.nbytes)
+        step = max(1, BATCH_BYTES // first_image.nbytes)  # pictures in one message
         parts = [self._batch(images[i:i + step], first_image) for i in range(0, len(images), step)]
         return np.concatenate([np.zeros(0, np.float32), *parts])
 
+    def _start(self):
+        self.close()
+        folder, (self.pipe, theirs) = tempfile.TemporaryDirectory(prefix="program-"), Pipe()
+        # -I: no environment, no user's packages; -S: no site hooks. numpy's place is handed over.
+        command = [sys.executable, "-I", "-S", "-B", "-c", BOOT, os.path.abspath(__file__),
+                   os.path.dirname(os.path.dirname(np.__file__)), str(theirs.fileno())]
+        # trap: BLAS would start threads, and they count as processes.
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        self.process = subprocess.Popen(
+            command, env=threads, cwd=folder.name, pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True)  # Ctrl-C is ours, not theirs
+        theirs.close()
+        self._finalizer = weakref.finalize(self, _end, self.process, self.pipe, folder)
+        self.busy = 0.0
+        self.active = self._exchange({"source": self.source}, b"", START_SECONDS)[0]["active"]
+
     def _batch(self, images, first_image):
-        pixels = [np.ascontiguousarray(part).data.cast("B") for part in (first_image, images)]
-        header = {"shape": (1 + len(images), *first_image.shape)}
-        out = np.frombuffer(self._exchange(header, pixels, 8 * len(images)), np.float64)  # (N,)
-        bad = int((~np.isfinite(out)).sum()) + len(images) - len(out)
-        if bad:
+        pixels = first_image.tobytes() + images.tobytes()
+        message = {"shape": (1 + len(images), *first_image.shape)}
+        out = np.frombuffer(self._exchange(message, pixels, self.seconds)[1], np.float64)  # (N,)
+        bad = int((~np.isfinite(out)).sum())
+        if bad or len(out) != len(images):
             raise ProgramError("output", f"NaN or infinity on {bad} of {len(images)} images")
         if out.min() < -1e-6 or out.max() > 1 + 1e-6:
             raise ProgramError("output", f"not in [0, 1]: {out.min():.3g} to {out.max():.3g}")
         return np.clip(out, 0, 1).astype(np.float32)
 
-    def _start(self):
-        self.close()
-        folder = tempfile.TemporaryDirectory(prefix="program-")
-        # -I: no environment, no user's packages; -S: no site hooks. numpy's place is handed over.
-        command = [sys.executable, "-I", "-S", "-B", "-c", BOOT, os.path.abspath(__file__),
-                   os.path.dirname(os.path.dirname(np.__file__))]
-        # trap: BLAS threads count as processes, and keep a process from changing its namespace.
-        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        self.process = subprocess.Popen(
-            command, env=dict.fromkeys(names, "1"), cwd=folder.name, bufsize=0,
-            start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL)
-        self._finalizer = weakref.finalize(self, _end, self.process, folder)
-        os.set_blocking(self.process.stdin.fileno(), False)
-        self.busy = 0.0
-        hello, _ = self._receive(time.monotonic() + 60, 0)  # importing numpy on a busy machine
-        self.active = hello.get("active", [])
-        self._exchange({"source": self.source}, [], 0)
-
-    def _exchange(self, header, payload, most):
-        """Send one message, wait for the answer -> its raw bytes, at most `most`."""
-        start, text = time.monotonic(), json.dumps(header).encode()
-        lengths = struct.pack("<II", len(text), sum(len(piece) for piece in payload))
-        for piece in (lengths + text, *payload):
-            while piece:
-                self._wait(self.process.stdin, select.POLLOUT, start + self.seconds)
-                try:
-                    piece = piece[os.write(self.process.stdin.fileno(), piece):]
-                except BrokenPipeError:
-                    self._fail("died", "the process ended while images were sent to it")
-        header, raw = self._receive(start + self.seconds, most)
-        self.busy += time.monotonic() - start
-        if "error" in header:
-            kind, _, message = str(header["error"]).partition(": ")
-            raise ProgramError(kind if kind in ("rejected", "output") else "error", message)
-        return raw
-
-    def _receive(self, deadline, most):
-        def exactly(size):
-            data = bytearray()
-            while len(data) < size:
-                self._wait(self.process.stdout, select.POLLIN, deadline)
-                piece = os.read(self.process.stdout.fileno(), size - len(data))
-                if not piece:
-                    self._fail("died", "the process ended without an answer (a limit, or a crash)")
-                data += piece
-            return bytes(data)
-
-        text, size = struct.unpack("<II", exactly(8))
-        if text > 10_000 or size > most:  # the child wrote these numbers: never trust them
-            self._fail("output", "an answer that is too long")
+    def _exchange(self, message, pixels, seconds):
+        """Send a message and wait for the answer -> (dict, bytes)"""
+        killer, start = threading.Timer(seconds, self.process.kill), time.monotonic()
+        killer.start()  # it ends whatever we may wait for below
         try:
-            header = dict(json.loads(exactly(text)))
-        except (ValueError, TypeError):
-            self._fail("output", "an answer that is no JSON object")
-        return header, exactly(size)
-
-    def _wait(self, pipe, event, deadline):
-        poll = select.poll()
-        poll.register(pipe.fileno(), event)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            self._fail("timeout", f"no answer within {self.seconds:g} s")
-
-    def _fail(self, kind, message):
-        self.close()
-        raise ProgramError(kind, message)
+            self.pipe.send_bytes(json.dumps(message).encode())
+            self.pipe.send_bytes(pixels)
+            # trap: only JSON and raw numbers of limited size come back: to unpickle is to run code.
+            answer = dict(json.loads(self.pipe.recv_bytes(10_000)))
+            raw = self.pipe.recv_bytes(BATCH_BYTES)
+        except (OSError, EOFError, ValueError, TypeError, RecursionError):
+            late = time.monotonic() - start > 0.99 * seconds
+            self.close()
+            if late:
+                raise ProgramError("timeout", f"no answer within {seconds:g} s") from None
+            raise ProgramError("died", "it ended (a limit, or a crash) or garbled") from None
+        finally:
+            killer.cancel()
+        self.busy += time.monotonic() - start
+        if "error" in answer:
+            kind, _, text = str(answer["error"]).partition(": ")
+            raise ProgramError(kind if kind in ("rejected", "output") else "error", text)
+        return answer, raw
 
     def close(self):
         if self.process is not None:
@@ -448,53 +366,51 @@ def write_program(ask, subtask, start_image, goal_image, goal, earlier=None, fee
 
 def extract_code(text):
     """The last fenced block that defines `progress`, or the bare text if that does."""
-    text = text or ""
-    blocks = re.findall(r"```[a-zA-Z]*[ \t]*\r?\n(.*?)```", text, re.DOTALL) or [text]
+    blocks = re.findall(r"```[a-zA-Z]*[ \t]*\r?\n(.*?)```", text or "", re.DOTALL) or [text or ""]
     blocks = [block for block in blocks if "def progress" in block]
     if not blocks:
-        raise ProgramError("rejected", f"no code with def progress in the answer {text[:100]!r}")
+        raise ProgramError("rejected", f"no code with def progress: {str(text)[:100]!r}")
     return blocks[-1].strip() + "\n"
 
 
 # ---- STEP C3: verify each program, and send failures back ----
+CHECKS = {  # name: (share of its episodes that may fail it, what the VLM is told then)
+    "hit_rate": (1 - HIT_RATE, "an expert does it and it is not called completed"),
+    "false_rate": (FALSE_RATE, "random behaviour is called completed"),
+    "backwards": (FALSE_RATE, "undone again (an expert backwards) it is called completed"),
+    "frozen": (FALSE_RATE, "the start is called completed"),
+    "other_task": (FALSE_RATE, "a picture of another task is called completed"),
+    "too_soon": (FALSE_RATE, "it is called completed before it can be"),
+    "regressions": (1 - HIT_RATE, f"progress falls back by more than {FALL_BACK}")}
+
+
 @dataclasses.dataclass
 class Report:
-    """What a program did: shares of episodes in [0, 1], None where nothing was tested."""
+    """What C3 found out about one program."""
 
     subtask: str = ""
     round: int = 1
-    hit_rate: float | None = None  # expert episodes completed, at least HIT_RATE
-    false_rate: float | None = None  # random ones completed; this and the next four: <= FALSE_RATE
-    backwards: float | None = None  # expert episodes that, played backwards, end completed
-    frozen: float | None = None  # expert episodes completed in their first picture
-    other_task: float | None = None  # episodes of another task completed
-    too_soon: float | None = None  # expert episodes completed before they can be
-    regressions: float | None = None  # expert episodes that fall back: at most 1 - HIT_RATE
-    deterministic: bool = False
-    finite: bool = False
     verdict: str = "fail"
-    reasons: list = dataclasses.field(default_factory=list)
-    failures: list = dataclasses.field(default_factory=list)  # dicts, see judge
+    reasons: list = dataclasses.field(default_factory=list)  # sentences for the VLM
+    rates: dict = dataclasses.field(default_factory=dict)  # check: share of its episodes that fail
+    failures: list = dataclasses.field(default_factory=list)  # dicts: check, caption, image (H,W,3)
 
-    def judge(self, field, kind, episodes, curves, wrong, limit, reason):
-        """Fill in one rate and, if it is above the limit, the reason and two pictures of it.
+    def judge(self, check, episodes, curves, frames):
+        """Fill in a rate and, where it is too high, the reason and two pictures.
 
-        curves: per episode (T,), what the program said. wrong: {episode: frame} of the fault.
+        Per episode: curves (T,), what the program said; frames: where that is wrong, or None.
         """
-        rate = len(wrong) / max(1, len(episodes))
-        setattr(self, field, rate if len(episodes) else None)
+        limit, reason = CHECKS[check]
+        wrong = [(i, t) for i, t in enumerate(frames) if t is not None]
+        if not episodes:
+            return
+        rate = len(wrong) / len(episodes)
+        self.rates[check] = 1 - rate if check == "hit_rate" else rate
         if rate > limit:
             self.reasons.append(f"{reason}, in {rate:.0%} of these episodes ({limit:.0%} may)")
-        for i, t in list(wrong.items())[:2] if rate > limit else []:
-            caption = f"{reason}; in this picture it says {curves[i][t]:.2f}:"
-            self.failures.append({"kind": kind, "episode": i, "frame": t, "caption": caption,
-                                  "image": episodes[i][t]})
-
-    def row(self):
-        """For JSON: everything but the pictures."""
-        row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        keep = ("kind", "episode", "frame", "caption")
-        return {**row, "failures": [{k: f[k] for k in keep} for f in self.failures]}
+            self.failures += [{"check": check, "image": episodes[i][t], "caption":
+                               f"{reason}; in this picture it says {curves[i][t]:.2f}:"}
+                              for i, t in wrong[:2]]
 
 
 def stages(progress):
@@ -516,102 +432,82 @@ def verify(program, expert_episodes, random_episodes, other_episodes=None, succe
     An earlier sub-task is an event: completed by reaching DONE in any frame; then nobody looks.
     The last one is a state to stay in: completed if progress is at DONE in the last frame.
     """
-    report = Report()
+    report, expert = Report(), expert_episodes
+    success = [None] * len(expert) if success is None else [np.asarray(s, bool) for s in success]
     try:
-        said = [program(e, e[0]) for e in expert_episodes]  # per episode (T,)
-        tables = [np.stack([*(p(e, e[0]) for p in earlier), own], axis=1)  # (T, sub-tasks so far)
-                  for e, own in zip(expert_episodes, said)]
-        done = _completed(said, anywhere=not last)
-        missed = {i: len(c) - 1 if last else int(np.argmax(c)) for i, c in enumerate(said)
-                  if i not in done}
-        report.judge("hit_rate", "expert", expert_episodes, said, missed, 1 - HIT_RATE,
-                     "an expert does it and it is not called completed")
-        report.hit_rate = len(done) / len(expert_episodes)
-        for field, kind, episodes, anywhere, reason in _negatives(
-                expert_episodes, said, random_episodes, other_episodes, success, last):
+        said = [program(e, e[0]) for e in expert]  # per episode (T,)
+        done = [_completed(curve, last) for curve in said]
+        missed = [(len(c) - 1 if last else int(c.argmax())) if t is None else None
+                  for c, t in zip(said, done)]
+        report.judge("hit_rate", expert, said, missed)
+        for check, episodes, at_end in _negatives(
+                expert, done, random_episodes, other_episodes, success, last):
             curves = [program(e, e[0]) for e in episodes]
-            wrong = _completed(curves, anywhere)
-            report.judge(field, kind, episodes, curves, wrong, FALSE_RATE, reason)
-        report.finite, report.deterministic = True, _deterministic(program, expert_episodes[0])
+            report.judge(check, episodes, curves, [_completed(curve, at_end) for curve in curves])
+        before = [[p(e, e[0]) for p in earlier] for e in expert]
+        faults = [_faults(np.stack([*b, curve], axis=1), last, s)
+                  for b, curve, s in zip(before, said, success)]
+        report.judge("too_soon", expert, said, [soon for soon, _ in faults])
+        report.judge("regressions", expert, said, [fall for _, fall in faults])
+        # Some pictures alone and together: chance, memory, and a look at neighbours show.
+        some, first = expert[0][::max(1, len(said[0]) // 16)], expert[0][0]
+        alone = np.concatenate([program(some[i:i + 1], first) for i in range(len(some))])
+        if not np.allclose(program(some, first), alone, atol=1e-6):
+            report.reasons.append("not deterministic: a picture's value changes when asked again")
     except ProgramError as error:
         report.reasons.append(f"the program fails: {error}")
-        return report
-    faults = [_faults_along(table, last, None if success is None else np.asarray(success[i], bool))
-              for i, table in enumerate(tables)]
-    for column, (field, limit, reason) in enumerate((
-            ("too_soon", FALSE_RATE, "it is called completed before it can be"),
-            ("regressions", 1 - HIT_RATE, f"progress falls back by more than {FALL_BACK}"))):
-        wrong = {i: fault[column] for i, fault in enumerate(faults) if fault[column] is not None}
-        report.judge(field, "expert", expert_episodes, said, wrong, limit, reason)
-    if not report.deterministic:
-        report.reasons.append("a picture's value changes when asked again, or with its neighbours")
     report.verdict = "fail" if report.reasons else "pass"
     return report
 
 
-def _completed(curves, anywhere):
-    """{episode: frame} of the episodes that count as completed: by any frame, or by their last."""
-    frames = [int(np.argmax(c)) if anywhere else len(c) - 1 for c in curves]
-    return {i: t for i, (c, t) in enumerate(zip(curves, frames)) if c[t] >= DONE}
-
-
-def _negatives(expert_episodes, said, random_episodes, other_episodes, success, last):
-    """What must not complete: (Report's field, kind, episodes, anywhere, reason) of each kind."""
+def _negatives(expert_episodes, done, random_episodes, other_episodes, success, last):
+    """What must not complete the sub-task: (check, episodes, does only their end count?)"""
     # A start with the goal reached (a balanced pole) is no negative: "completed" is right there.
-    away = [e for i, e in enumerate(expert_episodes)
-            if not (last and success is not None and success[i][0])]
-    if not away or not len(random_episodes):
+    away = [e for e, s in zip(expert_episodes, success) if not last or s is None or not s[0]]
+    if not away or not random_episodes:
         raise CodeAsRewardError("C3 needs random episodes, and expert ones that start short of the"
                                 " goal")
     # trap: in a long time chance does any easy sub-task: random gets the time the expert needs.
-    needs = [len(c) if last else 1 + int(np.argmax(c >= DONE))
-             for c in said if last or c.max() >= DONE]
-    needs = int(np.median(needs)) if needs else len(said[0])
-    return [
-        ("false_rate", "random", [e[:needs] for e in random_episodes], not last,
-         "random behaviour is called completed"),
-        ("backwards", "backwards", [e[::-1] for e in away], False,
-         "undone again (an expert episode backwards) it is called completed"),
-        ("frozen", "frozen", [e[:1] for e in away], False, "the start is called completed"),
-        ("other_task", "other task", other_episodes or [], not last,
-         "a picture of another task is called completed")]
+    needed = int(np.median([1 + t for t in done if t is not None] or [len(away[0])]))
+    return [("false_rate", [e[:needed] for e in random_episodes], last),
+            ("backwards", [e[::-1] for e in away], True),
+            ("frozen", [e[:1] for e in away], True), ("other_task", other_episodes or [], last)]
 
 
-def _faults_along(progress, last, success):
+def _completed(curve, at_end):
+    """The frame that completes the sub-task, or None: the last one, if only that one counts."""
+    reached = np.flatnonzero(curve >= DONE)
+    if not len(reached) or at_end and reached[-1] < len(curve) - 1:
+        return None
+    return int(reached[-1] if at_end else reached[0])
+
+
+def _faults(progress, last, success):
     """One expert episode -> (frame completed too soon or None, frame of a fall back or None)
 
     progress: (T, j+1) of the j earlier programs and this one. success: (T,) bool or None.
     """
-    curve, earlier = progress[:, -1], progress.shape[1] - 1
+    curve, earlier, soon = progress[:, -1], progress.shape[1] - 1, None
     ready = np.flatnonzero(stages(progress) == earlier)  # frames with all earlier ones completed
     if not len(ready):
         return None, None
-    begin = ready[0]
-    reached = np.flatnonzero(curve[begin:] >= DONE)
-    end = len(curve) if last or not len(reached) else begin + reached[0] + 1
-    drop = np.maximum.accumulate(curve[begin:end]) - curve[begin:end]
-    fall = int(begin + drop.argmax()) if drop.max() > FALL_BACK else None
-    # Completed by the very frame that completes the one before: it is not a distinct sub-task.
-    soon = int(begin) if earlier and curve[begin] >= DONE else None
+    begin, end = int(ready[0]), len(curve)
+    if earlier and curve[begin] >= DONE:  # by the very frame that completes the one before it
+        soon = begin
     if last and success is not None:
         wrong = (curve >= DONE) & ~success
-        soon = int(wrong.argmax()) if wrong.sum() > FALSE_RATE * (~success).sum() else soon
-    return soon, fall
-
-
-def _deterministic(program, episode):
-    """Each picture twice, among others and alone: chance, memory, a look at neighbours show."""
-    some = episode[:: max(1, len(episode) // 16)]
-    alone = np.concatenate([program(some[i:i + 1], episode[0]) for i in range(len(some))])
-    return np.allclose(program(some, episode[0]), alone, atol=1e-6)
+        soon = int(wrong.argmax()) if wrong.sum() > FALSE_RATE * np.sum(~success) else soon
+    if not last and (curve[begin:] >= DONE).any():  # once completed, nobody looks
+        end = begin + int((curve[begin:] >= DONE).argmax()) + 1
+    drop = np.maximum.accumulate(curve[begin:end]) - curve[begin:end]
+    return soon, begin + int(drop.argmax()) if drop.max() > FALL_BACK else None
 
 
 def collect_episodes(env, expert, size, count=20, seed=0):
     """Play what `verify` needs -> dict(expert_episodes, random_episodes, success).
 
     env: Gymnasium's reset and step, picture(size), and info["success"]. Kept are expert episodes
-    that succeed and random ones that do not. Where most starts are at the goal already, the expert
-    takes over after up to 20 random actions: a pole that never leans verifies nothing.
+    that succeed and random ones that do not.
     """
     rng, space = np.random.default_rng(seed), env.action_space
 
@@ -626,25 +522,22 @@ def collect_episodes(env, expert, size, count=20, seed=0):
         images, success, over = [env.picture(size)], [info.get("success", 0)], False
         while not over:
             obs, _, terminated, truncated, info = env.step(policy(obs))
-            images.append(env.picture(size)), success.append(info["success"])
+            images.append(env.picture(size))
+            success.append(info["success"])
             over = terminated or truncated
         return np.stack(images), np.array(success, bool)
 
-    def keep(policy, ending, warm_up=0):
-        kept = []
-        for number in range(3 * count):
-            images, success = play(policy, number, warm_up)
-            kept += [(images, success)] if success[-1] == ending else []
-            if len(kept) == count:
-                break
-        return kept
-
+    # trap: a pole that never leans verifies nothing. Where most starts are at the goal already, the
+    # expert takes over after up to 20 random actions.
     at_goal = np.mean([env.reset(seed=seed + i)[1].get("success", 0) for i in range(count)])
-    played = keep(expert, True, 20 if at_goal > 0.5 else 0)
-    if not played:
+    experts = (play(expert, i, 20 if at_goal > 0.5 else 0) for i in range(3 * count))
+    randoms = (play(chance, i) for i in range(3 * count))
+    kept = list(itertools.islice((played for played in experts if played[1][-1]), count))
+    if not kept:
         raise CodeAsRewardError("the expert never succeeds: nothing to verify programs on")
-    return {"expert_episodes": [images for images, _ in played], "success": [s for _, s in played],
-            "random_episodes": [images for images, _ in keep(chance, False)]}
+    failed = itertools.islice((images for images, success in randoms if not success[-1]), count)
+    return {"expert_episodes": [images for images, _ in kept], "success": [s for _, s in kept],
+            "random_episodes": list(failed)}
 
 
 def learn_programs(ask, start_image, goal_image, goal, expert_episodes, random_episodes,
@@ -661,46 +554,44 @@ def learn_programs(ask, start_image, goal_image, goal, expert_episodes, random_e
     for k, subtask in enumerate(subtasks):
         last, feedback = k == len(subtasks) - 1, None
         for number in range(1, rounds + 1):
-            source, program = "", None
+            source = ""
             try:
                 source = write_program(ask, subtask, start_image, goal_image, goal, kept, feedback)
                 program = Program(source)
                 report = verify(program, expert_episodes, random_episodes, other_episodes, success,
                                 programs, last)
-            except ProgramError as error:
-                report = Report(reasons=[f"the program fails: {error}"])
+            except ProgramError as error:  # no code in the answer
+                report = Report(reasons=[str(error)])
             report.subtask, report.round = subtask, number
             reports.append(report)
             if folder:
-                _write_round(pathlib.Path(folder), k, source, reports, save_picture)
+                _write_round(Path(folder), k, source, reports, save_picture)
             if report.verdict == "pass":
-                kept.append(subtask), programs.append(program)
+                kept.append(subtask)
+                programs.append(program)
                 break
             feedback = (source, report)
-            if program:
-                program.close()
         else:
             if last or not go_on:
-                for program in programs:
-                    program.close()
                 raise CodeAsRewardError(f"no program for the sub-task {subtask!r} passed in "
                                         f"{rounds} rounds: {'; '.join(report.reasons)}")
     return ProgramReward(programs, kept), reports
 
 
 def _write_round(folder, k, source, reports, save_picture):
-    """For the run folder: the program, the table, the pictures on which it failed."""
-    report, passed = reports[-1], reports[-1].verdict == "pass"
+    """For the run folder: the program, the reports so far, the pictures on which it failed."""
+    report = reports[-1]
     name = f"{k + 1}_" + re.sub(r"[^a-z0-9]+", "_", report.subtask.lower()).strip("_")[:40]
-    kind = "programs" if passed else "failed"
-    (folder / kind).mkdir(parents=True, exist_ok=True)
-    stem = folder / kind / (name if passed else f"{name}_round{report.round}")
-    text = f"# sub-task: {report.subtask}\n{source}"
-    stem.with_suffix(".py").write_text(text, encoding="utf-8", errors="replace")
+    path = folder / "programs" / f"{name}.py"
+    if report.verdict == "fail":
+        path = folder / "failed" / f"{name}_round{report.round}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# sub-task: {report.subtask}\n{source}", encoding="utf-8", errors="replace")
     for i, failure in enumerate(report.failures if save_picture else []):
-        save_picture(stem.with_name(f"{stem.name}_{i}.png"), failure["image"])
-    rows = json.dumps([r.row() for r in reports], indent=1)
-    (folder / "verification.json").write_text(rows, encoding="utf-8")
+        save_picture(path.with_name(f"{path.stem}_{i}.png"), failure["image"])
+    names = ("subtask", "round", "verdict", "reasons")
+    rows = [{**{name: getattr(r, name) for name in names}, **r.rates} for r in reports]
+    (folder / "verification.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 def load_programs(folder):
@@ -708,31 +599,23 @@ def load_programs(folder):
 
     Each meets the allow-list again: a folder from elsewhere is as hostile as an answer.
     """
-    folder = pathlib.Path(folder)
-    folder = folder / "programs" if (folder / "programs").is_dir() else folder
-    sources = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("[1-9]_*.py"))]
-    if not sources:
+    paths = sorted([*Path(folder).glob("programs/[1-9]_*.py"), *Path(folder).glob("[1-9]_*.py")])
+    if not paths:
         raise CodeAsRewardError(f"no programs (1_*.py, 2_*.py, ...) in {folder}")
+    sources = [path.read_text(encoding="utf-8") for path in paths]
     first_lines = [source.partition("\n")[0] for source in sources]
     reward = ProgramReward(sources, [line.removeprefix("# sub-task: ") for line in first_lines])
-    for program in reward.programs:
-        try:
-            program(np.zeros((0, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8))
-        except ProgramError as error:
-            reward.close()
-            raise CodeAsRewardError(f"a program in {folder} is refused: {error}") from error
+    reward.progress(np.zeros((0, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8))
     return reward
 
 
 def verification_table(reports):
     """The reports as text, one line per round."""
-    names = "hit_rate false_rate backwards frozen other_task too_soon regressions".split()
-    lines = ["round  verdict  " + "  ".join(names) + "  sub-task"]
+    lines = ["  ".join(["round", "verdict", *CHECKS, "sub-task"])]
     for r in reports:
-        cells = [getattr(r, name) for name in names]
-        texts = ["-" if cell is None else f"{cell:.0%}" for cell in cells]
-        row = "  ".join(text.rjust(len(name)) for text, name in zip(texts, names))
-        lines.append(f"{r.round:5}  {r.verdict:7}  {row}  {r.subtask}")
+        cells = [f"{r.rates[name]:.0%}" if name in r.rates else "-" for name in CHECKS]
+        cells = [cell.rjust(len(name)) for cell, name in zip(cells, CHECKS)]
+        lines.append("  ".join([f"{r.round:5}", f"{r.verdict:7}", *cells, r.subtask]))
     return "\n".join(lines)
 
 
@@ -758,32 +641,11 @@ class ProgramReward:
         columns = [self._run(k, images, first_image) for k in range(len(self.programs))]
         return np.stack(columns, axis=1)
 
-    def phi(self, images, first_image):
-        """One episode, images (T,H,W,3) seen *after* each action, first_image before -> (T,)"""
-        frames = np.concatenate([first_image[None], images])  # done at the start is done
-        return potential(self.progress(frames, first_image))[1:]
-
-    def episode_rewards(self, images, first_image, failed_end=False, discount=0.99):
-        """Phi - 1 for a whole episode, (T,H,W,3) -> (T,) float32. Every call starts afresh.
-
-        failed_end: the environment ended it short of the goal (terminated without success). Where
-        all rewards are negative an end is a relief: it costs what Phi = 0 forever would.
-        """
-        rewards = self.phi(images, first_image) - 1
-        rewards[-1] -= discount / (1 - discount) if failed_end else 0
-        return rewards
-
-    def predict(self, images):
-        """(N,H,W,3) uint8 -> (N,) float32: the batch as one episode from its first image on."""
-        if not len(images):
-            return np.zeros(0, np.float32)
-        return potential(self.progress(images, images[0])) - 1
-
     def _run(self, k, images, first_image):
         try:
             return self.programs[k](images, first_image)
         except ProgramError as error:
-            if error.kind not in ("error", "output"):  # killed or refused
+            if error.kind not in ("error", "output") or not len(images):  # killed or refused
                 raise CodeAsRewardError(f"the program of {self.subtasks[k]!r}: {error}") from error
         if len(images) == 1:
             self.failed_frames += 1
@@ -791,62 +653,54 @@ class ProgramReward:
         halves = np.array_split(images, 2)  # the pictures without the fault keep their value
         return np.concatenate([self._run(k, half, first_image) for half in halves])
 
-    def close(self):
+    def episode_rewards(self, images, first_image, failed_end=False, discount=0.99):
+        """Phi - 1 of an episode: images (T,H,W,3) seen *after* each action, first_image -> (T,)
+
+        failed_end: the environment ended it short of the goal (terminated without success). Where
+        all rewards are negative an end is a relief: it costs what Phi = 0 forever would.
+        """
+        frames = np.concatenate([first_image[None], images])  # done at the start is done
+        rewards = potential(self.progress(frames, first_image))[1:] - 1  # starts afresh every time
+        rewards[-1] -= discount / (1 - discount) if failed_end else 0
+        return rewards
+
+    def predict(self, images):
+        """(N,H,W,3) uint8 -> (N,) float32: the batch as one episode from its first image on."""
+        return self.episode_rewards(images, images[0]) if len(images) else np.zeros(0, np.float32)
+
+    def close(self, *unused):
         for program in self.programs:
             program.close()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *unused):
-        self.close()
+    __exit__ = close
 
 
-# ---- demo: a white square has to be moved to the right edge of the picture ----
-WRONG = """```python
-def progress(images, first_image):
-    return images.max(axis=(1, 2, 3)) / 255
-```"""
-RIGHT = """```python
-import numpy as np
-def progress(images, first_image):
-    white = (images > 128).all(axis=3).any(axis=1)                    # (N, W): columns with white
-    left = np.where(white.any(axis=1), white.argmax(axis=1), 0) / images.shape[2]
-    return np.clip(left / 0.8, 0, 1)
-```"""
-
-
-def _square_episode(columns):
-    """Pictures of a white square whose left edge is at these columns: (T,) -> (T,64,64,3) uint8"""
-    images = np.zeros((len(columns), 64, 64, 3), np.uint8)
-    for image, column in zip(images, columns):
-        image[28:36, int(column):int(column) + 8] = 255
-    return images
-
-
+# ---- demo: a white bar has to be moved to the right edge of the picture ----
 def _demo():
-    answers = iter(["1. The white square is at the right edge.", WRONG, RIGHT])
-    ask = lambda parts: types.SimpleNamespace(text=next(answers))
-    rng = np.random.default_rng(0)
-    expert = [_square_episode(np.minimum(52, i + 4 * np.arange(20))) for i in range(10)]
-    random = [_square_episode(np.clip(rng.normal(0, 3, 20).cumsum(), 0, 52)) for _ in range(10)]
-    print("No VLM here: a script with three fixed answers, its first program wrong on purpose.")
-    reward, reports = learn_programs(ask, expert[0][0], expert[0][-1], "to move the square right",
-                                     expert, random)
-    with reward:
-        print(verification_table(reports), "Sent back after round 1, with pictures:", sep="\n")
-        print("  " + "\n  ".join(reports[0].reasons))
-        rewards = reward.episode_rewards(expert[0][1:], expert[0][0])
-        print("Reward along an expert episode, expect -0.9 rising to 0:",
-              " ".join(f"{r:.1f}" for r in rewards))
-        print("Sandbox:", ", ".join(reward.programs[0].active))
-        start, frames = time.perf_counter(), np.zeros((4000, 100, 100, 3), np.uint8)
-        reward.predict(frames)
-        print(f"Expect 2,000 frames a second or more at 100 x 100 pixels, pipe included: "
-              f"{len(frames) / (time.perf_counter() - start):,.0f}")
+    code = "```python\ndef progress(images, first_image):\n    return {}\n```"
+    answers = iter(["1. The white bar is at the right edge.",
+                    code.format("images.max(axis=(1, 2, 3)) / 255"),  # wrong on purpose
+                    code.format("np.clip(images.any(axis=(1, 3)).argmax(axis=1) / 52, 0, 1)")])
+    ask, rng = lambda parts: types.SimpleNamespace(text=next(answers)), np.random.default_rng(0)
+
+    def episode(columns):  # (T,) left edge of the bar -> (T,64,64,3) uint8
+        inside = (np.arange(64) - columns.astype(int)[:, None]) // 8 == 0  # (T, 64)
+        return np.uint8(255) * inside[:, None, :, None].repeat(64, 1).repeat(3, 3)
+
+    expert = [episode(np.minimum(52, i + 4 * np.arange(20))) for i in range(10)]
+    random = [episode(np.clip(rng.normal(0, 3, 20).cumsum(), 0, 52)) for _ in range(10)]
+    reward, reports = learn_programs(ask, *expert[0][[0, -1]], "to move it right", expert, random)
+    print("No VLM here, but three fixed answers; expect a program that fails and one that passes.")
+    print(verification_table(reports), "Sent back:", *reports[0].reasons, sep="\n")
+    print("Reward along an expert episode, expect -0.9 rising to 0:",
+          reward.episode_rewards(expert[0][1:], expert[0][0]).round(1)[::2])
+    print("Sandbox:", ", ".join(reward.programs[0].active))
 
 
 if __name__ == "sandbox":
-    _sandbox_main()
+    _serve(Connection(int(sys.argv[3])))
 elif __name__ == "__main__":
     _demo()

@@ -1,10 +1,10 @@
 """A stand-in for a vision-language model (VLM): a real HTTP server, but no VLM.
 
 It lets everything run without a key, a network or a GPU. On loopback it speaks the wire formats of
-OpenAI (chat completions, responses), Gemini (generateContent) and Anthropic (messages), decodes
-the pictures it was sent, measures them with a few lines of numpy per goal (READERS), says in words
-what it measured, and decides from the words: the two stages of STEP 3. It never sees the simulator.
-It knows the goals of the built-in tasks only; any other is an HTTP 400 that names them. Its answers
+OpenAI (chat completions), Gemini (generateContent) and Anthropic (messages), decodes the pictures
+it was sent, measures them with a few lines of numpy per goal (READERS), says in words what it
+measured, and decides from the words: the two stages of STEP 3. It never sees the simulator, and
+knows the goals of the built-in tasks only; any other is an HTTP 400 that names them. Its answers
 and its model name say that it is no VLM.
 
 What it does with a question, by what is in it:
@@ -16,10 +16,8 @@ Where the images differ by less than the reader's margin it answers -1.
 
 Mistakes and unsure answers are drawn from a hash of (seed, goal, images in their order): neither
 threads nor history matter. A mistaken description has its two images exchanged, so both stages
-tell the same lie. Faults (see FAULTS) are drawn from a hash of (seed, request, how often it was
-seen), so asking again succeeds.
-
-Shapes: a reader maps (H, W, 3) uint8 to a float in the unit of its sentence, nan if it sees none.
+tell the same lie. Faults are drawn from a hash of (seed, request, how often it was seen), so
+asking again succeeds.  Shapes: a reader maps (H, W, 3) uint8 to a float, nan if it sees nothing.
 
 To use it elsewhere (point any client at url, as if it were OpenAI's):
     import json, urllib.request
@@ -28,7 +26,6 @@ To use it elsewhere (point any client at url, as if it were OpenAI's):
     with OfflineVLM(latency=0.1) as url:
         print(urllib.request.urlopen(url + "/chat/completions", body).read())
 """
-
 import argparse
 import base64
 import hashlib
@@ -36,8 +33,6 @@ import inspect
 import json
 import re
 import threading
-import time
-import urllib.request
 from collections import Counter, namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -228,37 +223,35 @@ def read_rooms(image):
 # read: the function; says: the sentence; merit(value): larger is closer to the goal; worst, best:
 # merits that a score of 0 and 1 stand for; margin: merits closer than this cannot be told apart.
 Reader = namedtuple("Reader", "read says merit worst best margin")
-
+more, less = float, lambda value: -abs(value)  # which readings are better
 READERS = {
     SIGHT: Reader(read_brightness, "the picture has a mean brightness of {value:.0f} of 255",
-                  lambda value: value, 0, 255, 8),
+                  more, 0, 255, 8),
     "to balance the brown pole on the black cart to be upright": Reader(
-        read_pole, "the brown pole leans {value:+.1f} degrees from upright",
-        lambda value: -abs(value), -30, 0, 0.5),
+        read_pole, "the brown pole leans {value:+.1f} degrees from upright", less, -30, 0, 0.5),
     "to open the drawer": Reader(
-        read_drawer, "the drawer is {value:.1f} percent open", lambda value: value, 0, 100, 1),
+        read_drawer, "the drawer is {value:.1f} percent open", more, 0, 100, 1),
     "to move the soccer ball into the goal": Reader(
         read_ball, "the soccer ball is {value:.2f} ball widths from the middle of the goal",
-        lambda value: -value, -4, 0, 0.05),
+        less, -4, 0, 0.05),
     "to minimize the distance between the green cube and the hole": Reader(
         read_cube, "the green cube is {value:.2f} cube widths from the middle of the hole",
-        lambda value: -value, -5, 0, 0.05),
+        less, -5, 0, 0.05),
     "to fold the cloth diagonally from top left corner to bottom right corner": Reader(
         read_cloth, "the cloth and the triangle it should form overlap by {value:.1f} percent",
-        lambda value: value, 50, 95, 1),
+        more, 50, 95, 1),
     "to straighten the blue rope": Reader(
         read_rope, "the blue rope reaches over {value:.1f} percent of the picture",
-        lambda value: value, 25, 110, 1),
+        more, 25, 110, 1),
     "to move the container, which holds water, to be as close to the red circle as possible "
     "without causing too many water droplets to spill": Reader(
         read_water, "the way to the red circle and the spilled water cost {value:.2f} together",
-        lambda value: -value, -8, 0, 0.05),
+        less, -8, 0, 0.05),
     **dict.fromkeys((
         "to pick up the key, open the yellow door with it, and get to the green square",
         "to pick up the key and open the yellow door with it",
         "to pick up the key, open the yellow door with it, and pick up the purple box behind it"),
-        Reader(read_rooms, "the errand is at stage {value:.2f} of 3",
-               lambda value: value, 0, 3, 0.03)),
+        Reader(read_rooms, "the errand is at stage {value:.2f} of 3", more, 0, 3, 0.03)),
 }
 
 
@@ -271,15 +264,11 @@ def find_value(reader, text, number):
 
 def describe(reader, images, lie, doubt):
     """Two images or one -> sentences. A lie exchanges the two images."""
-    values = [reader.read(image) for image in images]
-    values = values[::-1] if lie else values
-    lines = []
-    for number, value in enumerate(values, start=1):
-        if doubt or not np.isfinite(value):
-            lines.append(f"Image {number}: what matters for the goal cannot be made out.")
-        else:
-            lines.append(f"Image {number}: {reader.says.format(value=value)}.")
-    return "\n".join(lines)
+    values = [reader.read(image) for image in images][::-1 if lie else 1]
+    return "\n".join(f"Image {number}: {reader.says.format(value=value)}."
+                     if np.isfinite(value) and not doubt else
+                     f"Image {number}: what matters for the goal cannot be made out."
+                     for number, value in enumerate(values, start=1))
 
 
 def decide(reader, text):
@@ -310,22 +299,33 @@ def chance(*what):
 # ---- the two questions of code_as_reward.py: which sub-tasks, and a program for one ----
 # The stand-in writes down what its own eyes do: the source of a reader, or, for MiniGrid, ROOMS.
 
-READ = '''
+READ = '''import numpy as np
+
+{source}
 def progress(image, first_image):
     value, first = {read}(image), {read}(first_image)
     if not np.isfinite(value) or not np.isfinite(first):
         return 0.0
     return min(1.0, max(0.0, {share}))
 '''
-
 ROOMS = '''import numpy as np
 
 def yellow(images):
     r, g, b = [images[..., i] for i in range(3)]
     return (r > 90) & (g > 90) & (b < 70) & (np.maximum(r, g) - np.minimum(r, g) < 30)
 
+def green(images):
+    return (images[..., 1] > 120) & (images[..., 0] < 70) & (images[..., 2] < 70)
+
+def purple(images):
+    r, g, b = [images[..., i].astype(np.int16) for i in range(3)]
+    return (b > r + 25) & (b > g + 40)
+
+def red(images):
+    return (images[..., 0] > 120) & (images[..., 1] < 70) & (images[..., 2] < 70)
+
 def door(first_image):
-    """Top, bottom, left, right of the locked door: the rightmost yellow thing, if a full square."""
+    """Its top, bottom, left, right, if locked: the rightmost yellow thing is a full square."""
     mask = yellow(first_image)
     columns = np.flatnonzero(mask.any(0))
     if len(columns) == 0:
@@ -339,68 +339,41 @@ def door(first_image):
 
 def near(images, y, x):
     """(N,) 0.9 where the red agent is at (y, x), less with the distance; 0 where none is seen."""
-    red = (images[..., 0] > 120) & (images[..., 1] < 70) & (images[..., 2] < 70)
-    count = red.sum(axis=(1, 2))
-    ys = red.sum(axis=2) @ np.arange(red.shape[1]) / np.maximum(count, 1)
-    xs = red.sum(axis=1) @ np.arange(red.shape[2]) / np.maximum(count, 1)
-    away = np.abs(ys - y) / red.shape[1] + np.abs(xs - x) / red.shape[2]
+    agent = red(images)
+    count = agent.sum(axis=(1, 2))
+    ys = agent.sum(axis=2) @ np.arange(agent.shape[1]) / np.maximum(count, 1)
+    xs = agent.sum(axis=1) @ np.arange(agent.shape[2]) / np.maximum(count, 1)
+    away = np.abs(ys - y) / agent.shape[1] + np.abs(xs - x) / agent.shape[2]
     return np.where(count < 4, 0.0, np.maximum(0.0, 0.9 - 0.45 * away))
-'''
 
-KEY = ROOMS + '''
-def progress(images, first_image):
-    box = door(first_image)
-    if box is None:
-        return np.zeros(len(images))
-    ys, xs = np.nonzero(yellow(first_image)[:, :box[2]])  # the key lies left of the door
-    if len(ys) == 0:
-        return np.zeros(len(images))
-    agent = near(images, ys.mean(), xs.mean())
-    gone = yellow(images)[:, :, :box[2]].sum(axis=(1, 2)) < 0.3 * len(ys)
-    return np.where(agent == 0, 0.0, np.where(gone, {done}, {agent}))
-'''
-
-DOOR = ROOMS + '''
 def progress(images, first_image):
     box = door(first_image)
     if box is None:
         return np.zeros(len(images))
     top, bottom, left, right = box
-    agent = near(images, (top + bottom) / 2, (left + right) / 2)
-    opened = yellow(images[:, top:bottom, left:right]).mean(axis=(1, 2)) < 0.35  # locked: all is
-    return np.where(agent == 0, 0.0, np.where(opened, {done}, {agent}))
-'''
-
-SQUARE = ROOMS + '''
-def progress(images, first_image):
-    r, g, b = [first_image[..., i] for i in range(3)]
-    ys, xs = np.nonzero((g > 120) & (r < 70) & (b < 70))
-    if len(ys) == 0 or door(first_image) is None:
-        return np.zeros(len(images))
-    part = images[:, ys.min():ys.max() + 1, xs.min():xs.max() + 1]
-    inside = ((part[..., 0] > 120) & (part[..., 1] < 70)).any(axis=(1, 2))
-    agent = near(images, ys.mean(), xs.mean())
-    return np.where(agent == 0, 0.0, np.where(inside, {done}, {agent}))
-'''
-
-BOX = ROOMS + '''
-def purple(images):
-    r, g, b = [images[..., i].astype(np.int16) for i in range(3)]
-    return (b > r + 25) & (b > g + 40)
-
-def progress(images, first_image):
-    ys, xs = np.nonzero(purple(first_image))
-    if len(ys) == 0 or door(first_image) is None:
+    columns = np.arange(first_image.shape[1])
+    ys, xs = np.nonzero({thing})  # where to go
+    if len(ys) == 0:
         return np.zeros(len(images))
     agent = near(images, ys.mean(), xs.mean())
-    gone = purple(images).sum(axis=(1, 2)) < 0.3 * len(ys)
-    return np.where(agent == 0, 0.0, np.where(gone, {done}, {agent}))
+    finished = {finished}
+    return np.where(agent == 0, 0.0, np.where(finished, {done}, {undone}))
 '''
 
-PICK = ("the key is no longer on the floor", KEY)
-OPEN = ("the yellow door is open", DOOR)
-# goal: its sub-tasks in order, each (sentence, how it is read): a whole program, or the share done,
-# from what the goal's reader sees now (value) and in the first picture (first).
+# Of MiniGrid's sub-tasks: the sentence, the thing to go to, and when it is finished.
+PICK = ("the key is no longer on the floor",
+        ("yellow(first_image) & (columns < left)",
+         "yellow(images)[:, :, :left].sum(axis=(1, 2)) < 0.3 * len(ys)"))
+OPEN = ("the yellow door is open",
+        ("yellow(first_image) & (columns >= left)",
+         "yellow(images[:, top:bottom, left:right]).mean(axis=(1, 2)) < 0.35  # locked: all is"))
+REACH = ("the red agent is on the green square",
+         ("green(first_image)",
+          "red(images[:, ys.min():ys.max() + 1, xs.min():xs.max() + 1]).any(axis=(1, 2))"))
+TAKE = ("the purple box is no longer there",
+        ("purple(first_image)", "purple(images).sum(axis=(1, 2)) < 0.3 * len(ys)"))
+# goal: its sub-tasks in order; elsewhere each is a sentence, and the share done as computed from
+# what the goal's reader sees now (value) and in the first picture (first).
 SUBTASKS = {
     "to balance the brown pole on the black cart to be upright":
         [("the pole stands upright", "1 - abs(value) / (90 if abs(value) < 4.5 else 30)")],
@@ -417,23 +390,23 @@ SUBTASKS = {
     "without causing too many water droplets to spill":
         [("the container is at the red circle", "(first - value) / max(0.1, first - 0.1)")],
     "to pick up the key, open the yellow door with it, and get to the green square":
-        [PICK, OPEN, ("the red agent is on the green square", SQUARE)],
+        [PICK, OPEN, REACH],
     "to pick up the key and open the yellow door with it": [PICK, OPEN],
     "to pick up the key, open the yellow door with it, and pick up the purple box behind it":
-        [PICK, OPEN, ("the purple box is no longer there", BOX)],
+        [PICK, OPEN, TAKE],
 }
 
 
 def write_code(goal, sentence, wrong):
     """The program for a sub-task; a wrong one takes done for undone."""
     how = dict(SUBTASKS[goal])[sentence]
-    if "def progress" in how:
-        done, agent = ("0.5", "1.0") if wrong else ("1.0", "agent")
-        return how.replace("{done}", done).replace("{agent}", agent)
-    read = READERS[goal].read
-    share = f"1 - ({how})" if wrong else how
-    return ("import numpy as np\n\n" + inspect.getsource(read)
-            + READ.replace("{read}", read.__name__).replace("{share}", share))
+    if isinstance(how, tuple):
+        done, undone = ("0.5", "1.0") if wrong else ("1.0", "agent")
+        program = ROOMS.replace("{thing}", how[0]).replace("{finished}", how[1])
+        return program.replace("{done}", done).replace("{undone}", undone)
+    read, share = READERS[goal].read, f"1 - ({how})" if wrong else how
+    program = READ.replace("{source}", inspect.getsource(read)).replace("{share}", share)
+    return program.replace("{read}", read.__name__)
 
 
 def answer_code(goal, text, mistakes, seed):
@@ -441,10 +414,8 @@ def answer_code(goal, text, mistakes, seed):
 
     A mistake is made in the first program only: told what failed, the stand-in puts it right.
     """
-    if goal not in SUBTASKS:
-        return None
-    sentences = [sentence for sentence, _ in SUBTASKS[goal]]
-    if "List the sub-tasks" in text:
+    sentences = [sentence for sentence, _ in SUBTASKS.get(goal, ())]
+    if sentences and "List the sub-tasks" in text:
         return "\n".join(f"{i}. {sentence}" for i, sentence in enumerate(sentences, start=1))
     asked = re.search(r"^The sub-task: (.+)$", text, re.MULTILINE)
     if not asked or asked.group(1) not in sentences:
@@ -469,18 +440,17 @@ def answer(parts, mistakes=0.0, unsure=0.0, seed=0):
         return f"{SAYS}\n{code}"
     if len(images) > 2:
         raise BadQuestion("the offline stand-in takes one image or two")
-    if not images and "Image 2:" in text:
-        return f"{SAYS} From the notes.\n{decide(reader, text)}"
     if not images:
-        return f"{SAYS} From the notes.\n{score(reader, text)}"
+        judge = decide if "Image 2:" in text else score
+        return f"{SAYS} From the notes.\n{judge(reader, text)}"
     draw = [seed, goals[-1], *(hashlib.sha256(image.tobytes()).hexdigest() for image in images)]
     sure = goals[-1] != SIGHT  # the sight check tests the line, not the eyes: never a lie there
     words = describe(reader, images, lie=sure and chance("lie", *draw) < mistakes,
                      doubt=sure and chance("doubt", *draw) < unsure)
     if "-1" in text:
-        return f"{SAYS}\n{words}\n{decide(reader, words)}"
-    if "from 0" in text and len(images) == 1:
-        return f"{SAYS}\n{words}\n{score(reader, words)}"
+        words += "\n" + decide(reader, words)
+    elif "from 0" in text and len(images) == 1:
+        words += "\n" + score(reader, words)
     return f"{SAYS}\n{words}"
 
 
@@ -506,14 +476,18 @@ def data_url(url):
     return picture(found.group(2), found.group(1))
 
 
-def flat(content, one):
-    """A string, or a list of typed parts -> list of str | image."""
-    return [content] if isinstance(content, str) else [one(part) for part in content]
-
-
-def read_chat(body):
-    return [part for message in body["messages"] for part in flat(message["content"], lambda p:
-            p["text"] if p["type"] == "text" else data_url(p["image_url"]["url"]))]
+def read_messages(body):
+    """OpenAI's messages or Anthropic's: strings or lists of typed parts -> [str or image]."""
+    parts = []
+    for content in (message["content"] for message in body["messages"]):
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "text":
+                parts.append(part["text"])
+            elif part["type"] == "image_url":
+                parts.append(data_url(part["image_url"]["url"]))
+            else:
+                parts.append(picture(part["source"]["data"], part["source"]["media_type"]))
+    return parts
 
 
 def write_chat(text, end, tokens):
@@ -525,27 +499,6 @@ def write_chat(text, end, tokens):
             "choices": [] if end == "empty" else choices,
             "usage": {"prompt_tokens": tokens[0], "completion_tokens": tokens[1],
                       "total_tokens": sum(tokens)}}
-
-
-def read_responses(body):
-    turns = [{"content": body["input"]}] if isinstance(body["input"], str) else body["input"]
-    return [part for turn in turns for part in flat(turn["content"], lambda p:
-            p["text"] if p["type"] == "input_text" else data_url(p["image_url"]))]
-
-
-def write_responses(text, end, tokens):
-    content = ({"type": "refusal", "refusal": text} if end == "refused" else
-               {"type": "output_text", "text": text, "annotations": []})
-    message = {"type": "message", "id": "msg_0", "role": "assistant", "content": [content],
-               "status": "incomplete" if end == "cut off" else "completed"}
-    return {"id": "resp_0", "object": "response", "created_at": 0, "model": NAME, "error": None,
-            "output": [] if end == "empty" else [message], "parallel_tool_calls": False,
-            "tool_choice": "auto", "tools": [], "status": message["status"],
-            "incomplete_details": {"reason": "max_output_tokens"} if end == "cut off" else None,
-            "usage": {"input_tokens": tokens[0], "output_tokens": tokens[1],
-                      "total_tokens": sum(tokens), "input_tokens_details": {"cached_tokens": 0,
-                                                                    "cache_write_tokens": 0},
-                      "output_tokens_details": {"reasoning_tokens": 0}}}
 
 
 def read_gemini(body):
@@ -568,15 +521,13 @@ def write_gemini(text, end, tokens):
             "usageMetadata": usage, "modelVersion": NAME, "responseId": "0"}
 
 
-def read_messages(body):
+def read_anthropic(body):
     if "max_tokens" not in body:
         raise BadQuestion("max_tokens: field required")
-    return [part for message in body["messages"] for part in flat(message["content"], lambda p:
-            p["text"] if p["type"] == "text" else
-            picture(p["source"]["data"], p["source"]["media_type"]))]
+    return read_messages(body)
 
 
-def write_messages(text, end, tokens):
+def write_anthropic(text, end, tokens):
     stop = {"complete": "end_turn", "cut off": "max_tokens", "refused": "refusal"}
     content = [{"type": "text", "text": text, "citations": None}] if end != "empty" else []
     return {"id": "msg_0", "type": "message", "role": "assistant", "model": NAME,
@@ -599,7 +550,7 @@ def fail_gemini(status, kind, message, wait):
                       "status": name.get(status, "UNAVAILABLE")}}
 
 
-def fail_messages(status, kind, message, wait):
+def fail_anthropic(status, kind, message, wait):
     details = None
     if kind == "insufficient_quota":
         kind, details = "rate_limit_error", {"error_code": "enforced_spend_limit_reached"}
@@ -608,10 +559,9 @@ def fail_messages(status, kind, message, wait):
 
 
 Wire = namedtuple("Wire", "ending read write fail")
-WIRES = (Wire("/chat/completions", read_chat, write_chat, fail_openai),
-         Wire("/responses", read_responses, write_responses, fail_openai),
+WIRES = (Wire("/chat/completions", read_messages, write_chat, fail_openai),
          Wire(":generateContent", read_gemini, write_gemini, fail_gemini),
-         Wire("/messages", read_messages, write_messages, fail_messages))
+         Wire("/messages", read_anthropic, write_anthropic, fail_anthropic))
 
 
 # ---- faults on demand ----
@@ -647,16 +597,12 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_GET(self):
-        self.send(404, {"error": {"message": f"{SAYS} POST a question to /v1/chat/completions"}})
-
     def do_POST(self):
-        vlm = self.server.vlm
-        raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        vlm, raw = self.server.vlm, self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = self.path.split("?")[0]
         wire = next((wire for wire in WIRES if path.endswith(wire.ending)), None)
         if wire is None:
-            return self.do_GET()
+            return self.send(404, {"error": {"message": f"{SAYS} ask at /v1/chat/completions"}})
         digest, fault = vlm.register(raw, self.path, self.headers)
         vlm.stopping.wait(vlm.latency)
         if fault in HOPELESS or not vlm.key_fits(self.headers):
@@ -668,66 +614,58 @@ class Handler(BaseHTTPRequestHandler):
                 raise BadQuestion("streaming is not offered: leave stream out")
             parts = wire.read(body)
             text = answer(parts, vlm.mistakes, vlm.unsure, vlm.seed)
-        except BadQuestion as error:
-            return self.send(400, wire.fail(400, "invalid_request_error", str(error), None))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = f"the body is not understood: {error!r}"
+        except (BadQuestion, ValueError, KeyError, TypeError, AttributeError) as error:
+            why = str(error) if isinstance(error, BadQuestion) else f"not understood: {error!r}"
             return self.send(400, wire.fail(400, "invalid_request_error", why, None))
-        end, change = STRANGE.get(fault, ("complete", lambda text: text))
+        end, change = STRANGE.get(fault, ("complete", str))
         text = change(text)
         # As many tokens as GPT-5 would count for an image; four characters of text are one token.
         tokens = (sum(len(part) // 4 if isinstance(part, str) else
                       -(-part.shape[0] // 32) * -(-part.shape[1] // 32) for part in parts),
                   len(text) // 4)
-        self.reply(wire, fault, wire.write(text, end, tokens), digest)
+        self.reply(wire, fault, json.dumps(wire.write(text, end, tokens)).encode(), digest)
 
     def reply(self, wire, fault, good, digest):
         """Send the good answer, or what the fault makes of it."""
-        vlm, code = self.server.vlm, json.dumps(good).encode()
-        if fault == "503 HTML":
-            page = b"<html><head><title>Service Unavailable</title></head></html>"
-            self.send(503, page, "text/html")
-        elif fault in ("429", "429 hint", "500", "529"):
+        vlm = self.server.vlm
+        if fault in ("429", "429 hint", "500", "529"):
             status, wait = int(fault[:3]), 0.05 if fault == "429 hint" else None
             kind = "rate_limit_error" if status == 429 else "overloaded_error"
-            # Gemini hints in the body only
-            header = wait if wire.fail is not fail_gemini else None
-            self.send(status, wire.fail(status, kind, "Slow down, please", wait), wait=header)
-        elif fault == "drop before":
-            self.close_connection = True
+            # Gemini hints in the body only.
+            header = wait and wire.fail is not fail_gemini and {"Retry-After": wait}
+            self.send(status, wire.fail(status, kind, "Slow down, please", wait), header or {})
+        elif fault == "503 HTML":
+            page = b"<html><head><title>Service Unavailable</title></head></html>"
+            self.send(503, page, {"Content-Type": "text/html"})
+        elif fault == "error under 200":
+            self.send(200, fail_anthropic(200, "overloaded_error", "Overloaded", None))
+        elif fault == "invalid JSON":
+            self.send(200, good[:-20])
+        elif fault == "drop middle":
+            self.send(200, good[:len(good) // 2], {"Content-Length": len(good)})
+        elif fault == "drip":
+            self.send(200, b"", {"Content-Length": len(good)})
+            for byte in good:
+                vlm.stopping.wait(vlm.drip)
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
         elif fault == "hang":
             vlm.stopping.wait(vlm.hang)
-            self.close_connection = True
-        elif fault == "invalid JSON":
-            self.send(200, code[:-20])
-        elif fault == "error under 200":
-            self.send(200, fail_messages(200, "overloaded_error", "Overloaded", None))
-        elif fault in ("drop middle", "drip"):
-            self.head(200, len(code))
-            for place in range(len(code) // 2 if fault == "drop middle" else len(code)):
-                self.wfile.write(code[place:place + 1])
-                self.wfile.flush()
-                if fault == "drip":
-                    vlm.stopping.wait(vlm.drip)
-            self.close_connection = fault == "drop middle"
-        else:
+        elif fault != "drop before":
             with vlm.lock:
                 vlm.answers[digest] += 1
-            self.send(200, code)
+            self.send(200, good)
+        self.close_connection |= fault in ("drop before", "drop middle", "hang")
 
-    def send(self, status, body, kind="application/json", wait=None):
+    def send(self, status, body, headers=()):
         code = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.head(status, len(code), kind, wait)
+        self.send_response(status)
+        usual = {"Content-Type": "application/json", "Content-Length": len(code)}
+        for name, value in {**usual, **dict(headers)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
         self.wfile.write(code)
         self.wfile.flush()
-
-    def head(self, status, length, kind="application/json", wait=None):
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(length))
-        if wait is not None:
-            self.send_header("Retry-After", str(wait))
-        self.end_headers()
 
 
 class Server(ThreadingHTTPServer):
@@ -807,23 +745,15 @@ def main():
     parser.add_argument("--faults", default="0", help="a share, or one of: " + ", ".join(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if re.fullmatch(r"[01]|[01]?\.\d+", options.faults):
+    if options.faults not in FAULTS and re.fullmatch(r"[01]|[01]?\.\d+", options.faults):
         options.faults = float(options.faults)
     try:
-        vlm = OfflineVLM(**vars(options))
-        print(f"{SAYS} listens on {vlm.start()}", flush=True)
+        print(f"{SAYS} listens on {OfflineVLM(**vars(options)).start()}", flush=True)
     except (OSError, OverflowError, ValueError) as error:  # port taken, no such fault
         parser.error(str(error))
-    print("Expect no understanding: it measures pixels, for these goals only:")
-    for goal in READERS:
-        print(f'  "{goal}"')
-    print("Ask it with: python vlm_query.py a.png b.png --goal ... --vlm offline --vlm-url URL")
-    print("Ctrl-C stops it.", flush=True)
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        vlm.stop()
+    print("It measures pixels, for these goals only:", *READERS, sep="\n  ")
+    print("Ask it with: python vlm_query.py a.png b.png --goal ... --vlm-url URL; Ctrl-C ends it.")
+    threading.Event().wait()
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ learned reward means what it should:
 Every heading and chart names the labeler, so that no stand-in and no oracle passes for a VLM.
 
 Differs from the paper: 1. its figure of label accuracy has three parts (right, wrong, no
-preference), ours more: an unsure model, an answer nobody can parse and a failed call are three
-different things. 2. reward and progress are both scaled to [0, 1] over all recorded episodes
-together, so that before and after compare.
+preference), ours more: an unsure model, an answer nobody can parse and a failed call differ.
+2. reward and progress are scaled to [0, 1] over all recorded episodes, so that charts compare.
 
 A run folder; a file that is missing or torn costs its section, never the report:
-    config.json, summary.json   objects             metrics.csv, timing.csv   a row per evaluation
-    labels.jsonl   a line per pair asked            episodes.csv   kind, episode, t, learned_reward
+    config.json, summary.json   objects          metrics.csv   a row per evaluation
+    labels.jsonl   a line per pair asked         episodes.csv   kind, episode, t, learned_reward
     pairs/000012.png, eval_before.gif, eval_after.gif   code_as_reward/ (programs, verification)
 Names: a table is {column: list of str}; a row is one object of labels.jsonl; an outcome is one of
-OUTCOMES. Needs numpy, matplotlib, imageio. Imports nothing from this repository.
+OUTCOMES. Needs numpy and matplotlib. Imports nothing from this repository.
 
 To use it elsewhere: write the files you have, in that form, and call write_report:
     from pathlib import Path
@@ -31,7 +30,6 @@ import csv
 import io
 import json
 import math
-import re
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -40,55 +38,33 @@ from pathlib import Path
 
 import numpy as np
 
-# name: (on light paper, on dark paper). Charts are drawn in the first, then refer to the name.
-# trap: no two colours may be equal, for a chart's colour is found again by its code.
-PALETTE = {"paper": ("#fdfcfa", "#16181c"), "card": ("#f4f1ec", "#1f2228"),
-           "ink": ("#22252b", "#e6e3dc"), "muted": ("#6a6e76", "#9da2ab"),
-           "line": ("#dcd8d0", "#363a42"), "blue": ("#2467a8", "#74b1ee"),
-           "red": ("#c2452d", "#f08a72"), "gold": ("#d29a1f", "#e9c163"),
-           "violet": ("#7d5ba6", "#b99be0"), "grey": ("#9a9ea6", "#7b808a"),
-           "sand": ("#c9bfae", "#5e584e"), "green": ("#2f8467", "#6cc7a6")}
-INK = {name: light for name, (light, _) in PALETTE.items()}
+BLUE, GREEN, GOLD, VIOLET, MUTED = "#2467a8", "#2f8467", "#d29a1f", "#7d5ba6", "#6a6e76"
 # What became of a pair that was sent: its colour, in the order of the stack and of the gallery.
-OUTCOMES = {"right": "blue", "wrong": "red", "tie": "sand", "not judged": "green",
-            "unsure": "gold", "unreadable": "violet", "no answer": "grey"}
+OUTCOMES = {"right": BLUE, "wrong": "#c2452d", "tie": "#c9bfae", "not judged": GREEN,
+            "unsure": GOLD, "unreadable": VIOLET, "no answer": "#9a9ea6"}
 FILES = ("config.json", "metrics.csv", "labels.jsonl", "episodes.csv", "summary.json")
-PICTURE_LIMIT, FILM_LIMIT = 100_000, 1_000_000  # bytes embedded as they are; larger ones shrink
-
-STYLE = """
-:root { color-scheme: light dark; LIGHT } @media (prefers-color-scheme: dark) { :root { DARK } }
-:root { --serif: Georgia, "Liberation Serif", serif;
-  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.25rem 5rem; color: var(--ink);
-  background: var(--paper); font: 1rem/1.6 var(--sans); overflow-wrap: break-word }
-h1 { font: 600 clamp(1.6rem, 4.5vw, 2.4rem)/1.25 var(--serif); margin: .2rem 0 .9rem }
-h2 { font: 600 1.35rem/1.3 var(--serif); margin: 3.2rem 0 1rem; padding-top: 1rem;
-  border-top: 1px solid var(--line) }
-h2 small { display: block; font: .85rem/1.5 var(--sans); color: var(--muted) }
-p { max-width: 46rem } figure { margin: 0 } svg, img { width: 100%; height: auto; display: block }
-figure, .tiles div, .card { min-width: 0 } img { border-radius: .4rem }
-svg text { font-family: var(--sans) !important }
-.note, figcaption { color: var(--muted); font-size: .88rem; margin: .3rem 0 }
-.badge { padding: .15rem .75rem; border-radius: 1rem; border: 1px solid var(--gold) }
-.missing { border-left: 3px solid var(--gold); padding-left: .8rem; color: var(--muted) }
+# The browser itself forbids scripts and requests: even an unescaped answer could do nothing.
+HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><style>
+body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.2rem; color: #22252b; background: #fdfcfa;
+  font: 1rem/1.6 system-ui, sans-serif; overflow-wrap: break-word }
+h1, h2, b { font-family: Georgia, serif } h2 { margin: 3rem 0 1rem; border-top: 1px solid #dcd8d0 }
+h2 small { display: block; font: .85rem/1.5 system-ui, sans-serif; color: #6a6e76 }
+p { max-width: 46rem } figure { margin: 0; min-width: 0 } img { width: 100%; display: block }
+.note, figcaption { color: #6a6e76; font-size: .88rem; margin: .3rem 0 }
+.missing { border-left: 3px solid #d29a1f; padding-left: .8rem; color: #6a6e76 }
 .grid { display: grid; gap: 1.4rem; margin: 1.2rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem }
-.films { grid-template-columns: 1fr 1fr; max-width: 40rem }
-.tiles div, .card { background: var(--card); border-radius: .6rem; padding: .8rem 1rem }
-.tiles b { display: block; font: 600 1.5rem/1.3 var(--serif) }
-.tiles span { color: var(--muted); font-size: .82rem; line-height: 1.3; display: block }
-.card { border-top: 3px solid var(--line) } .card p { margin: .5rem 0 }
-.said { white-space: pre-wrap; font-size: .9rem; margin: .2rem 0 .6rem; padding-left: .8rem;
-  border-left: 2px solid var(--line) }
-summary { cursor: pointer; margin: .3rem 0 } .start { font-size: .9rem }
-details[open] .start { display: none } pre, .wide { overflow-x: auto }
-pre { background: var(--card); padding: .8rem 1rem; border-radius: .4rem; font-size: .85rem }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+.tiles b { display: block; font-size: 1.5rem } .films { grid-template-columns: 1fr 1fr }
+.tiles div, .card, pre { background: #f4f1ec; padding: .8rem 1rem; min-width: 0 }
+.card { border-top: 3px solid } .said { white-space: pre-wrap; font-size: .9rem }
+pre, .wide { overflow-x: auto; font-size: .85rem } table { border-collapse: collapse }
 td, th { text-align: left; vertical-align: top; padding: .3rem 1.4rem .3rem 0; max-width: 40rem;
-  border-bottom: 1px solid var(--line) } th { font-weight: 500; color: var(--muted) }
-"""
+  border-bottom: 1px solid #dcd8d0 } th { font-weight: 500; color: #6a6e76 }
+</style>"""
 
 
 # ---- the run folder ----
@@ -99,7 +75,6 @@ class Run:
     config: dict
     summary: dict
     metrics: dict  # table
-    timing: dict  # table
     episodes: dict  # table
     labels: list  # rows, one dict per pair asked
     labeler: str  # who compared the pictures, on one line
@@ -134,7 +109,7 @@ def read_run(folder):
     if not any((folder / name).is_file() for name in FILES):
         raise ValueError(f"no run folder {str(folder)!r}: it has none of {', '.join(FILES)}")
     config, summary = (read_json(read_text(folder / name)) for name in (FILES[0], FILES[-1]))
-    tables = (read_table(folder / f"{name}.csv") for name in ("metrics", "timing", "episodes"))
+    tables = (read_table(folder / f"{name}.csv") for name in ("metrics", "episodes"))
     labels = [read_json(line) for line in read_text(folder / "labels.jsonl").split("\n")]
     labeler = " ".join(words(config.get("labeler") or "not recorded").split())
     return Run(folder, config, summary, *tables, [row for row in labels if row], labeler)
@@ -149,10 +124,8 @@ def words(value):
         return "; ".join(map(words, value))
     if isinstance(value, float):
         return show(value)
-    if not isinstance(value, str):
-        value = "" if value is None else str(value)
     # trap: JSON may hold half of a surrogate pair, which UTF-8 refuses
-    return value.encode("utf-8", "replace").decode("utf-8")
+    return ("" if value is None else str(value)).encode("utf-8", "replace").decode("utf-8")
 
 
 def safe(value):
@@ -181,8 +154,9 @@ def show(value, percent=False):
 
 
 def column(table, name):
-    """(N,) float64 of a table's column, NaN where not known; (0,) if there is no such column."""
-    return np.array([number(cell) for cell in table.get(name, [])], dtype=np.float64)
+    """(N,) float64 of a table's column, NaN where not known, as all of a missing column is."""
+    rows = len(next(iter(table.values()), []))
+    return np.array([number(cell) for cell in table.get(name, [None] * rows)], dtype=np.float64)
 
 
 def last(table, name):
@@ -236,75 +210,56 @@ def choose_pairs(rows, n=12):
 
 
 # ---- charts ----
-def chart(title, labeler, draw):
-    """Draw one chart, draw(axes), and return it as <svg> in the page's colours, light or dark."""
+def chart(run, title, draw):
+    """Draw one chart, draw(axes) -> an SVG figure for the page."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot: no global state in a training process
-    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9.5,
+    style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9.5, "axes.grid": True,
              "text.parse_math": False,  # trap: "$" in a labeler's name is a dollar, not a formula
-             "text.color": INK["ink"], "axes.edgecolor": INK["line"], "grid.color": INK["line"],
-             "axes.labelcolor": INK["muted"], "xtick.color": INK["muted"], "axes.grid": True,
-             "ytick.color": INK["muted"], "axes.axisbelow": True, "grid.linewidth": 0.6,
-             "axes.spines.top": False, "axes.spines.right": False}
+             "grid.color": "#dcd8d0", "axes.axisbelow": True, "axes.spines.top": False,
+             "axes.spines.right": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.2, 3.2))  # inches; small: its text must be readable on a phone
         axes = figure.add_axes((0.13, 0.29, 0.77, 0.56))  # (left, bottom, width, height)
         draw(axes)
         axes.set_title(title, loc="left", fontsize=10.5, weight="bold", pad=19)
-        axes.annotate(f"labeler: {labeler}"[:80], (0, 1), (0, 6), "axes fraction",
-                      textcoords="offset points", color=INK["muted"], fontsize=8.5)
+        axes.annotate(f"labeler: {run.labeler}"[:80], (0, 1), (0, 6), "axes fraction",
+                      textcoords="offset points", color=MUTED, fontsize=8.5)
         names = [name for part in figure.axes for name in part.get_legend_handles_labels()[1]]
         if names:
             figure.legend(loc="upper left", ncols=4 if max(map(len, names)) < 12 else 2,
                           bbox_to_anchor=(0.11, 0.16), frameon=False, fontsize=8.5)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg"):]
-    svg = re.sub(r'<metadata>.*?</metadata>| xmlns(:\w+)?="[^"]*"', "", svg, flags=re.DOTALL)
-    # trap: all charts share one page, and with it one name space of ids
-    mark = re.sub(r"\W", "", title)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{mark}-", svg)
-    for name, light in INK.items():
-        svg = svg.replace(light, f"var(--{name})")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{safe(title)}"', 1)
+        raw = io.BytesIO()
+        figure.savefig(raw, format="svg", transparent=True, metadata={"Date": None})
+    return embed(raw.getvalue(), "svg+xml", f"{title}; labeler: {run.labeler}")
 
 
-def curves(title, run, columns, percent=False, pairs=False):
-    """Columns of metrics.csv, {column: (colour, words)}, against steps; None if none is known."""
-    step, asked = column(run.metrics, "step"), column(run.metrics, "pairs_asked")
-    known = {name: column(run.metrics, name) for name in columns}
-    known = {name: values for name, values in known.items() if np.isfinite(values).any()}
-    if not known or not np.isfinite(step).any():
-        return None
+def curves(run, title, columns, percent=False):
+    """Columns of metrics.csv, {column: (colour, words)}, against steps; '' if none is known."""
+    step = column(run.metrics, "step")
+    known = {name: np.isfinite(step + column(run.metrics, name)) for name in columns}
+    known = {name: there for name, there in known.items() if there.any()}
+    if not known:
+        return ""
 
     def draw(axes):
-        for dash, (name, values) in zip(("-", "--", ":", "-."), known.items()):
-            there = np.isfinite(values) & np.isfinite(step)
-            axes.plot(step[there], values[there], dash, color=INK[columns[name][0]],
-                      label=columns[name][1], marker="o", markersize=3 if len(step) < 40 else 0)
+        for dash, (name, there) in zip(("-", "--", ":", "-."), known.items()):
+            colour, label = columns[name]
+            axes.plot(step[there], column(run.metrics, name)[there], dash, color=colour,
+                      label=label, marker="o", markersize=2)
         axes.set_xlabel("environment steps")
-        if np.nanmax(step) > np.nanmin(step):  # the same axis for a column that begins late
-            axes.set_xlim(np.nanmin(step), np.nanmax(step) * 1.02)
+        axes.set_xlim(np.nanmin(step), np.nanmax(step) * 1.02 + 1)  # though a column begins late
         if percent:
             axes.set_ylim(-0.03, 1.05)
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
-        if pairs and np.isfinite(asked).any():
-            right = axes.twinx()
-            right.fill_between(step, np.nan_to_num(asked), step="post", color=INK["gold"],
-                               alpha=0.22, linewidth=0, label="pairs asked (right axis)")
-            right.set_ylim(bottom=0)
-            right.grid(False)
-            axes.set_zorder(right.get_zorder() + 1)  # the curves in front of the area
-            axes.patch.set_visible(False)
-    return chart(title, run.labeler, draw)
+    return chart(run, title, draw)
 
 
 def outcome_chart(run):
-    """Stacked shares of the outcomes by difference in true progress, with counts; or None."""
+    """Stacked shares of the outcomes by difference in true progress, with counts; or ''."""
     edges, counts = bin_outcomes(run.labels)
     if edges is None:
-        return None
+        return ""
     total = sum(counts.values())  # (bins,)
 
     def draw(axes):
@@ -312,103 +267,73 @@ def outcome_chart(run):
         for name, colour in OUTCOMES.items():
             share = counts[name] / np.maximum(total, 1)
             if counts[name].any():
-                axes.bar(np.arange(len(total)), share, 0.92, bottom, color=INK[colour], label=name)
+                axes.bar(np.arange(len(total)), share, 0.92, bottom, color=colour, label=name)
             bottom += share
         for k, n in enumerate(total):
-            axes.text(k, 1.02, f"{n:,}", ha="center", fontsize=8, color=INK["muted"])
+            axes.text(k, 1.02, f"{n:,}", ha="center", fontsize=8, color=MUTED)
         axes.set_xticks(np.arange(len(edges)) - 0.5, [f"{edge:.2g}" for edge in edges])
         axes.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
         axes.set_ylim(0, 1.1)
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("difference in true progress of the two pictures")
-    return chart("What became of the pairs (number of pairs on top)", run.labeler, draw)
+    return chart(run, "What became of the pairs (number of pairs on top)", draw)
 
 
 def episode_charts(run):
-    """One chart per kind of episode: learned reward and true progress, both scaled to [0, 1]."""
-    kind, episode = np.array(run.episodes.get("kind", [])), column(run.episodes, "episode")
-    step, scaled, drawn = column(run.episodes, "t"), {}, []
-    for name in ("learned_reward", "progress"):
-        values = column(run.episodes, name)
-        if np.isfinite(values).any():
-            low, high = np.nanmin(values), np.nanmax(values)  # over all kinds: charts compare
-            scaled[name] = (values - low) / ((high - low) or 1.0)
-    for name, title in (("before", "before learning"), ("after", "after learning"),
-                        ("expert", "scripted expert")):
-        its = np.flatnonzero(kind == name)
-        if len(its) and len(scaled) == 2 and len(step) == len(episode) == len(kind):
-            its = its[episode[its] == episode[its[0]]]  # the first episode of this kind
+    """Reward and progress along one episode of each kind, and learned against true reward."""
+    drawn = []
+    episode, t, learned, progress, true = (column(run.episodes, name) for name in (
+        "episode", "t", "learned_reward", "progress", "true_reward"))
+    kind = np.array(run.episodes.get("kind", ["?"] * len(t)))
+    for name, title in (("before", "before learning"), ("random", "random actions"),
+                        ("after", "after learning"), ("expert", "scripted expert")):
+        its = (kind == name) & np.isfinite(learned) & np.isfinite(progress)
+        if its.any() and not (name == "random" and "before" in kind):  # two of the same say no more
+            its &= episode == episode[its.argmax()]  # the first episode of this kind
 
             def draw(axes, its=its):
-                axes.plot(step[its], scaled["learned_reward"][its], color=INK["blue"],
-                          label="learned reward")
-                axes.plot(step[its], scaled["progress"][its], "--", color=INK["green"],
-                          label="true progress")
+                for values, dash, colour, label in ((learned, "-", BLUE, "learned reward"),
+                                                    (progress, "--", GREEN, "true progress")):
+                    low, high = np.nanmin(values), np.nanmax(values)  # of all kinds: they compare
+                    axes.plot(t[its], (values[its] - low) / ((high - low) or 1), dash,
+                              color=colour, label=label)
                 axes.set_ylim(-0.05, 1.05)
                 axes.set_xlabel("step of the episode")
-            drawn.append(chart(f"Reward along an episode, {title}", run.labeler, draw))
+            drawn.append(chart(run, f"Reward along an episode, {title}", draw))
+    its = np.flatnonzero((kind == "random") & np.isfinite(learned) & np.isfinite(true))
+    its = its[::max(1, math.ceil(len(its) / 700))]  # evenly thinned: more points show no more
+
+    def scatter(axes):
+        axes.plot(true[its], learned[its], "o", color=BLUE, markersize=3, alpha=0.45)
+        axes.set_xlabel("true reward (the learner never sees it)")
+        axes.set_ylabel("learned reward", labelpad=1)
+    if len(its):
+        rank = show(run.summary.get("spearman"))
+        drawn.append(chart(run, f"Learned against true reward (Spearman {rank})", scatter))
     return drawn
 
 
-def reward_scatter(run, most=700):
-    """Learned against true reward over the fresh random episodes, evenly thinned to `most`."""
-    kind = np.array(run.episodes.get("kind", []))
-    learned, true = column(run.episodes, "learned_reward"), column(run.episodes, "true_reward")
-    if not len(kind) == len(learned) == len(true):
-        return None
-    its = np.flatnonzero((kind == "random") & np.isfinite(learned) & np.isfinite(true))
-    its = its[::max(1, math.ceil(len(its) / most))]
-    if not len(its):
-        return None
-
-    def draw(axes):
-        axes.plot(true[its], learned[its], "o", color=INK["blue"], markersize=3, alpha=0.45,
-                  markeredgewidth=0)
-        axes.set_xlabel("true reward (the learner never sees it)")
-        axes.set_ylabel("learned reward", labelpad=1)
-    rank = show(run.summary.get("spearman"))
-    return chart(f"Learned against true reward (Spearman {rank})", run.labeler, draw)
-
-
 # ---- parts of the page ----
-def embed(path):
-    """A picture or film as a data: address, shrunk if large; None if missing or unreadable."""
-    import imageio.v3 as imageio
-    try:
-        raw, kind = path.read_bytes(), path.suffix[1:]
-        if kind == "gif" and len(raw) > FILM_LIMIT:
-            halve = 2 if len(raw) > 4 * FILM_LIMIT else 1
-            thin = math.ceil(len(raw) / FILM_LIMIT / halve ** 2)  # each thin-th frame stays
-            pause = imageio.immeta(path).get("duration", 50) * thin  # milliseconds a frame
-            frames = imageio.imread(path, index=None)[::thin, ::halve, ::halve]  # (T, H, W, 3)
-            raw = imageio.imwrite("<bytes>", frames, extension=".gif", duration=pause, loop=0)
-        elif kind != "gif" and len(raw) > PICTURE_LIMIT:
-            picture = imageio.imread(path)[..., :3]  # JPEG knows no transparency
-            raw, kind = imageio.imwrite("<bytes>", picture, extension=".jpg", quality=85), "jpeg"
-    except (OSError, ValueError, SyntaxError):  # the last is what a torn PNG raises
-        return None
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}" if raw else None
+def embed(raw, kind, alt, caption=""):
+    """The bytes of a picture or film as <figure>, all of it inside the page."""
+    source = f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+    return (f'<figure><img src="{source}" alt="{safe(alt)}">'
+            f"<figcaption>{safe(caption)}</figcaption></figure>")
 
 
-def heading(title, run):
-    return f"<h2>{title}<small>labeler: {safe(run.labeler)}</small></h2>"
+def picture(path, caption):
+    """A file with a picture or film as <figure>; one line where it is missing or empty."""
+    raw = path.read_bytes() if path.is_file() else b""
+    return embed(raw, path.suffix[1:], path.name, caption) if raw else missing(f"No {path.name}.")
 
 
 def missing(what):
     return f'<p class="missing">{safe(what)}</p>'
 
 
-def picture(path, caption):
-    """A figure, or the line that says which file is missing."""
-    data = embed(path)
-    shown = f'<img src="{data}" alt="{safe(caption)}">' if data else missing(f"No {path.name}.")
-    return f"<figure>{shown}<figcaption>{safe(caption)}</figcaption></figure>"
-
-
 def charts(drawn, otherwise):
     """Charts side by side where the screen is wide enough; the line `otherwise` without any."""
-    there = "".join(f"<figure>{svg}</figure>" for svg in drawn if svg)
-    return f'<div class="grid">{there}</div>' if there else missing(otherwise)
+    return f'<div class="grid">{"".join(drawn)}</div>' if any(drawn) else missing(otherwise)
 
 
 def html_table(rows, head=()):
@@ -421,114 +346,71 @@ def html_table(rows, head=()):
 
 def opening(run):
     """Goal, labeler, the final numbers, the closing paragraph, and the policy before and after."""
-    config, metrics = run.config, run.metrics
-    about = [safe(config.get(name, "not recorded")) for name in ("env", "reward", "seed")]
-    parts = ['<p class="note">{}, reward: {}, seed {}</p>'.format(*about),
-             f"<h1>{safe(config.get('goal') or 'Goal not recorded')}</h1>",
-             f'<p class="note"><span class="badge">labeler: {safe(run.labeler)}</span></p>']
-    absent = [name for name in FILES if not (run.folder / name).exists()]
-    if absent:
-        ended = "" if run.summary else "This run has not ended; its last evaluation is shown. "
-        parts.append(missing(f"{ended}Not in the run folder: {', '.join(absent)}."))
-    tiles = [(show(last(metrics, name), percent), title) for name, title, percent in (
-        ("eval_return", "final return (true reward)", False),
-        ("eval_success", "final success", True),
-        ("label_accuracy", "of the labels are right", True),
-        ("reward_accuracy", "of pairs the reward orders rightly", True),
-        ("pairs_asked", "pairs asked", False),
-        ("step", "environment steps", False)) if last(metrics, name) is not None]
-    if number(run.summary.get("spearman")) is not None:
-        tiles.append((show(run.summary["spearman"]), "rank correlation with the true reward"))
-    tiles = "".join(f"<div><b>{value}</b><span>{title}</span></div>" for value, title in tiles)
-    films = [picture(run.folder / f"eval_{when}.gif", f"the policy {when} learning")
-             for when in ("before", "after")]
-    parts += [f'<div class="grid tiles">{tiles}</div><p>{safe(run.summary.get("text"))}</p>',
-              f'<div class="grid films">{"".join(films)}</div>']
-    return "".join(parts)
-
-
-def learning(run):
-    return heading("How it learned", run) + charts([
-        curves("Return of the evaluation episodes", run, {"eval_return": ("blue", "true return")},
-               pairs=True),
-        curves("Success of the evaluation episodes", run, percent=True, pairs=True, columns={
-            "eval_success": ("blue", "at the last step"),
-            "eval_success_any": ("green", "at any step"),
-            "eval_success_frames": ("violet", "share of all steps")})],
-        "metrics.csv has no evaluation: no learning curves.")
+    about = [f"{name}: {words(run.config.get(name, 'not recorded'))}"
+             for name in ("env", "reward", "seed", "labeler")]
+    absent = ", ".join(name for name in FILES if not (run.folder / name).exists())
+    ended = "" if run.summary else "This run has not ended; its last evaluation is shown. "
+    tiles = "".join(
+        f'<div><b>{show(last(run.metrics, name), percent)}</b>'
+        f'<span class="note">{title}</span></div>'
+        for name, percent, title in (
+            ("eval_return", False, "final return (true reward)"),
+            ("eval_success", True, "final success"),
+            ("label_accuracy", True, "of the labels are right"),
+            ("reward_accuracy", True, "of pairs the reward orders rightly"),
+            ("pairs_asked", False, "pairs asked"), ("step", False, "environment steps"))
+        if last(run.metrics, name) is not None)
+    films = "".join(picture(run.folder / f"eval_{when}.gif", f"the policy {when} learning")
+                    for when in ("before", "after"))
+    return (f"<h1>{safe(run.config.get('goal') or 'Goal not recorded')}</h1>"
+            f'<p class="note">{safe(", ".join(about))}</p>'
+            + (missing(f"{ended}Not in the run folder: {absent}.") if absent else "")
+            + f'<div class="grid tiles">{tiles}</div><p>{safe(run.summary.get("text"))}</p>'
+            f'<div class="grid films">{films}</div>')
 
 
 def labels_section(run):
     """Accuracy of labels and reward over time, outcomes by difference, and how many of each."""
-    title = "The labels, and the reward learned from them"
-    drawn = [curves(title, run, percent=True, columns={
-        "label_accuracy": ("gold", "labels that are right"),
-        "train_accuracy": ("green", "reward fits its labels"),
-        "heldout_accuracy": ("violet", "reward predicts held-out labels"),
-        "reward_accuracy": ("blue", "reward orders pairs as the truth does")}), outcome_chart(run)]
-    text = charts(drawn, "Neither metrics.csv nor labels.jsonl tells how right the labels are.")
+    drawn = [curves(run, "The labels, and the reward learned from them", percent=True, columns={
+        "label_accuracy": (GOLD, "labels that are right"),
+        "train_accuracy": (GREEN, "reward fits its labels"),
+        "heldout_accuracy": (VIOLET, "reward predicts held-out labels"),
+        "reward_accuracy": (BLUE, "reward orders pairs as the truth does")}), outcome_chart(run)]
+    body = charts(drawn, "Neither metrics.csv nor labels.jsonl tells how right the labels are.")
     kinds = [outcome(row) or words(row.get("kind")) for row in run.labels]
     if kinds:
         names = sorted(set(kinds), key=[*OUTCOMES, *sorted(set(kinds))].index)
         counts = [(name, kinds.count(name), show(kinds.count(name) / len(kinds), percent=True))
                   for name in names]
-        text += html_table(counts, ("outcome", "pairs", "share")) + (
+        body += html_table(counts, ("outcome", "pairs", "share")) + (
             '<p class="note">right, wrong, tie (two pictures equally far from the goal) and not '
             "judged (truth not known) became labels, the others did not: unsure, it said -1; "
             "unreadable, its answer could not be parsed; no answer, the call failed; identical "
             "and limit, never sent.</p>")
-    return heading("How right the labels are", run) + text
-
-
-def reward_section(run):
-    return heading("What the learned reward means", run) + charts(
-        [*episode_charts(run), reward_scatter(run)],
-        "episodes.csv is missing or empty: no reward to draw.")
-
-
-def answers_of(row):
-    """What was said about one pair, in full; a long answer folded behind its first words."""
-    said, ends = (value if isinstance(value, list) else [] if value is None else [value]
-                  for value in (row.get("answers"), row.get("ends")))
-    stages = ("describes", "decides") if len(said) == 2 else ["answers"] * len(said)
-    text = ""
-    for stage, answer, end in zip(stages, map(words, said), [*ends, *[None] * len(said)]):
-        end = f" (ended: {words(end)})" if end and end != "complete" else ""
-        stage = f'<span class="note">it {stage}{safe(end)}</span>'
-        full = f'<div class="said">{safe(answer) or "(empty)"}</div>'
-        if len(answer) > 240:
-            start = safe(textwrap.shorten(answer, 130, placeholder=" ..."))
-            text += (f'<details><summary>{stage} <span class="start">{start}</span></summary>'
-                     f"{full}</details>")
-        else:
-            text += stage + full
-    return text or '<p class="note">no words recorded</p>'
+    return body
 
 
 def gallery(run):
-    """About a dozen pairs with the labeler's own words."""
+    """About a dozen pairs with the labeler's own words, folded behind the first of them; or ''."""
     def file_of(row):
         return run.folder / "pairs" / f"{int(number(row.get('index')) or 0):06d}.png"
-    title = heading("Pairs, in the labeler's own words", run)
-    chosen = choose_pairs([row for row in run.labels if file_of(row).exists()] or run.labels)
-    if not chosen:
-        return title + missing("labels.jsonl has no pair to show.")
-    sides, cards = {0: "left", 1: "right", -1: "neither", -2: "none"}, []
-    for row in chosen:
+    sides, cards = {0: "left", 1: "right", -1: "neither", -2: "none"}, ""
+    for row in choose_pairs([row for row in run.labels if file_of(row).exists()] or run.labels):
         label, truth = (sides.get(number(row.get(key)), "?") for key in ("label", "true_label"))
-        cost = [f"pair {words(row.get('index'))}, step {words(row.get('step'))}"]
-        cost += [f"{show(row[key])} {unit}" for key, unit in (
-            ("tokens_in", "tokens in"), ("tokens_out", "tokens out"), ("seconds", "s"))
-            if number(row.get(key)) is not None]
-        cost += ["from the cache"] if row.get("cached") else []
-        cards.append(
-            f'<div class="card" style="border-color: var(--{OUTCOMES[outcome(row)]})">'
-            f"{picture(file_of(row), 'first picture left, second right')}"
-            f"<p><b>{outcome(row)}</b>: the answer is {label}, the truth {truth}, difference "
-            f"{show(difference(row))}</p>{answers_of(row)}"
-            f'<p class="note">{safe(", ".join(cost))}</p></div>')
-    return (f'{title}<p class="note">Chosen to teach, no fair sample: the hardest pairs it got '
-            f'right, the plainest ones it did not.</p><div class="grid">{"".join(cards)}</div>')
+        said = row.get("answers")
+        said = "".join(
+            f"<details><summary>{safe(textwrap.shorten(words(answer), 130, placeholder=' ...'))}"
+            f'</summary><div class="said">{safe(answer)}</div></details>'
+            for answer in (said if isinstance(said, list) else [said or "no words recorded"]))
+        cost = ", ".join(f"{name} {words(row.get(name))}" for name in (
+            "index", "step", "ends", "tokens_in", "tokens_out", "seconds", "cached"))
+        cards += (f'<div class="card" style="border-color: {OUTCOMES[outcome(row)]}">'
+                  f"{picture(file_of(row), 'first picture left, second right')}"
+                  f"<p><b>{outcome(row)}</b>: the answer is {label}, the truth {truth}, difference "
+                  f'{show(difference(row))}</p>{said}<p class="note">{safe(cost)}</p></div>')
+    return cards and (
+        '<p class="note">Chosen to teach, no fair sample: the hardest pairs it got right, the '
+        f'plainest ones it did not.</p><div class="grid">{cards}</div>')
 
 
 def programs_section(run):
@@ -539,61 +421,46 @@ def programs_section(run):
     checks = read_json(read_text(folder / "verification.json"), list)
     checks = [check for check in checks if isinstance(check, dict)]
     names = list(dict.fromkeys(name for check in checks for name in check))
-    text = html_table([[check.get(name) for name in names] for check in checks],
+    body = html_table([[check.get(name) for name in names] for check in checks],
                       [name.replace("_", " ") for name in names])
     for path in [*sorted(folder.glob("programs/*.py")), *sorted(folder.glob("failed/*.py"))]:
-        text += (f"<details><summary>{safe(path.parent.name)}: {safe(path.name)}</summary>"
+        body += (f"<details><summary>{safe(path.parent.name)}: {safe(path.name)}</summary>"
                  f"<pre>{safe(read_text(path))}</pre></details>")
     failed = [picture(path, path.stem) for path in sorted(folder.glob("failed/*.png"))[:12]]
-    return (heading("The programs that are the reward", run)
-            + (text or missing("code_as_reward/ has no program yet."))
-            + f'<div class="grid">{"".join(failed)}</div>')
-
-
-def cost_section(run):
-    """Time, tokens and money; what the summary lacks comes from the other files."""
-    def known(key):
-        return [value for row in run.labels if (value := number(row.get(key))) is not None]
-    summary, steps = run.summary, last(run.timing, "step")
-    seconds = number(summary.get("seconds", last(run.timing, "seconds")))
-    rows = {"seconds, whole run": seconds,
-            "seconds until solved": summary.get("seconds_until_solved"),
-            "solved at step": summary.get("solved_step"),
-            "environment steps a second": steps / seconds if steps and seconds else None,
-            "pairs asked": last(run.metrics, "pairs_asked"),
-            "labels": last(run.metrics, "labels"),
-            "tokens in": summary.get("tokens_in", sum(known("tokens_in"))),
-            "tokens out": summary.get("tokens_out", sum(known("tokens_out"))),
-            "seconds a pair, median": np.median(known("seconds")) if known("seconds") else None,
-            "pairs from the cache": sum(bool(row.get("cached")) for row in run.labels),
-            "US dollars": summary.get("usd")}
-    return heading("What it cost", run) + html_table([(name, show(rows[name])) for name in rows])
-
-
-def settings(run):
-    """The command, and every setting it resolved to."""
-    command = run.config.get("command")
-    text = f"<pre>{safe(command)}</pre>" if command else missing("config.json has no command.")
-    rows = [(name, value) for name, value in run.config.items() if name != "command"]
-    return heading("How to make it again", run) + text + html_table(rows, ("setting", "value"))
+    return f'{body}<div class="grid tiles">{"".join(failed)}</div>'
 
 
 def write_report(folder):
     """Write FOLDER/report.html from whatever the run folder holds; returns its path."""
     run = read_run(folder)
-    light, dark = ("; ".join(f"--{name}: {PALETTE[name][k]}" for name in PALETTE) for k in (0, 1))
-    sections = (opening, learning, labels_section, reward_section, gallery, programs_section,
-                cost_section, settings)
-    # this policy forbids scripts and requests: even an unescaped answer could do nothing
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f"<title>{safe(run.config.get('env', 'run'))}, labeler: {safe(run.labeler)}</title>"
-            f"<style>{STYLE.replace('LIGHT', light).replace('DARK', dark)}</style></head><body>"
-            + "".join(section(run) for section in sections) + "</body></html>\n")
+    config, summary, labeler = run.config, run.summary, f"labeler: {safe(run.labeler)}"
+    compares = config.get("reward", "preference") == "preference"  # were pairs asked about?
+    sections = {
+        "How it learned": charts([
+            curves(run, "Return of the evaluation episodes", {
+                "eval_return": (BLUE, "true return")}),
+            curves(run, "Success of the evaluation episodes", percent=True, columns={
+                "eval_success": (BLUE, "at the last step"),
+                "eval_success_any": (GREEN, "at any step"),
+                "eval_success_frames": (VIOLET, "share of all steps")})],
+            "metrics.csv has no evaluation: no learning curves."),
+        "How right the labels are": compares and labels_section(run),
+        "What the learned reward means": charts(
+            episode_charts(run), "episodes.csv is missing or has no learned reward to draw."),
+        "Pairs, in the labeler's own words": compares and (
+            gallery(run) or missing("labels.jsonl has no pair to show.")),
+        "The programs that are the reward": programs_section(run),  # '' for every other run
+        "What it cost": html_table([(name.replace("_", " "), show(summary.get(name))) for name in (
+            "seconds", "seconds_until_solved", "solved_step", "steps", "asked", "labels", "calls",
+            "tokens_in", "tokens_out", "usd")]),
+        "How to make it again": (f"<pre>{safe(config.get('command', 'no command recorded'))}</pre>"
+                                 + html_table(config.items(), ("setting", "value")))}
+    body = opening(run) + "".join(f"<h2>{title}<small>{labeler}</small></h2>{content}"
+                                  for title, content in sections.items() if content)
+    title = f"{safe(config.get('env', 'run'))}, {labeler}"
     path = run.folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(f"{HEAD}<title>{title}</title></head><body>{body}</body></html>\n",
+                    encoding="utf-8")
     return path
 
 

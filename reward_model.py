@@ -12,8 +12,8 @@ Differs from the paper (RL-VLM-F, 2402.03681):
   2. The networks see 64 to 100 pixels, the VLM 200 to 300: several times cheaper, and enough to rank these tasks.
   3. Pairs are drawn from all candidate pictures kept so far, not from the last 100 episodes, and informative pairs can
      be preferred (`how`); "uniform" is the paper's.
-  4. predict() is standardised over the pictures it was fitted to (mean 0, deviation 1; arXiv 1706.03741): a fit that
-     stops early may order every pair and still differ by hundredths, which SAC's temperature would drown.
+  4. A fit goes on until the answers are not only ordered but told apart (loss below 0.35): one that stops at
+     the first right order can leave rewards that differ by hundredths, and SAC's temperature drowns them.
   5. One CNN for all tasks (theirs: the same CNN, and a ResNet-18 without tanh for the soft bodies).
 
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images are (N, H, W, 3) uint8 until they are computed with.
@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 HOLD_OUT = 8  # every eighth answer only measures
+STOP_LOSS = 0.35  # halfway from log 2, nothing learned, to 0.127, the least that tanh rewards can cost
 LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))  # channels, kernel, stride: the paper's CNN
 
 
@@ -175,7 +176,7 @@ class RewardNet(nn.Module):
         super().__init__()
         parts, channels = [], 3
         for out, kernel, stride in LAYERS:
-            parts += [nn.Conv2d(channels, out, kernel, stride), nn.ReLU()]
+            parts += [nn.Conv2d(channels, out, kernel, stride), nn.ReLU(inplace=True)]
             height, width, channels = (height - kernel) // stride + 1, (width - kernel) // stride + 1, out
         if min(height, width) < 1:
             raise ValueError("the reward network needs images of at least 47 x 47 pixels")
@@ -196,7 +197,6 @@ class RewardModel:
         height, width, _ = image_shape
         self.device, self.batch = torch.device(device), batch
         self.rng = np.random.default_rng(seed)
-        self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the pictures it was fitted to
         with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's global generator
             torch.manual_seed(seed)
             self.nets = nn.ModuleList(RewardNet(height, width) for _ in range(members)).to(self.device)
@@ -215,22 +215,22 @@ class RewardModel:
             losses, right, seen = [], 0, 0
             for batches in zip(*(data.batches(self.batch, self.rng) for _ in self.nets)):
                 loss = 0.0
+                self.optimizer.zero_grad(set_to_none=True)
                 for net, (first, second, label, confidence) in zip(self.nets, batches):
                     both = as_input(np.concatenate([first, second]), self.device)  # (2 B, 3, H, W): one pass, not two
                     r0, r1 = net(both).chunk(2)  # (B,), (B,)
                     answer = torch.from_numpy(label).to(self.device)
                     weight = torch.from_numpy(confidence).to(self.device)
-                    loss = loss + preference_loss(r0, r1, answer, weight)
+                    one = preference_loss(r0, r1, answer, weight)
+                    one.backward()  # at once: one member's activations at a time stay in the processor's cache
+                    loss += float(one.detach()) / len(self.nets)
                     right += int(((r1 > r0) == answer.bool()).sum())
                     seen += len(label)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # the members share nothing, so one optimiser serves them all
-                self.optimizer.step()
-                losses.append(float(loss.detach()) / len(self.nets))
-            if right / seen > stop_accuracy:
+                self.optimizer.step()  # the members share nothing, so one optimiser serves them all
+                losses.append(loss)
+            # trap: a first right order may rest on differences of hundredths; see the header
+            if right / seen > stop_accuracy and np.mean(losses) < STOP_LOSS:
                 break
-        pictures = self.member_rewards(np.concatenate([data.first[: len(data)], data.second[: len(data)]])).mean(0)
-        self.mean, self.deviation = float(pictures.mean()), max(float(pictures.std()), 1e-6)
         return {"loss": float(np.mean(losses)), "train_accuracy": right / seen, "epochs": epoch,
                 "heldout_accuracy": self.accuracy(data, held_out=True)}
 
@@ -241,7 +241,7 @@ class RewardModel:
         return float(np.concatenate(agree).mean()) if agree else float("nan")
 
     @torch.no_grad()
-    def member_rewards(self, images, chunk=256):
+    def member_rewards(self, images, chunk=64):
         """(N, H, W, 3) uint8 -> (members, N) float32, each network's own opinion."""
         parts = []
         for start in range(0, len(images), chunk):  # in pieces that stay in the processor's cache
@@ -250,18 +250,18 @@ class RewardModel:
         return np.concatenate(parts, axis=1) if parts else np.zeros((len(self.nets), 0), np.float32)
 
     def predict(self, images):
-        """(N, H, W, 3) uint8 -> (N,) float32: the mean of the members, standardised."""
-        return (self.member_rewards(images).mean(0) - self.mean) / self.deviation
+        """(N, H, W, 3) uint8 -> (N,) float32 in (-1, 1): the mean of the members."""
+        return self.member_rewards(images).mean(0)
 
     def state_dict(self):
         return {"nets": self.nets.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "rng": self.rng.bit_generator.state, "mean": self.mean, "deviation": self.deviation}
+                "rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state):
         self.nets.load_state_dict(state["nets"])
         # trap: an optimiser takes over the step counter it is given, so without the copy two models would share it
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.rng.bit_generator.state, self.mean, self.deviation = state["rng"], state["mean"], state["deviation"]
+        self.rng.bit_generator.state = state["rng"]
 
 
 def demo_pictures(n, rng, size=64):

@@ -29,7 +29,6 @@ import inspect
 import json
 import os
 import shlex
-import sys
 import time
 
 
@@ -189,12 +188,12 @@ def parse_args(arguments):
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = fail
-    types = {"int": lambda text: int(float(text)), "float": float, "str": str}
+    explained, types = field_help(), {"int": lambda text: int(float(text)), "float": float, "str": str}
     for field in dataclasses.fields(Config):
         kind = str(getattr(field.type, "__name__", field.type)).split(" ")[0]
         default = "the task's" if field.default is None else field.default
         parser.add_argument("--" + field.name.replace("_", "-"), type=types[kind], choices=CHOICES.get(field.name),
-                            help=f"{field_help()[field.name]} (default: {default})".replace("%", "%%"))
+                            help=f"{explained[field.name]} (default: {default})".replace("%", "%%"))
     given = vars(parser.parse_args(arguments))
     if "resume" not in given:
         return Config(**given)
@@ -216,7 +215,8 @@ def resumed(given):
                 summary = json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {folder}: no run folder of train.py ({error})") from None
-    if summary["finished"]:
+    # trap: killed between the summary and the report, a run would be neither finished nor to be finished
+    if summary["finished"] and os.path.exists(os.path.join(folder, "report.html")):
         raise UserError(f"the run in {folder} has finished: see {os.path.join(folder, 'report.html')}")
     names = {field.name for field in dataclasses.fields(Config)}
     return Config(**{**{key: value for key, value in stored.items() if key in names}, **given})
@@ -237,6 +237,9 @@ class Run:
             self.state = torch.load(self.path("checkpoint", "state.pt"), weights_only=True)
         elif not config.resume:
             os.makedirs(self.folder)
+        # trap: the first file of all: a folder without it could be neither resumed nor used again
+        fields = {**dataclasses.asdict(config), "labeler": who_labels(config), "command": command_line(config)}
+        write_json(self.path("config.json"), {**fields, "resume": None})
         os.makedirs(self.path("pairs"), exist_ok=True)
         self.rows = self.state["rows"] if self.state else []
         self.seconds_before = self.state["seconds"] if self.state else 0.0
@@ -244,8 +247,6 @@ class Run:
         self._keep("timing.csv", 1 + len(self.rows) if self.rows else 0)
         self.logged = self.state["logged"] if self.state else 0  # pairs in labels.jsonl
         self.labels = vlm_query.LabelLog(self.path("labels.jsonl"), keep=self.logged)
-        fields = {**dataclasses.asdict(config), "labeler": who_labels(config), "command": command_line(config)}
-        write_json(self.path("config.json"), {**fields, "resume": None})
 
     def path(self, *names):
         return os.path.join(self.folder, *names)
@@ -258,8 +259,10 @@ class Run:
         if os.path.exists(self.path(name)):
             with open(self.path(name), newline="") as file:
                 kept = file.readlines()[:lines]
-            with open(self.path(name), "w", newline="") as file:
+            # trap: emptied first and killed before it is full again, the file would have lost these lines for good
+            with open(self.path(name) + ".new", "w", newline="") as file:
                 file.writelines(kept)
+            os.replace(self.path(name) + ".new", self.path(name))
 
     def write(self, row):
         """One evaluation: a line in metrics.csv (no clock in it: the same seed gives the same bytes) and timing.csv."""

@@ -8,6 +8,7 @@ with the line that installs it; the continuous integration installs it, so there
 import ast
 import base64
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import email.utils
@@ -18,10 +19,14 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
+import pickle
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -40,17 +45,24 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from gymnasium.utils.env_checker import check_env
 from scipy.stats import spearmanr
 
+import audit_vlm
+import bench
+import cached_labels
+import clip_reward
 import code_as_reward
 import deformables
 import envs
 import offline_vlm
+import plots
 import report
 import reward_model
 import run
 import sac
+import sweep
 import train
 import vlm_query
 from code_as_reward import (
@@ -446,6 +458,15 @@ def test_a_saved_reward_model_goes_on_identically():
     assert np.array_equal(models[0].predict(images), models[1].predict(images))
 
 
+def test_a_fit_tells_pictures_apart_before_it_stops():
+    """However few epochs would order the answers, their rewards must end clearly apart, not by hundredths."""
+    model, data = reward_model.RewardModel((64, 64, 3)), reward_model.PreferenceDataset(4, (64, 64, 3))
+    dark, light = numbered_images(2) * 0, numbered_images(2) * 0 + 250
+    data.add(dark, light, [1, 1])
+    model.fit(data, epochs=200)
+    assert (model.predict(light) - model.predict(dark) > 0.5).all()
+
+
 # ==== vlm_query.py ====
 KEY = "sk-very-secret-0123456789"
 BRIGHT = vlm_query.SIGHT_GOAL
@@ -594,7 +615,7 @@ def test_failures_are_never_cached_and_torn_files_are_asked_again(tmp_path):
         vlm = quick(url, cache=tmp_path)
         text = vlm.ask(parts).text
         file, = tmp_path.iterdir()
-        for damage in (file.read_bytes()[:50], file.read_bytes().replace(b"mean", b"MEAN"), b"\0" * 9, b"[]"):
+        for damage in (file.read_bytes()[:50], b"\0" * 9, b"[]"):
             file.write_bytes(damage)
             assert vlm.ask(parts)[0::4] == (text, False)
         assert vlm.ask(parts)[0::4] == (text, True)
@@ -618,8 +639,7 @@ def test_an_answer_is_on_disk_and_in_the_log_before_its_label_is_used(tmp_path, 
     monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (real(a, b), events.append("file")))
     log = LabelLog(tmp_path / "labels.jsonl")
     with OfflineVLM() as url:
-        label_pairs(quick(url, cache=tmp_path / "c").ask, gray(1), gray(200), BRIGHT, log=log.append,
-                    progress=lambda done: events.append(done))
+        label_pairs(quick(url, cache=tmp_path / "c").ask, gray(1), gray(200), BRIGHT, log=lambda record: (log.append(record), events.append(1)))
     assert events == ["sync", "file", "sync", "file", "sync", 1]
     record, = LabelLog.read(tmp_path / "labels.jsonl")
     assert record["label"] == 1 and len(record["answers"]) == 2 and "Image 1:" in record["answers"][0]
@@ -734,7 +754,7 @@ def test_no_body_holds_a_temperature_and_extra_is_merged_in_depth():
     assert "temperature" not in inspect.getsource(vlm_query).split('"""', 2)[2]  # after the header
     _, _, body = sent_by("gemini/m", extra={"generationConfig": {"seed": 1}})
     assert body["generationConfig"] == {"seed": 1} and "contents" in body
-    assert vlm_query._merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+    assert vlm_query.merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
 
 
 def test_the_pixels_arrive_as_they_were():
@@ -744,10 +764,9 @@ def test_the_pixels_arrive_as_they_were():
 
 
 def test_retry_after_is_understood_in_every_form():
-    """Seconds, floats, milliseconds, dates and Gemini's retryDelay must be waited, nonsense must not."""
+    """Seconds, floats, dates and Gemini's retryDelay must be waited, nonsense must not."""
     wish = vlm_query.wait_wished
     assert wish({"retry-after": "7"}, {}) == 7 and wish({"retry-after": "0.5"}, {}) == 0.5
-    assert wish({"retry-after-ms": "250", "retry-after": "9"}, {}) == 0.25
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
     assert 25 < wish({"retry-after": date}, {}) <= 30
     assert wish({}, {"details": [{"@type": "x"}, {"retryDelay": "34.5s"}]}) == 34.5
@@ -767,7 +786,7 @@ def test_one_thread_told_to_wait_makes_all_wait():
         label_pairs(vlm.ask, *grays(4)[:2], BRIGHT, workers=4)
         assert 0.3 < time.monotonic() - began < 1.5
         vlm._not_before, vlm.deadline = time.monotonic() + 3600, 60
-        assert "told to wait; 3600 s more" in vlm.ask(["The goal is " + BRIGHT + "!"]).end
+        assert "told to wait, 0 tries; 3600 s more" in vlm.ask(["The goal is " + BRIGHT + "!"]).end
 
 
 def test_a_hint_sets_the_moment_before_which_nobody_asks():
@@ -808,16 +827,16 @@ def test_thinking_and_refusals_are_read_in_each_format():
     parts = [{"text": "hm", "thought": True}, {"text": "1"}]
     usage = {"promptTokenCount": 5, "candidatesTokenCount": 2, "thoughtsTokenCount": 40}
     answer = {"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"}], "usageMetadata": usage}
-    assert vlm_query._gemini_read(answer) == ("1", "complete", 5, 42)
-    assert vlm_query._gemini_read({"promptFeedback": {"blockReason": "SAFETY"}})[1] == "refused"
+    assert vlm_query.gemini_read(answer) == ("1", "complete", 5, 42)
+    assert vlm_query.gemini_read({"promptFeedback": {"blockReason": "SAFETY"}})[1] == "refused"
     answer["candidates"][0] = {"finishReason": "MAX_TOKENS"}
-    assert vlm_query._gemini_read(answer)[:2] == ("", "cut off")
+    assert vlm_query.gemini_read(answer)[:2] == ("", "cut off")
     content = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "0"}]
     usage = {"input_tokens": 1, "cache_read_input_tokens": 2, "output_tokens": 3}
     answer = {"content": content, "stop_reason": "end_turn", "usage": usage}
-    assert vlm_query._anthropic_read(answer) == ("0", "complete", 3, 3)
+    assert vlm_query.anthropic_read(answer) == ("0", "complete", 3, 3)
     answer = {"choices": [{"message": {"content": ""}, "finish_reason": "length"}]}
-    assert vlm_query._openai_read(answer)[1] == "cut off"
+    assert vlm_query.openai_read(answer)[1] == "cut off"
     with OfflineVLM() as url:
         vlm = quick(url)
         assert vlm._read('{"error": {"code": "content_filter"}}')[1] == "refused"
@@ -850,22 +869,23 @@ def test_a_limit_cuts_at_the_same_pair_for_any_number_of_threads(workers, tmp_pa
             assert counts["limit"] == 19 and list(labels) == [*right[:11]] + [-2] * 19
         assert server.requests.total() == 22 and vlm.calls == 22
         vlm.ask(["The goal is " + BRIGHT])
-        with pytest.raises(LimitReached, match="23 calls"):
+        with pytest.raises(LimitReached, match="max_calls 23"):
             vlm.ask(["The goal is " + BRIGHT])
 
 
 def test_the_spend_limit_holds_in_pair_order():
-    """With max_usd the labels must be the same on every run, and the overshoot at most 4 * workers pairs."""
+    """With max_usd the labels must be the same on every run, and the overshoot less than a block."""
     first, second, _ = grays(40)
     ends = []
     with OfflineVLM(latency=0.002) as url:
         for repeat in range(3):
             vlm = quick(url, max_usd=0.002, usd_per_mtok=(10, 0))
+            vlm.block = 4
             labels, counts = label_pairs(vlm.ask, first, second, BRIGHT, stages=1, workers=2)
             ends.append(counts["limit"])
             assert label_pairs(vlm.ask, first, second, BRIGHT)[1]["asked"] == 0
     per_pair = vlm.usd / counts["asked"]
-    assert ends[0] == ends[1] == ends[2] > 0 and 0.002 <= vlm.usd <= 0.002 + 8 * per_pair
+    assert ends[0] == ends[1] == ends[2] > 0 and 0.002 <= vlm.usd <= 0.002 + 4 * per_pair
 
 
 def test_totals_survive_a_checkpoint():
@@ -889,10 +909,10 @@ def test_labels_do_not_depend_on_who_answers_first():
 
 
 def test_eight_workers_are_almost_eight_times_as_fast():
-    """Waiting must overlap: 24 pairs of two calls at 0.05 s."""
-    first, second, _ = grays(24)
+    """Waiting must overlap: 8 pairs of two calls at 0.1 s."""
+    first, second, _ = grays(8)
     seconds = []
-    with OfflineVLM(latency=0.05) as url:
+    with OfflineVLM(latency=0.1) as url:
         for workers in (1, 8):
             vlm, began = quick(url, workers=workers, timeout=(2, 5)), time.monotonic()
             label_pairs(vlm.ask, first, second, BRIGHT, workers=workers)
@@ -906,11 +926,11 @@ def test_a_fatal_error_wakes_the_threads_that_wait():
         vlm, began, order = quick(url), time.monotonic(), iter(range(99))
         real = vlm._send
 
-        def send(body, deadline):  # the first question sits in a long wait, the second one fails
+        def send(body, deadline, stop):  # the first question sits in a long wait, the second one fails
             if next(order):
                 time.sleep(0.1)
-                return real(body, deadline)
-            vlm._sleep_until(time.monotonic() + 50, time.monotonic() + 60, "")
+                return real(body, deadline, stop)
+            vlm._wait(time.monotonic() + 50, time.monotonic() + 60, stop, "")
 
         vlm._send = send
         with pytest.raises(VLMError, match="waiting does not help"):
@@ -923,15 +943,29 @@ def test_waits_double_up_to_a_minute_and_differ_between_threads(monkeypatch):
     vlm, waits = VLM("local/m", url="http://127.0.0.1:9/v1"), []
     vlm._post = lambda body: (503, {}, "")
 
-    def sleep_until(moment, stop_at, why):
+    def wait(moment, give_up, stop, why):
         waits.append(round(moment - time.monotonic(), 1))
-        if len(waits) == 18:
-            raise vlm_query._GaveUp("enough")
+        if len(waits) == 10:
+            raise TimeoutError("enough")
 
-    vlm._sleep_until = sleep_until
+    vlm._wait = wait
     monkeypatch.setattr(vlm_query.random, "random", lambda: 0.5)
     assert vlm.ask(["hi"]).end == "unreachable: enough"
-    assert waits[1::2] == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+    assert waits[1:] == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def test_ctrl_c_ends_at_once_though_threads_wait_for_answers(tmp_path):
+    """Nobody must have to wait for a server that takes half a minute."""
+    for name, image in zip("ab", gray(20, 220)):
+        vlm_query.iio.imwrite(tmp_path / f"{name}.png", image)
+    server = OfflineVLM(latency=30)
+    with server as url:
+        command = [sys.executable, vlm_query.__file__, tmp_path / "a.png", tmp_path / "b.png", "--goal", BRIGHT]
+        process = subprocess.Popen([*command, "--vlm-url", url], stderr=subprocess.PIPE, text=True)
+        while not server.last:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=1.5)[1] == "vlm_query.py: stopped\n" and process.returncode == 2
 
 
 def test_a_torn_last_line_is_dropped_and_the_next_record_starts_clean(tmp_path):
@@ -996,42 +1030,38 @@ def huge_png(path, side=20_000):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)))
 
 
-def shell(*arguments, **variables):
-    """python vlm_query.py ... -> (exit code, stdout, stderr)"""
-    done = subprocess.run([sys.executable, vlm_query.__file__, *map(str, arguments)], text=True,
-                          capture_output=True, timeout=60, env={**os.environ, "OPENAI_API_KEY": "", **variables})
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_the_command_line_labels_two_files_with_the_stand_in(tmp_path):
+def test_the_command_line_labels_two_files_with_the_stand_in(tmp_path, capsys):
     """It must start the stand-in beside it, print what was seen, and decide."""
+    files = [str(tmp_path / name) for name in ("dark.png", "light.png")]
+    for file, image in zip(files, gray(20, 220)):
+        vlm_query.iio.imwrite(file, image)
+    assert vlm_query.main([*files, "--goal", BRIGHT]) == 0
+    out = capsys.readouterr().out
+    assert "mean brightness of 220" in out and "light.png is closer" in out
+
+
+@pytest.mark.parametrize("first, flags, words", [
+    ("text", (), "not a picture"), ("huge", (), "exceeds limit"), ("none", (), "not a picture"),
+    ("light", ("--vlm", "openai/m"), "set OPENAI_API_KEY"), ("light", ("--vlm", "x/m"), "unknown VLM"),
+    ("light", (), "knows only these goals")])
+def test_mistakes_on_the_command_line_end_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, first, flags, words):
+    """A text file, a bomb, a missing file, a missing key and an unknown goal must not end in a traceback."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "text.png").write_text("not a picture")
+    huge_png(tmp_path / "huge.png")
     for name, image in zip(("dark.png", "light.png"), gray(20, 220)):
         vlm_query.iio.imwrite(tmp_path / name, image)
-    code, out, _ = shell(tmp_path / "dark.png", tmp_path / "light.png", "--goal", BRIGHT)
-    assert code == 0 and "mean brightness of 220" in out and "light.png is closer" in out
-
-
-def test_mistakes_on_the_command_line_end_in_one_line_and_exit_code_2(tmp_path):
-    """A text file, a bomb, a missing file, a missing key and an unknown goal must not end in a traceback."""
-    (tmp_path / "a.png").write_text("not a picture")
-    huge_png(tmp_path / "huge.png")
-    vlm_query.iio.imwrite(tmp_path / "dark.png", gray(20)[0])
-    vlm_query.iio.imwrite(tmp_path / "light.png", gray(220)[0])
-    dark, light = tmp_path / "dark.png", tmp_path / "light.png"
     with OfflineVLM() as url:
-        for arguments, words in [((tmp_path / "a.png", dark), "not a picture"),
-                                 ((dark, tmp_path / "huge.png"), "exceeds limit"),
-                                 ((dark, tmp_path / "none.png"), "not a picture"),
-                                 ((dark, light, "--vlm", "openai/m"), "set OPENAI_API_KEY"),
-                                 ((dark, light, "--vlm", "x/m"), "unknown VLM"),
-                                 ((dark, light, "--vlm-url", url), "knows only these goals")]:
-            code, out, err = shell(*arguments, "--goal", "to fly")
-            assert (code, out) == (2, "") and words in err and err.count("\n") == 1, err
+        flags = flags or ("--vlm-url", url)
+        files = [str(tmp_path / f"{name}.png") for name in (first, "dark")]
+        assert vlm_query.main([*files, "--goal", "to fly", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.count("\n") == 1, err
 
 
 def test_a_small_file_that_claims_to_be_huge_is_not_unpacked(tmp_path):
     """20,000 x 20,000 pixels must be refused by the header's numbers, in no time."""
-    for side, words in ((5000, "5000 x 5000 pixels is too large"), (12_000, "exceeds"), (20_000, "exceeds")):
+    for side, words in ((5000, "5000 x 5000 pixels is too large"), (9000, "9000 x 9000"), (20_000, "exceeds")):
         huge_png(tmp_path / "huge.png", side)
         with pytest.raises(VLMError, match=words):
             vlm_query.load_image(tmp_path / "huge.png")
@@ -1299,6 +1329,17 @@ def test_a_missing_opengl_is_one_line_with_its_cure():
             raise AttributeError("no attribute 'qpos'")
 
 
+def test_the_drawer_cannot_be_pulled_past_its_stop(env_of):
+    """Pulling on after success must not undo it: what looks further open must not be worse."""
+    env = env_of("DrawerOpen")
+    (obs, _), act, said = env.reset(seed=0), envs.expert(env), []
+    for step in range(120):
+        action = act(obs) if step < 45 else np.array([0, -1, 0, 1], np.float32)
+        obs, _, _, _, info = env.step(action)
+        said.append(info["success"])
+    assert max(said) == 1 and min(said[60:]) == 1
+
+
 # ==== deformables.py ====
 SOFT_TASKS = ["FoldCloth", "StraightenRope", "PassWater"]
 
@@ -1557,7 +1598,7 @@ HOSTILE = {  # name: (program, kinds of verdict that are right with the allow-li
     "kill the parent": ("import os\n" + DEF + "os.kill(os.getppid(), 9)\n    " + ONES, "rejected"),
     "exit": (DEF + "raise SystemExit", "rejected"),
     "class with tricks": ("class A:\n    def __del__(self): pass\n" + DEF + ONES, "rejected"),
-    "decorator": (DEF + "@len\n    def f(): pass\n    " + ONES, "rejected"),
+    "decorator": (DEF + "@len\n    def f(): pass\n    " + ONES, "error"),
     "write into the images": (DEF + "images[:] = 0\n    " + ONES, "error"),
     "deep brackets": (DEF + "return " + "(" * 3000 + "1" + ")" * 3000, "error died"),
     "many minus signs": (DEF + "return " + "-" * 100000 + "1", "error died"),
@@ -1597,9 +1638,9 @@ def test_every_hostile_program_ends_as_a_clear_verdict_and_changes_nothing(tmp_p
 def test_the_kernel_layers_hold_when_the_allow_list_is_taken_away(tmp_path, monkeypatch):
     """With the allow-list and the curated builtins cut out, the attacks on the machine must still fail."""
     text = pathlib.Path(code_as_reward.__file__).read_text()
-    bare = text.replace('batch = check_source(header["source"])', "batch = True")
-    bare = bare.replace('return {"__builtins__": safe,', 'return {"__builtins__": builtins,')
-    assert bare.count("batch = True") == 1 and "safe, \"__name__\"" not in bare
+    bare = text.replace('batch = check_source(message["source"])', "batch = True")
+    bare = bare.replace('space = {"__builtins__": safe,', 'space = {"__builtins__": builtins,')
+    assert bare.count("batch = True") == bare.count('"__builtins__": builtins,') == 1
     (tmp_path / "bare.py").write_text(bare)
     spec = importlib.util.spec_from_file_location("bare", tmp_path / "bare.py")
     module = importlib.util.module_from_spec(spec)
@@ -1620,12 +1661,25 @@ def test_the_kernel_layers_hold_when_the_allow_list_is_taken_away(tmp_path, monk
 
 
 def test_a_programs_process_ends_with_its_owner_and_its_folder_goes():
-    """close() must kill the process and remove its folder."""
-    program = Program(DEF + ONES)
-    program(BLACK, BLACK[0])
-    pid, folder = program.process.pid, os.readlink(f"/proc/{program.process.pid}/cwd")
-    program.close()
-    assert not os.path.exists(folder) and not os.path.exists(f"/proc/{pid}")
+    """close(), and the end of the last one who holds it, must kill the process and remove its folder."""
+    for end in (Program.close, lambda program: None):
+        program = Program(DEF + ONES)
+        program(BLACK, BLACK[0])
+        pid, folder = program.process.pid, os.readlink(f"/proc/{program.process.pid}/cwd")
+        end(program)
+        del program
+        assert not os.path.exists(folder) and not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_garbled_answer_is_a_verdict_and_nothing_of_it_is_unpickled():
+    """An answer that is no JSON object, or longer than it may be, must end the program as died."""
+    for answer in (b"\x80\x04.", b"[1]", b"[" * 9000, b"x" * 20_000):
+        program, (ours, theirs) = Program(DEF + ONES), multiprocessing.Pipe()
+        program(BLACK, BLACK[0])
+        program.pipe = ours
+        theirs.send_bytes(answer)
+        with pytest.raises(ProgramError, match="died"):
+            program(BLACK, BLACK[0])
 
 
 def test_a_program_sees_no_environment(monkeypatch):
@@ -1715,7 +1769,7 @@ def test_a_right_program_passes_the_verification():
     """The position of the square itself must pass every check."""
     report = verify(lambda p, first: place(p) * (p.min(axis=(1, 2, 3)) == 0), EXPERT, RANDOM, OTHER)
     assert (report.verdict, report.reasons) == ("pass", [])
-    assert (report.hit_rate, report.false_rate, report.backwards, report.regressions) == (1, 0, 0, 0)
+    assert report.rates.pop("hit_rate") == 1 and set(report.rates.values()) == {0}
 
 
 @pytest.mark.parametrize("fault", CHECKS)
@@ -1724,22 +1778,31 @@ def test_each_fault_of_a_program_is_found_by_its_check(fault):
     program, field = CHECKS[fault]
     report = verify(program, EXPERT, RANDOM, OTHER)
     limit = {"hit_rate": 0.95, "regressions": 0.05}.get(field, 0.1)
-    value = getattr(report, field)
+    value = report.rates[field]
     assert report.verdict == "fail" and (value < limit if field == "hit_rate" else value > limit)
     assert report.failures and all(f["image"].shape == (32, 32, 3) for f in report.failures)
+
+
+@pytest.mark.parametrize("last, frame", [(True, 11), (False, 5)])
+def test_a_missed_completion_is_shown_where_it_should_have_been_seen(last, frame):
+    """Of the goal the last picture must go back to the VLM, of an earlier sub-task the best one."""
+    def program(p, first):
+        return 0.9 * (np.arange(len(p)) == 5)
+    failure = verify(program, EXPERT, RANDOM, last=last).failures[0]
+    assert failure["check"] == "hit_rate" and np.array_equal(failure["image"], EXPERT[0][frame])
 
 
 def test_programs_with_memory_or_an_eye_on_their_neighbours_are_not_deterministic():
     """Random values, and the position in the batch, must be found out."""
     rng = np.random.default_rng(0)
     for program in (lambda p, first: rng.uniform(size=len(p)), lambda p, first: np.linspace(0, 1, len(p))):
-        assert not verify(program, EXPERT, RANDOM).deterministic
+        assert "not deterministic" in verify(program, EXPERT, RANDOM).reasons[-1]
 
 
 def test_a_failing_program_is_a_failing_report():
     """NaN in the sandbox must end as verdict fail with the reason, not as an exception."""
     report = verify(Program(DEF + "return np.full(len(images), np.nan)"), EXPERT, RANDOM)
-    assert report.verdict == "fail" and not report.finite and "NaN" in report.reasons[0]
+    assert report.verdict == "fail" and "NaN" in report.reasons[0]
 
 
 def test_a_goal_reached_at_the_start_is_no_negative_example():
@@ -1747,7 +1810,7 @@ def test_a_goal_reached_at_the_start_is_no_negative_example():
     upright = [square(np.full(12, 24))] * 5
     success = [place(e) >= 0.95 for e in EXPERT + upright]
     report = verify(lambda p, first: place(p), EXPERT + upright, RANDOM, success=success)
-    assert report.verdict == "pass" and report.frozen == 0
+    assert report.verdict == "pass" and report.rates["frozen"] == 0
     with pytest.raises(CodeAsRewardError, match="start short of the goal"):
         verify(lambda p, first: place(p), upright, RANDOM, success=success[-5:])
 
@@ -1788,8 +1851,8 @@ def test_the_published_doorkey_program_is_rejected():
                "as the goal": verify(summed, expert, random, success=success),
                "as the door": verify(summed, expert, random, earlier=[picked], last=False)}
     assert [r.verdict for r in reports.values()] == ["fail"] * 3
-    assert reports["paid once"].hit_rate == 0
-    assert reports["as the goal"].too_soon == 1 and reports["as the door"].too_soon == 1
+    assert reports["paid once"].rates["hit_rate"] == 0
+    assert reports["as the goal"].rates["too_soon"] == reports["as the door"].rates["too_soon"] == 1
     assert verify(picked, expert, random, last=False).verdict == "pass"  # its part about the key is right
     for program in (literal, summed, picked):
         program.close()
@@ -2001,7 +2064,7 @@ def test_it_answers_minus_one_where_it_cannot_tell():
 
 def test_mistakes_and_doubts_are_as_frequent_as_told_and_depend_on_the_pair_alone():
     """The same pair must meet the same fate in any order, company and number of stages."""
-    first, second, right = draw_poles(150)
+    first, second, right = draw_poles(150, size=64)
     with OfflineVLM(mistakes=0.2, unsure=0.1) as url:
         ask = VLM("offline", url=url).ask
         labels, _ = label_pairs(ask, first, second, POLE)
@@ -2024,7 +2087,7 @@ def test_an_unknown_goal_is_refused_with_the_goals_that_are_known():
 
 @pytest.mark.parametrize("path, body", [
     ("/chat/completions", b"no json"), ("/chat/completions", b'{"messages": 1}'), ("/chat/completions", b"[]"),
-    ("/messages", b'{"messages": []}'), ("/responses", b'{"stream": true, "input": "x"}'),
+    ("/messages", b'{"messages": []}'), ("/chat/completions", b'{"stream": true, "messages": []}'),
     ("/models/m:generateContent", b'{"contents": [{"parts": [{"inline_data": {"data": "AA=="}}]}]}'),
     ("/chat/completions", b'{"messages": [{"content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}')])
 def test_a_bad_request_is_a_400_in_the_formats_own_shape(path, body):
@@ -2097,6 +2160,12 @@ def test_the_stand_in_serves_from_the_command_line_and_says_what_it_is():
 HOSTILE_TEXT = "<script>alert(1)</script><img src=x onerror=alert(2)> \ud800 $\\frac{"
 
 
+def drawn(page):
+    """The charts of a page: (title and labeler as the page names them, SVG text) of each."""
+    found = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]*)" alt="([^"]*)"', page)
+    return [(alt, base64.b64decode(data).decode()) for data, alt in found]
+
+
 def write_rows(path, head, rows):
     with open(path, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([head.split(","), *rows])
@@ -2158,10 +2227,10 @@ def test_report_is_one_file_that_loads_nothing(full_report):
     """Every picture must be inside the page, and nothing may point outside it."""
     page = full_report[1]
     sources = re.findall(r"<img[^>]* src=\"([^\"]*)", page)
-    assert len(sources) == 14 and all(re.match("data:image/(png|gif);base64,", s) for s in sources)
+    assert len(sources) == 22 and len(drawn(page)) == 8
+    assert all(re.match(r"data:image/(png|gif|svg\+xml);base64,", s) for s in sources)
     assert "http:" not in page and "https:" not in page and "@import" not in page
-    assert all(ref.startswith("#") for ref in re.findall(r"(?:href=\"|url\()([^\")]*)", page))
-    assert len(page) < 5_000_000 and page.count("<svg") == 8 and 'class="missing"' not in page
+    assert len(page) < 5_000_000 and 'class="missing"' not in page
 
 
 def test_report_escapes_what_the_vlm_said(full_report):
@@ -2175,19 +2244,22 @@ def test_report_escapes_what_the_vlm_said(full_report):
 def test_report_names_the_labeler_at_every_heading_and_chart(full_report):
     """No stand-in may pass for a VLM: its name must stand at each heading and chart."""
     page = full_report[1]
-    name = "labeler: offline stand-in \\(not a VLM\\)"
-    assert len(re.findall(name, page)) >= 1 + page.count("<h2>") + page.count("<svg")
-    assert page.count("<h2>") == len(re.findall(rf"<h2>[^<]*<small>{name}</small>", page)) >= 6
-    assert all(re.search(name, svg) for svg in re.findall("<svg.*?</svg>", page, re.DOTALL))
+    name = "labeler: offline stand-in (not a VLM)"
+    assert page.count("<h2>") == page.count(f"<small>{name}</small></h2>") == 6
+    assert all(alt.endswith(name) and name in svg for alt, svg in drawn(page))
 
 
-def test_report_charts_follow_light_and_dark(full_report):
-    """A chart must name the page's colours and hold none of its own; ids must not meet."""
-    page = full_report[1]
-    charts = "".join(re.findall("<svg.*?</svg>", page, re.DOTALL))
-    assert charts.count("var(--ink)") > 8 and not re.search("#[0-9a-f]{6}", charts)
-    ids = re.findall(r' id="([^"]*)"', charts)
-    assert len(ids) == len(set(ids)) and "prefers-color-scheme: dark" in page
+@pytest.mark.parametrize("kinds", [("before", "random", "after"), ("random", "expert")])
+def test_report_draws_an_untrained_episode_beside_the_trained_one(tmp_path, kinds):
+    """Without a recorded episode from before learning a random one must stand in its place."""
+    write_rows(tmp_path / "episodes.csv", "kind,episode,t,learned_reward,progress,true_reward", [
+        [kind, number, t, t / 10, -t, -t] for number, kind in enumerate(kinds) for t in range(10)])
+    page = report.write_report(tmp_path).read_text(encoding="utf-8")
+    words = {"before": "before learning", "random": "random actions", "after": "after learning",
+             "expert": "scripted expert"}
+    shown = [words[kind] for kind in kinds if not (kind == "random" and "before" in kinds)]
+    titles = [alt.split(";")[0].split(", ")[1] for alt, _ in drawn(page) if "along" in alt]
+    assert titles == shown
 
 
 def test_report_bins_outcomes_by_difference_in_progress():
@@ -2223,8 +2295,8 @@ def test_report_survives_missing_files(tmp_path):
     config = {"goal": HOSTILE_TEXT, "labeler": HOSTILE_TEXT, "seed": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
-    assert "This run has not ended" in page and "no learning curves" in page and "seed 0" in page
-    assert "<script" not in page and page.count('class="missing"') >= 7
+    assert "This run has not ended" in page and "no learning curves" in page and "seed: 0" in page
+    assert "<script" not in page and page.count('class="missing"') >= 6
 
 
 def test_report_drops_torn_last_lines(tmp_path):
@@ -2246,41 +2318,27 @@ def test_report_draws_a_labeler_with_dollars_and_markup(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"labeler": "local/$x$<script>"}))
     (tmp_path / "metrics.csv").write_text("step,eval_return\n0,-900\n500,-120\n")
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
-    assert ">labeler: local/$x$&lt;script&gt;</text>" in page
+    assert all(">labeler: local/$x$&lt;script&gt;</text>" in svg for _, svg in drawn(page))
+    assert drawn(page) and "<script" not in page
 
 
-def test_report_shrinks_large_pictures_and_films(tmp_path, monkeypatch):
-    """Large pictures must shrink, films keep their pace, and a torn picture must not come in."""
-    monkeypatch.setattr(report, "FILM_LIMIT", 20_000)
-    monkeypatch.setattr(report, "PICTURE_LIMIT", 10_000)
-    noise = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), dtype=np.uint8)
-    imageio.imwrite(tmp_path / "film.gif", noise, duration=50, loop=0)  # about 100 kB
-    imageio.imwrite(tmp_path / "picture.png", noise[0])  # about 12 kB
-    film, picture = (report.embed(tmp_path / name) for name in ("film.gif", "picture.png"))
-    assert (tmp_path / "film.gif").stat().st_size > 80_000 and len(film) < 1.4 * 1.5 * 20_000
-    assert picture.startswith("data:image/jpeg") and len(picture) < 10_000
-    raw = base64.b64decode(film.split(",")[1])
-    frames = imageio.imread(raw, index=None, extension=".gif")
-    pause = imageio.immeta(raw, extension=".gif")["duration"]
-    assert len(frames) < 20 and len(frames) * pause == pytest.approx(1000, rel=0.2)
-    (tmp_path / "torn.png").write_bytes((tmp_path / "picture.png").read_bytes()[:11_000])
-    assert report.embed(tmp_path / "torn.png") is None
-
-
-def test_report_shows_programs_with_their_verification(tmp_path):
-    """A VLM-CaR run must show programs, verification whatever its keys, and failing pictures."""
+def test_report_shows_programs_with_their_verification_as_text(tmp_path):
+    """A VLM-CaR run must show programs, reasons and failing pictures, and no word of it as markup."""
     folder = tmp_path / "code_as_reward"
     for name in ("programs", "failed"):
         (folder / name).mkdir(parents=True)
-    (tmp_path / "config.json").write_text("{}")
-    (folder / "programs" / "1_reach.py").write_text("def progress(image):\n    return 1 < 2\n")
+    (tmp_path / "config.json").write_text('{"reward": "code"}')
+    hostile = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    for name in ("programs/1_reach", "failed/1_reach_round1"):
+        (folder / f"{name}.py").write_text(f"# sub-task: {hostile}\nreturn 1 < 2\n")
     (folder / "verification.json").write_text(json.dumps([
-        {"subtask": "reach", "hit_rate": 0.95},
-        {"subtask": "pull", "reasons": ["fires <early>", "frozen"]}]))
+        {"subtask": hostile, "hit_rate": 0.95, "reasons": ["fires <early>", f"error: {hostile}"]}]))
     imageio.imwrite(folder / "failed" / "1_reach_0.png", np.zeros((8, 8, 3), np.uint8))
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
-    assert "return 1 &lt; 2" in page and "<th>hit rate</th>" in page and "<td>0.95</td>" in page
-    assert "fires &lt;early&gt;; frozen" in page and page.count("data:image/png") == 1
+    assert page.count("return 1 &lt; 2") == 2 and "<th>hit rate</th>" in page
+    assert "<td>0.95</td>" in page and "fires &lt;early&gt;; error: " in page
+    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") == 4
+    assert page.count("data:image/png") == 1 and "labels are" not in page
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "empty"])
@@ -2291,6 +2349,622 @@ def test_report_of_no_run_folder_is_one_clear_line(tmp_path, folder):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "run folder" in done.stderr and not list(tmp_path.rglob("report.html"))
+
+
+# ==== cached_labels.py and audit_vlm.py ====
+def cached_file(path, labels=(0, 1, -1, 1), protocol=5, half=12):
+    """A file as the official repository writes it: the left half of picture i has brightness i, the right 100 + i."""
+    left = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] * np.ones((1, half, half, 3), np.uint8)
+    column, rest = np.array(labels, np.int64).reshape(-1, 1), np.zeros((len(labels), 1, 5))
+    parts = [np.concatenate([left, left + 100], axis=2), 1 - column, column, rest, rest, rest[:, 0], rest[:, 0]]
+    path.write_bytes(pickle.dumps(parts, protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_official_cached_labels_are_read_and_unsure_ones_dropped(tmp_path, protocol):
+    """The VLM's labels (not those by reward) must come with left half first, right half second, in order of files."""
+    cached_file(tmp_path / "2024-01-02.pkl", (1,), protocol)
+    cached_file(tmp_path / "2024-01-01.pkl", (0, 1, -1, 1), protocol)
+    first, second, label, source = cached_labels.read_labels(str(tmp_path))
+    assert label.tolist() == [0, 1, 1, 1] and "official" in source
+    assert first[:, 0, 0, 0].tolist() == [0, 1, 3, 0] and second[:, 0, 0, 0].tolist() == [100, 101, 103, 100]
+    assert first.shape == second.shape == (4, 12, 12, 3) and first.dtype == np.uint8
+
+
+def test_pickles_of_numpy_1_and_2_and_of_any_memory_order_are_read(tmp_path):
+    """numpy's modules were renamed in version 2; arrays may lie column by column: both must give the same pictures."""
+    path = cached_file(tmp_path / "a.pkl", protocol=3)
+    new, old = path.read_bytes(), path.read_bytes().replace(b"numpy._core", b"numpy.core")
+    parts = pickle.loads(new)
+    fortran = pickle.dumps([np.asfortranarray(parts[0]), None, parts[2].astype(">i4")], 5)
+    for content in (old, fortran):
+        path.write_bytes(new)
+        expected = cached_labels.read_labels(str(path))
+        path.write_bytes(content)
+        assert all(np.array_equal(a, b) for a, b in zip(expected[:3], cached_labels.read_labels(str(path))[:3]))
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("echo owned > owned.txt",)
+
+
+HOSTILE_FILES = {
+    "runs a command": lambda good: pickle.dumps([Attack()] * 7),
+    "names a numpy function": lambda good: b"cnumpy\nload\n(S'x'\ntR.",
+    "holds objects": lambda good: pickle.dumps([np.array([Attack()], dtype=object)] * 7),
+    "truncated": lambda good: good[: len(good) // 2],
+    "empty": lambda good: b"",
+    "garbage": lambda good: b"\x93\xff\x00garbage" * 100,
+    "forged length": lambda good: b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"x.",
+    "forged slot": lambda good: b"\x80\x02Nr\xff\xff\xff\x7f.",
+    "too few parts": lambda good: pickle.dumps([1, 2]),
+    "float pictures": lambda good: pickle.dumps([np.zeros((2, 4, 8, 3)), 0, np.zeros((2, 1), int)]),
+    "too few labels": lambda good: pickle.dumps([np.zeros((2, 4, 8, 3), np.uint8), 0, np.zeros((1, 1), int)]),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_FILES)
+def test_hostile_pickles_end_in_one_clear_line(tmp_path, monkeypatch, kind):
+    """A pickle that would run os.system, a broken or a forged one must be refused by name, and nothing be run."""
+    monkeypatch.chdir(tmp_path)
+    path = cached_file(tmp_path / "labels.pkl")
+    path.write_bytes(HOSTILE_FILES[kind](path.read_bytes()))
+    with pytest.raises(cached_labels.CachedLabelsError) as error:
+        cached_labels.read_labels(str(path))
+    assert "labels.pkl" in str(error.value) and "\n" not in str(error.value)
+    reason = {"runs a command": "system, and only arrays are allowed", "forged slot": "it counts 2147483647 objects"}
+    assert reason.get(kind, "") in str(error.value)
+    assert not (tmp_path / "owned.txt").exists()
+
+
+def small_log(folder, records, size=(10, 20)):
+    """A run folder's labels.jsonl; picture i has brightness i on the left half, 100 + i on the right."""
+    (folder / "pairs").mkdir(exist_ok=True)
+    for record in records:
+        image = np.full((*size, 3), record["index"], np.uint8)
+        image[:, size[1] // 2 :] += 100
+        imageio.imwrite(folder / "pairs" / f"{record['index']:06d}.png", image)
+    (folder / "labels.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.json").write_text(json.dumps({"labeler": "offline stand-in (not a VLM)"}))
+    return folder / "labels.jsonl"
+
+
+def test_labels_of_a_run_are_read_with_their_pictures_and_their_labeler(tmp_path):
+    """Labels 0 and 1 must come with the halves of their own picture; a torn last line is dropped; who said so stays."""
+    records = [{"index": i, "label": label} for i, label in ((3, 1), (0, 0), (1, -1), (2, -2))]
+    log = small_log(tmp_path, records)
+    with open(log, "a") as file:
+        file.write('{"index": 4, "la')
+    for path in (log, tmp_path):
+        first, second, label, source = cached_labels.read_labels(str(path))
+        assert label.tolist() == [1, 0] and first[:, 0, 0, 0].tolist() == [3, 0]
+        assert second[:, 0, 0, 0].tolist() == [103, 100] and first.shape == (2, 10, 10, 3)
+        assert "offline stand-in (not a VLM)" in source
+    assert cached_labels.read_labels(str(log), size=5)[1].shape == (2, 5, 5, 3)
+
+
+@pytest.mark.parametrize("line", [b"\x00\xff\xfe\x80", b"[1, 2]", b'{"index": "../../etc/passwd", "label": 1}',
+                                  b'{"index": -1, "label": 1}', b'{"index": true, "label": 1}', b"[" * 100_000])
+def test_a_label_log_with_garbage_ends_in_one_clear_line(tmp_path, line):
+    """Whatever is no record of a label must be refused with the number of its line."""
+    log = small_log(tmp_path, [{"index": 0, "label": 1}])
+    log.write_bytes(log.read_bytes() + line + b"\n")
+    with pytest.raises(cached_labels.CachedLabelsError, match="line 2 is not a label record"):
+        cached_labels.read_labels(str(log))
+
+
+def test_an_enormous_picture_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    """20,000 x 20,000 pixels must be refused from the header alone, and a picture that is none in one line."""
+    log = small_log(tmp_path, [{"index": 0, "label": 1}])
+    picture = tmp_path / "pairs" / "000000.png"
+    good = picture.read_bytes()
+    monkeypatch.setattr(cached_labels.iio, "imread", lambda *_, **__: pytest.fail("it was unpacked"))
+    picture.write_bytes(good[:16] + struct.pack(">II", 20_000, 20_000) + good[24:])
+    with pytest.raises(cached_labels.CachedLabelsError, match="20000 x 20000 pixels is too large"):
+        cached_labels.read_labels(str(log))
+    monkeypatch.undo()
+    for content in (good[:40], b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(30)):
+        picture.write_bytes(content)
+        with pytest.raises(cached_labels.CachedLabelsError, match="000000.png"):
+            cached_labels.read_labels(str(log))
+
+
+def test_resized_pictures_keep_their_means():
+    """Every new pixel must be the mean of those it covers: a black and white check becomes grey."""
+    check = (np.indices((8, 8)).sum(0) % 2 * 255).astype(np.uint8)[None, ..., None].repeat(3, -1)
+    assert cached_labels.resize(check, 8) is check
+    assert np.abs(cached_labels.resize(check, 4).astype(int) - 127.5).max() < 1
+
+
+def test_cached_labels_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """The demo must say how many labels of which kind, by whom, and draw them; a user's mistake is one line and a 2."""
+    monkeypatch.chdir(tmp_path)
+    small_log(tmp_path, [{"index": i, "label": i % 2} for i in range(5)])
+    assert cached_labels.main(["."]) == 0
+    said = capsys.readouterr().out
+    assert "5 labels by offline stand-in (not a VLM)" in said and "3 prefer the first" in said
+    assert imageio.imread("contact_labels.png").shape[2] == 3
+    assert cached_labels.main(["nowhere"]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def small_audit(tmp_path_factory):
+    """A whole audit of the stand-in on CartPole, small: 20 pairs, four questions each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit_vlm, "PER_KIND", 15)
+        out = str(tmp_path_factory.mktemp("runs") / "an_audit")
+        config = run.Config(env="CartPole", horizon=30, out=out, usd_per_mtok="1,2")
+        return Path(out), audit_vlm.audit(config, pairs=20)
+
+
+def test_an_audit_asks_each_pair_in_both_orders_and_both_ways(small_audit):
+    """20 pairs must give 80 records, the stand-in's being right, and every bin of differences as many of them."""
+    folder, result = small_audit
+    records = vlm_query.LabelLog.read(folder / "labels.jsonl")
+    assert len(records) == 80 and len({(r["pair"], r["order"], r["stages"]) for r in records}) == 80
+    by_order = {order: {r["pair"]: r["true_label"] for r in records if r["order"] == order} for order in (0, 1)}
+    assert all(by_order[0][pair] + by_order[1][pair] == 1 for pair in range(20))
+    bins = [row for row in result["rows"] if (row["low"], row["high"]) in set(zip(audit_vlm.BINS, audit_vlm.BINS[1:]))]
+    assert [row["questions"] for row in bins] == [8] * 10
+    clear = audit_vlm.of(result["rows"], 2, audit_vlm.CLEAR)
+    assert clear["accuracy"] > 0.95 and clear["consistent"] == 1 and clear["first_share"] == 0.5
+    assert all(row["usd"] == pytest.approx((row["tokens_in"] + 2 * row["tokens_out"]) / 1e6) for row in bins)
+
+
+def test_every_output_of_an_audit_names_the_labeler(small_audit):
+    """Nothing that an audit leaves behind may let the stand-in pass for a VLM."""
+    folder, result = small_audit
+    for name in ("audit.txt", "audit.csv", "config.json"):
+        assert "offline stand-in (not a VLM)" in (folder / name).read_text()
+    assert "offline stand-in (not a VLM), two stages: " + result["verdict"] in result["text"]
+    assert imageio.imread(folder / "audit.png").shape[0] > 300
+
+
+def test_labels_of_an_audit_can_be_trained_on(small_audit):
+    """cached_labels.py must read an audit's labels.jsonl and pictures, and the labels must fit the pictures."""
+    folder, result = small_audit
+    first, second, label, source = cached_labels.read_labels(str(folder))
+    labels = sum(audit_vlm.of(result["rows"], stages, 0.0)[name] for stages in (1, 2) for name in ("right", "wrong"))
+    assert len(label) == labels and "not a VLM" in source
+    upright = [abs(offline_vlm.read_pole(image)) for image in np.concatenate([first, second])]
+    better = np.array(upright[len(first):]) < np.array(upright[: len(first)])
+    assert (better == label).mean() > 0.95
+
+
+def test_pairs_are_spread_over_all_differences_and_never_look_alike():
+    """Every bin must give the same number of pairs while it has some; equal progress and equal looks are left out."""
+    progress = np.random.default_rng(0).uniform(0, 1, 60)
+    images = (200 * progress).astype(np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    pairs, gap = audit_vlm.draw_pairs(images, progress, 50, np.random.default_rng(1))
+    again, _ = audit_vlm.draw_pairs(images, progress, 50, np.random.default_rng(1))
+    assert np.array_equal(pairs, again)  # so that a second audit finds its answers in the cache
+    assert np.histogram(gap, audit_vlm.BINS)[0].tolist() == [10] * 5
+    assert len(set(map(frozenset, pairs))) == 50 and 10 < (pairs[:, 0] < pairs[:, 1]).sum() < 40
+    assert not any(vlm_query.looks_identical(images[a], images[b]) for a, b in pairs)
+    few, _ = audit_vlm.draw_pairs(images[:3], np.array([0.0, 0.0, 1.0]), 50, np.random.default_rng(1))
+    assert len(few) == 2
+    with pytest.raises(run.UserError, match="nothing to compare"):
+        audit_vlm.draw_pairs(images, np.ones(60), 50, np.random.default_rng(1))
+
+
+def audit_records(answer, pairs=40, difference=0.5):
+    """Records of a VLM whose answer is a function of (pair, order, true label): a label, -1, or a kind of failure."""
+    records = []
+    for pair, order in ((pair, order) for pair in range(pairs) for order in (0, 1)):
+        true_label = (pair + order) % 2
+        said = answer(pair, order, true_label)
+        kind = said if isinstance(said, str) else "label" if said >= 0 else "unsure"
+        records += [{"pair": pair, "order": order, "stages": stages, "true_label": true_label, "kind": kind,
+                     "label": said if kind == "label" else -1, "difference": difference, "tokens_in": 300,
+                     "tokens_out": 40, "cached": order == 0, "seconds": 2.0 * order} for stages in (1, 2)]
+    return records
+
+
+VLMS = {
+    "good enough": lambda pair, order, true: true,
+    "good enough: 90 %": lambda pair, order, true: 1 - true if pair % 10 == 0 else true,
+    "not good enough": lambda pair, order, true: 1 - true,
+    "not good enough: 50 %": lambda pair, order, true: 0,  # always picks the first picture
+    "undecided, ask more --pairs": lambda pair, order, true: 1 - true if pair % 4 == 0 else true,
+    "not good enough: 100 %": lambda pair, order, true: true if pair < 15 else "unreadable",
+    "undecided: no question": lambda pair, order, true: "limit",
+}
+
+
+@pytest.mark.parametrize("begins", VLMS)
+def test_the_verdict_follows_its_rule(begins):
+    """P(right) above or below 3/4, the interval around it, and half of the questions labelled: nothing else decides."""
+    rows = audit_vlm.summaries(audit_records(VLMS[begins]), None)
+    assert all(audit_vlm.verdict(rows, stages).startswith(begins) for stages in (1, 2))
+    unclear = audit_vlm.summaries(audit_records(VLMS[begins], difference=0.07), None)
+    assert audit_vlm.verdict(unclear, 2).startswith("undecided: no question")
+
+
+def test_a_habit_of_picking_the_first_picture_is_seen():
+    """Who always picks the first must have first_share 1 and consistent 0; who is always wrong must be consistent."""
+    first, wrong = (audit_vlm.summary([r for r in audit_records(VLMS[name]) if r["stages"] == 2])
+                    for name in ("not good enough: 50 %", "not good enough"))
+    assert (first["first_share"], first["consistent"], first["accuracy"]) == (1, 0, 0.5)
+    assert (wrong["first_share"], wrong["consistent"], wrong["accuracy"]) == (0.5, 1, 0)
+
+
+def test_time_and_price_of_a_run_are_projected_from_its_schedule():
+    """Seconds must come from answers not in the cache; a run asks as its schedule says, up to max_pairs."""
+    row = audit_vlm.summary(audit_records(VLMS["good enough"]), price=(1.0, 10.0))
+    assert row["seconds"] == 2.0 and row["usd"] == pytest.approx(700e-6)
+    config = run.resolve(run.Config(env="CartPole", total_steps=2000, explore_steps=400, feedback_every=400,
+                                    pairs_per_session=10, max_pairs=45, workers=5))
+    text = "\n".join(audit_vlm.cost_lines(row, 2, config))
+    assert "45 pairs, 90 calls, 15,300 tokens" in text and f"a run: ${45 * 700e-6:.2f}" in text
+    assert f"{45 * 2.0 / 5 / 3600:.2f} h" in text
+    assert "50 pairs" in audit_vlm.cost_lines(row, 2, dataclasses.replace(config, max_pairs=100))[0]
+
+
+def test_wilson_interval_has_the_textbook_values():
+    """8 of 10: 49 to 94 %; no draws: nothing is known."""
+    assert np.round(audit_vlm.wilson(0.8, 10), 2).tolist() == [0.49, 0.94]
+    assert audit_vlm.wilson(float("nan"), 0) == (0.0, 1.0) and audit_vlm.wilson(1.0, 10)[1] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("reply, stops", [(("maybe", "complete"), False), (("", "unreachable: HTTP 503"), True)])
+def test_unreadable_answers_are_a_finding_and_an_outage_is_not(reply, stops):
+    """A VLM that babbles must be audited to the end; where there is no answer at all the audit must stop."""
+    vlm = types.SimpleNamespace(ask=lambda parts: vlm_query.Reply(*reply, 9, 1, False))
+    images, kept = np.stack([np.full((8, 8, 3), level, np.uint8) for level in (0, 60, 120, 180, 240)]), []
+    config = run.Config(goal="g", workers=2)
+    with pytest.raises(vlm_query.VLMError) if stops else contextlib.nullcontext():
+        audit_vlm.ask_batch(vlm, images[:4], images[1:], config, 1, kept.append)
+    assert {record["kind"] for record in kept} == {"no answer" if stops else "unreadable"} and len(kept) == 4
+
+
+def test_half_trained_pictures_can_come_from_a_run(tmp_path):
+    """--policy must use the stored network, refuse a run of another task, and refuse what is no run."""
+    env = envs.make("CartPole")
+    agent = sac.SAC(4, env.action_space, (8, 8), seed=3)
+    (tmp_path / "checkpoint").mkdir()
+    torch.save({"agent": agent.state_dict()}, tmp_path / "checkpoint" / "state.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"env": "CartPole", "hidden": 8}))
+    config = run.Config(env="CartPole", seed=1)
+    learned = audit_vlm.policies(config, env, str(tmp_path), np.random.default_rng(0))["half-trained"](0)
+    obs = env.reset(seed=0)[0]
+    assert np.allclose(learned(obs, explore=False), agent.act(obs, explore=False))
+    for folder, other in ((tmp_path, "DrawerOpen"), (tmp_path / "nowhere", "CartPole")):
+        with pytest.raises(run.UserError, match="--policy .*no run of train.py that can be used"):
+            audit_vlm.trained_policy(str(folder), dataclasses.replace(config, env=other), env)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--pears", "3"], "--pairs"), (["--pairs", "0"], "at least one pair"), (["--pairs", "x"], "invalid int"),
+    (["--labels", "oracle"], "asks a VLM"), (["--labels-from", "x"], "asks a VLM"),
+    (["--env", "Nowhere"], "unknown environment Nowhere"),
+    (["--vlm", "local/x"], "URL"), (["--policy", "nowhere"], "no run of train.py"),
+    (["--max-usd", "1"], "--usd-per-mtok"), (["--out", "."], "exists already"),
+])
+def test_mistakes_on_the_audit_command_line_end_in_one_line(tmp_path, monkeypatch, capsys, flags, says):
+    """Exit code 2, one line that says what to do, and no folder left behind."""
+    monkeypatch.chdir(tmp_path)
+    assert audit_vlm.main(flags) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert says in said[-1] and said[-1].startswith("audit_vlm.py: ")
+    assert not list(tmp_path.glob("runs/audit*"))
+
+
+# ==== sweep.py and plots.py ====
+STUB = '''
+import csv, dataclasses, json, os, time
+def train(config):
+    if config.seed == 7:
+        raise ValueError("seven does not\\nlearn")
+    if config.seed == 8:
+        os._exit(9)
+    os.makedirs(config.out, exist_ok=True)
+    if config.seed == 9:
+        open(config.out + "/pid", "w").write(str(os.getpid()))
+        time.sleep(60)
+    json.dump({**dataclasses.asdict(config), "resume": None, "members": 3, "command": "python train.py"},
+              open(config.out + "/config.json", "w"))
+    with open(config.out + "/metrics.csv", "w") as file:
+        file.write("step,pairs_asked,reward_accuracy,eval_return,eval_success\\n0,0,,-9,0\\n100,5,0.75,-1,0.5\\n")
+    print("trained", config.seed, "resumed" if config.resume else "afresh")
+    json.dump({"finished": config.max_pairs != 13 or bool(config.resume), "steps": 100, "asked": 5, "labels": 4,
+               "label_accuracy": float("nan"), "eval_success": 0.5, "labeler": "offline stand-in (not a VLM)"},
+              open(config.out + "/summary.json", "w"))
+'''
+
+
+@pytest.fixture
+def stub_train(tmp_path, monkeypatch):
+    """A train.py that takes no time, for this process and those it starts, in a folder of its own; no Ray."""
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "train.py").write_text(STUB)
+    monkeypatch.syspath_prepend(str(tmp_path / "stub"))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "train", raising=False)
+    monkeypatch.setenv("TQDM_MININTERVAL", "1")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def here(stub_train, monkeypatch):
+    """The same with every run in this very process."""
+    monkeypatch.setattr(sweep, "start", lambda jobs, parallel, address: ((j, *sweep.run_one(j)) for j in jobs))
+
+
+def result(name="mine"):
+    return sweep.read_csv(f"results/{name}.csv")
+
+
+def test_every_run_of_every_sweep_is_one_that_train_accepts():
+    """The table must name settings that exist, with values that exist, and no run twice."""
+    for name in sweep.SWEEPS:
+        jobs = sweep.plan(name)
+        assert len({sweep.slug(job) for job in jobs}) == len(jobs) == len({job.key() for job in jobs})
+        for job in jobs:
+            run.resolve(run.Config(env=job.task, seed=job.seed, **job.overrides))
+
+
+def test_a_sweep_does_one_seed_of_everything_first():
+    """Stopped half-way it must be a smaller study: all of seed 0, then all of seed 1; 5 seeds, 3 for Meta-World."""
+    jobs = sweep.plan("tasks")
+    assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
+    seeds = {task: {job.seed for job in jobs if job.task == task} for task in sweep.SEVEN}
+    assert len(seeds["CartPole"]) == 5 and len(seeds["Soccer"]) == 3
+    assert {job.seed for job in sweep.plan("tasks", seeds=4) if job.task == "Soccer"} == {0, 1, 2, 3}
+    kept = sweep.only(jobs, ["CartPole", "oracle"])
+    assert {(job.task, job.setting) for job in kept} == {("CartPole", "oracle")} and len(kept) == 5
+
+
+def test_a_grid_from_the_command_line_has_the_types_of_config():
+    """`max_pairs=1e1,20 seed=0,1` must become numbers; an unknown field must be refused with the list of fields."""
+    jobs = sweep.plan_grid(["env=CartPole", "max_pairs=1e1,20", "seed=0,1"])
+    assert [(job.seed, job.overrides) for job in jobs] == [(s, {"max_pairs": n}) for s in (0, 1) for n in (10, 20)]
+    with pytest.raises(run.UserError, match="--max-pairs"):
+        sweep.plan_grid(["no_such_field=1"])
+    assert sweep.main(["--grid", "seed=0,1"]) == 2  # no --name: it must not mix with what is there
+
+
+def test_a_run_that_fails_is_a_row_and_ends_no_sweep(stub_train):
+    """An exception and a dead process must each become a row with its reason; the runs beside them must be whole."""
+    jobs = sweep.plan_grid(["env=CartPole", "seed=7,8,0"])
+    assert sweep.sweep(jobs, "mine", parallel=3) == 2
+    rows = {row["seed"]: row for row in result()}
+    assert rows["7"]["error"] == "ValueError: seven does not learn" and rows["7"]["eval_success"] == ""
+    assert "process died" in rows["8"]["error"]
+    assert (rows["0"]["error"], rows["0"]["eval_success"], rows["0"]["reward_accuracy"]) == ("", "0.5", "0.75")
+    assert rows["0"]["label_accuracy"] == "" and rows["0"]["pairs_asked"] == "5" and rows["0"]["method"] == "preference"
+    assert [row["step"] for row in result("mine_curves")] == ["0", "100"]
+    assert "trained 0 afresh" in open("runs/sweeps/mine/CartPole-default-seed0/train.log").read()
+
+
+def test_finished_runs_are_skipped_and_half_done_ones_resumed(here):
+    """The second call must train only what has no result, from where it was; a third call nothing at all."""
+    jobs = sweep.plan_grid(["env=CartPole", "max_pairs=10,13", "seed=0"])  # the stub leaves 13 half-done at first
+    log = "runs/sweeps/mine/CartPole-max_pairs={}-seed0/train.log"
+    assert sweep.sweep(jobs, "mine") == 1 and {row["error"] for row in result()} == {"", "interrupted"}
+    before = open(log.format(10)).read()
+    assert sweep.sweep(jobs, "mine") == 0 and {row["error"] for row in result()} == {""}
+    assert open(log.format(10)).read() == before and "resumed" in open(log.format(13)).read()
+    times = os.path.getmtime(log.format(13))
+    assert sweep.sweep(jobs, "mine") == 0 and os.path.getmtime(log.format(13)) == times
+    os.makedirs("killed")  # before it had written its settings
+    assert sweep.settings(dataclasses.replace(jobs[0], folder="killed")).resume == "killed"
+
+
+def test_rows_of_earlier_calls_stay_and_a_changed_table_is_noticed(here):
+    """A part of a sweep must add to the CSV; a folder with other settings under the same name must be refused."""
+    sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=0"]), "mine")
+    sweep.sweep(sweep.plan_grid(["env=Soccer", "members=3", "seed=0"]), "mine")
+    assert [(row["task"], row["members"]) for row in result()] == [("Soccer", "3"), ("CartPole", "")]
+    changed = [dataclasses.replace(job, overrides={"max_pairs": 99})
+               for job in sweep.plan_grid(["env=CartPole", "seed=0"])]
+    with pytest.raises(ValueError, match="max_pairs=None, not 99.*another --name"):
+        sweep.sweep(changed, "mine")
+
+
+def test_a_killed_sweep_leaves_no_run_behind(stub_train):
+    """When the sweep is killed, its runs must end too: its successor would write beside them."""
+    command = "import sweep\nif __name__ == '__main__':\n    sweep.sweep(sweep.plan_grid(['seed=9']), 'mine')"
+    open("go.py", "w").write(command)
+    paths = os.pathsep.join([os.path.abspath("stub"), os.path.dirname(sweep.__file__)])
+    parent = subprocess.Popen([sys.executable, "go.py"], env={**os.environ, "PYTHONPATH": paths},
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pid_file = "runs/sweeps/mine/CartPole-default-seed9/pid"
+    assert wait_until(lambda: os.path.exists(pid_file) and open(pid_file).read(), 30)
+    parent.kill()
+    parent.wait()
+    assert wait_until(lambda: not alive(int(open(pid_file).read())), 10)
+
+
+def wait_until(true, seconds):
+    end = time.time() + seconds
+    while not true() and time.time() < end:
+        time.sleep(0.05)
+    return true()
+
+
+def alive(pid):
+    """Whether a process runs; one that only waits for its parent to notice does not."""
+    try:
+        return open(f"/proc/{pid}/stat").read().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_same_sweep_runs_on_ray(stub_train, monkeypatch, tmp_path):
+    """With Ray the rows must be those of the processes."""
+    monkeypatch.delitem(sys.modules, "ray")
+    pytest.importorskip("ray", reason="pip install -r requirements-sweep.txt")
+    monkeypatch.setattr(sweep, "HERE", tmp_path / "stub")  # Ray puts HERE first, and the stub must come before train.py
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(sweep.__file__), prepend=os.pathsep)
+    assert sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=7,8,0"]), "mine") == 2
+    assert [(row["seed"], bool(row["error"])) for row in result()] == [("7", True), ("8", True), ("0", False)]
+
+
+def test_the_interquartile_mean_and_its_interval_are_right():
+    """Of 5 seeds the lowest and the highest must go, of 3 none; the interval must hold the mean and shrink with n."""
+    assert plots.iqm([0, 1, 2, 3, 100]) == 2 and plots.iqm([0, 1, 5]) == 2
+    assert np.allclose(plots.iqm(np.array([[0, 0], [1, 5], [2, 7], [9, 6]])), [1.5, 5.5])
+    values = np.random.default_rng(0).normal(size=200)
+    few, many = plots.interval(values[:5]), plots.interval(values)
+    assert few[0] < plots.iqm(values[:5]) < few[1] and many[1] - many[0] < few[1] - few[0]
+    assert np.allclose(plots.interval([0.5, 0.5, 0.5]), 0.5)
+    # the normal approximation of a 25 % trimmed mean: standard error 1.09 / sqrt(n), two of them to each side
+    assert 0.8 < (many[1] - many[0]) / (2 * 1.96 * 1.09 / 200**0.5) < 1.2
+
+
+def test_a_results_file_becomes_pictures_that_name_the_labeler(here):
+    """A number that varies must become the axis, and questions a session, which follow it, none; titles name who spoke."""
+    jobs = [dataclasses.replace(job, overrides={**job.overrides, "pairs_per_session": job.overrides["max_pairs"] // 2},
+                                varied=("max_pairs", "pairs_per_session"))
+            for job in sweep.plan_grid(["env=CartPole", "max_pairs=10,20,200", "seed=0,1"])]
+    sweep.sweep(jobs, "mine")
+    assert plots.axes_of(result()) == (["max_pairs"], ["max_pairs"])
+    assert plots.labelers(result()) == "offline stand-in (not a VLM)"
+    drawn = plots.plot("results/mine.csv")
+    assert drawn == ["results/mine.png", "results/mine_curves.png"]
+    pixels = np.asarray(Image.open(drawn[0]))
+    assert pixels[0, 0, 3] == 0 and (pixels[..., 3] > 0).mean() > 0.01  # transparent paper, and something on it
+    wrong = [{"method": m, "labeler": f"{m} (not a VLM, wrong on purpose in {n}%)"} for m in "ab" for n in (10, 20)]
+    assert plots.labelers(wrong) == "a (not a VLM) (a); b (not a VLM) (b)"
+
+
+# ==== clip_reward.py ====
+def unit_vectors(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+def test_goal_baseline_regularisation_without_alpha_is_the_clip_score():
+    """With alpha = 0 VLM-RM's reward must equal the cosine; with x = g it must be 1 for every alpha."""
+    x, (goal, baseline) = unit_vectors(6, 8), unit_vectors(2, 8)
+    plain = clip_reward.goal_baseline_reward(x, goal, baseline, 0.0)
+    assert torch.allclose(plain, clip_reward.cosine_reward(x, goal), atol=1e-6)
+    for alpha in (0.0, 0.3, 1.0):
+        assert torch.allclose(clip_reward.goal_baseline_reward(goal[None], goal, baseline, alpha), torch.ones(1))
+
+
+def test_goal_baseline_regularisation_is_the_paper_s_projection_matrix():
+    """The reward must be 1 - |P(x - g)|^2 / 2 with P = alpha u u^T + (1 - alpha) I, written out as matrices."""
+    x, (goal, baseline) = unit_vectors(6, 8), unit_vectors(2, 8)
+    line = (goal - baseline)[:, None]
+    matrix = 0.7 * line @ line.T / (line.T @ line) + 0.3 * torch.eye(8)
+    expected = 1 - ((x - goal) @ matrix).square().sum(1) / 2
+    assert torch.allclose(clip_reward.goal_baseline_reward(x, goal, baseline, 0.7), expected, atol=1e-6)
+
+
+def test_with_alpha_one_only_the_way_from_baseline_to_goal_counts():
+    """What is at a right angle to the line must change nothing; half-way along it the loss is a quarter of the whole."""
+    goal, baseline, aside = torch.eye(3)[0], -torch.eye(3)[0], torch.eye(3)[1]
+    x = torch.stack([baseline, torch.zeros(3), torch.zeros(3) + 5 * aside, goal])
+    reward = clip_reward.goal_baseline_reward(x, goal, baseline, 1.0)
+    assert reward.tolist() == [-1.0, 0.5, 0.5, 1.0]
+
+
+def test_clip_pictures_are_prepared_as_pillow_would_without_torchvision():
+    """Resize, centre crop and normalisation must agree with PIL's bicubic to two grey levels, wide or tall."""
+    y, x = np.mgrid[0:90, 0:150]
+    image = np.stack([x % 256, y % 256, 255 * ((x // 15 + y // 15) % 2)], -1).astype(np.uint8)  # (90, 150, 3), edges
+    for picture in (image, np.ascontiguousarray(image.transpose(1, 0, 2))):
+        scaled = Image.fromarray(picture).resize([64 * side // 90 for side in picture.shape[1::-1]], Image.BICUBIC)
+        left, top = (scaled.width - 64) // 2, (scaled.height - 64) // 2
+        expected = np.asarray(scaled.crop((left, top, left + 64, top + 64))) / 255.0
+        ours = clip_reward.preprocess(picture[None], 64)[0].permute(1, 2, 0).numpy()
+        assert np.abs(ours * clip_reward.STD + clip_reward.MEAN - expected).max() < 2.5 / 255
+
+
+def test_clip_without_transformers_or_model_says_the_cure_in_one_line(monkeypatch, tmp_path):
+    """A missing package and a missing model must each be one line that says what to do."""
+    with pytest.raises(ValueError, match="baseline_text"):
+        clip_reward.ClipReward("the pole is upright", alpha=0.5)
+    if importlib.util.find_spec("transformers"):
+        with pytest.raises(clip_reward.ClipError, match="a folder with its config.json") as error:
+            clip_reward.ClipReward("the pole is upright", model=str(tmp_path / "nothing"))
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(clip_reward.ClipError, match="pip install transformers"):
+        clip_reward.ClipReward("the pole is upright")
+
+
+def tiny_clip(folder):
+    """A CLIP with random weights and a vocabulary of a few words, saved like a real one."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "<start>", "<end>", "<unk>", "the", "pole", "is", "upright", "a"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
+                                         unk_token="<unk>").save_pretrained(folder)
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
+    text = dict(size, vocab_size=len(words), max_position_embeddings=12, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(0)
+    transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text, vision_config=dict(size, image_size=32, patch_size=8), projection_dim=8)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tiny_random_clip_gives_the_rewards_that_transformers_gives(tmp_path):
+    """ClipReward must be the model's own cosine, the same in any batch size, and the regularised one with alpha."""
+    folder = tiny_clip(tmp_path)
+    transformers = sys.modules["transformers"]
+    images = np.random.default_rng(0).integers(0, 255, (5, 40, 60, 3), np.uint8)
+    reward = clip_reward.ClipReward("the pole is upright", model=folder)
+    found = reward.predict(images)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)("the pole is upright", return_tensors="pt")
+    with torch.no_grad():
+        model = transformers.CLIPModel.from_pretrained(folder).eval()
+        out = model(input_ids=tokens["input_ids"], pixel_values=clip_reward.preprocess(images, 32))
+    assert found.shape == (5,) and found.dtype == np.float32 and len(set(found.tolist())) == 5
+    assert np.allclose(found, (out.image_embeds @ out.text_embeds[0]).numpy(), atol=1e-5)
+    assert np.allclose(reward.embed_images(images, chunk=2) @ reward.goal, found, atol=1e-5)
+    assert reward.predict(images[:0]).shape == (0,)
+    regularised = clip_reward.ClipReward("the pole is upright", "a pole", alpha=0.5, model=folder)
+    expected = clip_reward.goal_baseline_reward(out.image_embeds, regularised.goal, regularised.baseline, 0.5)
+    assert np.allclose(regularised.predict(images), expected.numpy(), atol=1e-5)
+
+
+# ==== bench.py ====
+def test_a_rate_and_a_time_are_compared_in_opposite_directions():
+    """Twice as many per second and half as many seconds must both be a ratio of 2, and be judged by it."""
+    rate = bench.Row("rate", "steps/s", [20.0, 40.0], [10.0, 20.0], ">= 1.5")
+    clock = bench.Row("time", "s", [1.0, 2.0], [2.0, 4.0], ">= 2.5")
+    alone = bench.Row("alone", "s", [40.0, 20.0, 30.0], target="<= 30")
+    assert rate.ratios() == [2.0, 2.0] == clock.ratios()
+    assert [row.verdict() for row in (rate, clock, alone)] == ["met", "missed", "met"]
+
+
+def test_both_sides_are_run_in_turn_and_go_first_in_turn():
+    """A machine that slows down while it is measured must not favour either side."""
+    calls = []
+    row = bench.compare("q", "a/s", lambda: calls.append("ours") or 2.0, lambda: calls.append("theirs") or 1.0, 3)
+    assert calls == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    assert row.cells()[:8] == ["q", "2", "1", "a/s", "2", "2", "2", 3]
+
+
+def test_the_textbook_way_computes_and_learns_the_same():
+    """What ours is compared with must do the same work: equal rewards from equal weights, and a fit that learns."""
+    images = np.random.default_rng(0).integers(0, 255, (40, 47, 47, 3), np.uint8)
+    images[:20] //= 4  # dark ones; brighter is better
+    ours, textbook = reward_model.RewardModel((47, 47, 3)), bench.Textbook(47, "cpu")
+    for net, other in zip(textbook.nets, ours.nets):
+        net.load_state_dict(other.state_dict())
+    first, second = bench.channels_first(images[:20]), bench.channels_first(images[20:])
+    before = textbook.predict(second) - textbook.predict(first)
+    assert np.allclose(before, ours.predict(images[20:]) - ours.predict(images[:20]), atol=1e-5)
+    textbook.fit(first, second, np.ones(20, np.int64), epochs=2)
+    assert (textbook.predict(second) - textbook.predict(first)).mean() > before.mean() + 0.01
+
+
+def test_measured_rows_replace_their_own_question_only(tmp_path):
+    """Measuring one section again must leave the other sections' lines of the CSV as they are."""
+    old = [bench.Row("a", "s", [1.0]), bench.Row("b", "s", [2.0])]
+    bench.write(tmp_path / "bench.csv", old)
+    bench.write(tmp_path / "bench.csv", [bench.Row("b", "s", [3.0])])
+    lines = (tmp_path / "bench.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines] == [["question", "ours"], ["a", "1"], ["b", "3"]]
 
 
 # ==== train.py and run.py ====
@@ -2431,7 +3105,17 @@ def test_the_reservoir_keeps_every_picture_equally_likely(tmp_path):
     assert kept[:20].sum() == pytest.approx(1000, rel=0.1) and kept.min() > 25
 
 
+@pytest.mark.usefixtures("unreported")
+def test_kept_answers_train_without_asking(tmp_path):
+    """--labels-from a finished run's labels.jsonl must fit the same number of labels and ask nobody."""
+    before = train.train(tiny(tmp_path, "asked"))
+    after = train.train(tiny(tmp_path, "kept", labels_from=str(tmp_path / "asked" / "labels.jsonl")))
+    assert after[-1]["labels"] == before[-1]["labels"] > 0 and not os.listdir(tmp_path / "kept" / "pairs")
+    assert math.isfinite(after[-1]["reward_accuracy"])
+
+
 @pytest.mark.parametrize("arguments, said", [
+    (["--labels-from", "nowhere"], "--labels-from nowhere"),
     (["--env", "Cartpole"], "there are CartPole"),
     (["--env", "Pendulum-v1"], "needs a goal"),
     (["--vlm", "openai/x"], "OPENAI_API_KEY"),

@@ -48,16 +48,6 @@ def by_openai_chat(url):
     return message.content or message.refusal, answer.usage.prompt_tokens, answer.usage.completion_tokens
 
 
-def by_openai_responses(url):
-    openai = pytest.importorskip("openai", reason=CURE)
-    client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, _strict_response_validation=True)
-    content = [{"type": "input_text", "text": part} if isinstance(part, str) else
-               {"type": "input_image", "image_url": data_url(part), "detail": "auto"} for part in QUESTION]
-    answer = client.responses.create(model="m", input=[{"role": "user", "content": content}])
-    part = answer.output[0].content[0]
-    return answer.output_text or part.refusal, answer.usage.input_tokens, answer.usage.output_tokens
-
-
 def by_anthropic(url):
     anthropic = pytest.importorskip("anthropic", reason=CURE)
     client = anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key=KEY, max_retries=0,
@@ -102,13 +92,6 @@ def test_the_sdk_sends_the_json_that_we_send_and_reads_the_text_that_we_read(pro
         assert server.last[0] == path and json.loads(server.last[2]) == plain(json.loads(raw))
     assert theirs == (ours.text, ours.tokens_in, ours.tokens_out)
     assert vlm_query.parse_label(theirs[0]) == 1 and ours.end == "complete"
-
-
-def test_the_responses_format_of_the_stand_in_satisfies_the_sdk():
-    """The fourth format, which our client does not send, must be read by the SDK all the same."""
-    with OfflineVLM(key=KEY) as url:
-        text, *tokens = by_openai_responses(url)
-    assert vlm_query.parse_label(text) == 1 and min(tokens) > 0
 
 
 @pytest.mark.parametrize("fault", ["refusal", "cut off"])

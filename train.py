@@ -35,7 +35,7 @@ import time
 
 import numpy as np
 
-from run import (Config, Run, UserError, closing_text, parse_args, price_of, resolve, status, who_labels,  # noqa: F401
+from run import (Run, UserError, closing_text, parse_args, price_of, resolve, status, who_labels,
                  write_json)
 
 EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000  # episodes no training episode shares a seed with
@@ -215,7 +215,8 @@ class Labeler:
             import cached_labels
 
             try:
-                *self.kept, _ = cached_labels.read_labels(config.labels_from, config.reward_size)
+                *self.kept, source = cached_labels.read_labels(config.labels_from, config.reward_size)
+                print(f"{len(self.kept[2])} labels from {source}")
             except cached_labels.CachedLabelsError as error:
                 raise UserError(f"--labels-from {error}") from None
         self.compares = config.reward == "preference"
@@ -490,11 +491,16 @@ def write_episodes(path, env, learned_policy, model, config, random_episodes=5):
 
 
 def main(arguments=None):
-    import vlm_query
-
     try:
-        train(parse_args(sys.argv[1:] if arguments is None else arguments))
-    except (UserError, vlm_query.VLMError) as error:
+        config = parse_args(sys.argv[1:] if arguments is None else arguments)
+        import code_as_reward  # after --help has been answered: these take a while
+        import vlm_query
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(config)
+    except (UserError, vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0

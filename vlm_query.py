@@ -355,10 +355,10 @@ class VLM:
 
     def _read(self, raw):
         """Body of an answer -> (text, end, tokens in, tokens out)."""
-        data = json.loads(raw)
-        if data.get("error"):
-            return "(filtered)", "refused", 0, 0  # _judge let no other error through
         try:
+            data = json.loads(raw)
+            if data.get("error"):
+                return "(filtered)", "refused", 0, 0  # _judge let no other error through
             text, end, tokens_in, tokens_out = self.wire.read(data)
         except (KeyError, IndexError, TypeError, AttributeError):
             return "", "empty", 0, 0  # such as "choices": []
@@ -484,14 +484,15 @@ def ask_one(ask, task, parts, goal, stages):
 
 def in_threads(function, items, workers, stop):
     """Yield (item, function(item)) as they come. An exception in a thread is raised here."""
-    todo, done = queue.SimpleQueue(), queue.SimpleQueue()
-    for item in items:
-        todo.put(item)
+    todo, done = list(reversed(items)), queue.SimpleQueue()
 
     def work():
-        while not stop.is_set() and not todo.empty():
+        while todo and not stop.is_set():
             try:
-                item = todo.get_nowait()
+                item = todo.pop()  # of a list, so one at a time
+            except IndexError:  # another thread was faster
+                return
+            try:
                 done.put((item, function(item), None))
             except Exception as error:  # whatever it is, the caller must hear of it
                 done.put((None, None, error))
@@ -667,14 +668,14 @@ def load_image(path, most=4096):
     raise VLMError(f"{path}: {width} x {height} pixels is too large (at most {most} a side)")
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description="Which of two images is closer to a goal?")
     parser.add_argument("images", nargs=2, metavar="image")
     parser.add_argument("--goal", required=True, help='such as "to open the drawer"')
     parser.add_argument("--vlm", default="offline", help=f"{', '.join(PROVIDERS)}, then /MODEL")
     parser.add_argument("--vlm-url", help="its base URL, such as http://localhost:11434/v1")
     parser.add_argument("--stages", type=int, choices=(1, 2), default=2)
-    options, server, records = parser.parse_args(), None, []
+    options, server, records = parser.parse_args(arguments), None, []
     try:
         images = [load_image(path)[None] for path in options.images]  # (1, H, W, 3) each
         if options.vlm == "offline" and not options.vlm_url:  # start the stand-in beside this file

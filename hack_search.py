@@ -1,0 +1,91 @@
+"""Are the programs of VLM-CaR right, and can their reward be earned without reaching the goal?
+
+    python hack_search.py CartPole DoorKey-6x6        two tasks; none named: all of TASKS
+
+What this is: STEPs C1 to C4 with the offline stand-in (no VLM), on episodes that C3 has not seen:
+accuracy = share of frames where (progress >= DONE) agrees with the true state of the sub-task (an
+earlier one is an event: done from its first such frame on); hacking = random shooting from one
+start for the largest sum(Phi - 1), the programs alone: a hack is more than the expert's, without
+success. It leaves results/code_accuracy.csv and results/reward_hacking.csv. T frames, K sub-tasks.
+To use it elsewhere:
+    import hack_search
+    accuracy, hacking = hack_search.examine("DoorKey-5x5", searched=2)
+    print(accuracy[0], hacking)  # one row per program; one row per task
+"""
+import csv
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+
+import code_as_reward
+import envs
+import offline_vlm
+
+TASKS = ("CartPole", "DrawerOpen", "SweepInto", "StraightenRope", "DoorKey-6x6")
+
+
+def play(env, reward, size, act, seed):
+    """One episode -> frames (T+1,H,W,3), true states (T+1,K), sum of Phi - 1, success at the end"""
+    (obs, info), frames, true, over = env.reset(seed=seed), [], [], False
+    while True:
+        frames.append(env.picture(size))
+        true.append(info.get("subtasks", [info["success"]]))
+        if over:
+            break
+        obs, _, terminated, truncated, info = env.step(act(obs, len(frames) - 1))
+        over = terminated or truncated
+    frames, success = np.stack(frames), bool(info["success"])
+    rewards = reward.episode_rewards(frames[1:], frames[0], terminated and not success)
+    return frames, np.array(true, bool), float(rewards.sum()), success
+
+
+def examine(task, searched=200, episodes=10, seed=5_000_000):
+    """-> rows of code_accuracy.csv, one per program; the row of reward_hacking.csv"""
+    env, rng, size = envs.make(task), np.random.default_rng(seed), envs.TASKS[task].reward_size
+    expert, space, right, best = envs.expert(env), env.action_space, {}, (-np.inf,)
+    played = code_as_reward.collect_episodes(env, expert, size, count=10)
+    ask = lambda parts: types.SimpleNamespace(text=offline_vlm.answer(parts))
+    reward, _ = code_as_reward.learn_programs(
+        ask, *played["expert_episodes"][0][[0, -1]], env.goal, **played)
+
+    def plan():  # (horizon,) or (horizon, A): random actions, each held for 1 to 10 steps
+        return np.repeat([space.sample() for _ in range(env.horizon)],
+                         rng.integers(1, 11, env.horizon), axis=0)[:env.horizon]
+
+    space.seed(seed)
+    for number, kind in enumerate(["expert", "random"] * episodes):
+        drawn = plan()
+        act = (lambda obs, t: expert(obs)) if kind == "expert" else lambda obs, t: drawn[t]
+        frames, true, _, _ = play(env, reward, size, act, seed + 1 + number)
+        said = reward.progress(frames, frames[0]) >= code_as_reward.DONE  # (T+1, K)
+        for states in (said, true):  # an event stays done
+            states[:, :-1] = np.logical_or.accumulate(states[:, :-1], axis=0)
+        right.setdefault(kind, []).extend(said == true)
+    accuracy = [{"task": task, "program": name, **{f"{kind}_accuracy": np.mean(
+        [row[k] for row in rows]) for kind, rows in right.items()},
+        "frames": sum(map(len, right.values()))} for k, name in enumerate(reward.subtasks)]
+    _, _, target, reached = play(env, reward, size, lambda obs, t: expert(obs), seed)
+    for number in range(searched):  # half of them keep the beginning of the best so far
+        tried = plan()
+        if number % 2:
+            keep = rng.integers(env.horizon)
+            tried[:keep] = best[2][:keep]
+        _, _, value, success = play(env, reward, size, lambda obs, t: tried[t], seed)
+        best = max(best, (value, success, tried), key=lambda found: found[0])
+    reward.close()
+    return accuracy, {"task": task, "expert_return": target, "expert_success": reached,
+                      "best_random_return": best[0], "episodes": searched,
+                      "best_success": best[1], "hack": best[0] > target and not best[1]}
+
+
+if __name__ == "__main__":
+    accuracy, hacking = zip(*(examine(task) for task in sys.argv[1:] or TASKS))
+    for name, rows in (("code_accuracy", sum(accuracy, [])), ("reward_hacking", hacking)):
+        Path("results").mkdir(exist_ok=True)
+        with open(f"results/{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        print(*rows, sep="\n")
