@@ -160,21 +160,18 @@ class MetaWorld(gymnasium.Env):
     render_mode = "rgb_array"
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
 
-    def __init__(self, name, layout, hand, camera, expert, colours=(), stop=None):
+    def __init__(self, name, layout, hand, camera, expert, colours=(), one_way=False):
         """hand: (3,) m.  camera: look_at (3,) m, distance m, azimuth, elevation degrees.
         expert: obs -> action.  colours: pairs of geom name and (red, green, blue) in [0, 1].
-        stop: the joint whose end must hold."""
+        one_way: beyond the goal is as good as at it."""
         with opengl_errors():  # importing mujoco already looks for OpenGL
             import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
         self.mujoco, self.expert_action, self.renderers = mujoco, expert, {}  # size -> Renderer
+        self.one_way = one_way
         mujoco.Renderer._gl_context = mujoco.Renderer._mjr_context = None  # what its close() asks
         sim = self.sim = ALL_V3_ENVIRONMENTS[name]()
-        if stop:
-            # trap: as shipped the arm pulls the drawer 4 cm past its stop. That is no success any
-            # more, but to whoever looks at the picture a drawer still further open.
-            sim.model.joint(stop).solref[:] = 0.004, 1.0
         sim._freeze_rand_vec, sim._set_task_called = True, True
         sim._last_rand_vec, sim.hand_init_pos = np.array(layout, float), np.array(hand, float)
         sim._partially_observable = False  # shows the goal: constant, but the experts want it
@@ -208,6 +205,8 @@ class MetaWorld(gymnasium.Env):
     def _progress(self, obs):
         """Minus the distance over the table from object (handle, ball, cube) to goal, m."""
         # trap: the true reward also pays for the hand, which the picture hides: as a label, noise.
+        if self.one_way:  # the arm pulls a drawer past the goal, where it looks further open still
+            return -max(0.0, float(obs[5] - self.sim._target_pos[1]))
         return -math.dist(obs[4:6], self.sim._target_pos[:2])
 
     def _prepare_pictures(self, camera, colours):
@@ -364,10 +363,10 @@ TASKS = {
     "CartPole": Task(
         goal="to balance the brown pole on the black cart to be upright",
         make=CartPole,
-        horizon=100, query_size=200, reward_size=64,
+        horizon=100, query_size=200, reward_size=84,
         train=dict(
-            total_steps=4_000, seed_steps=300, explore_steps=300, feedback_every=500,
-            pairs_per_session=20, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128,
+            total_steps=3_000, seed_steps=300, explore_steps=300, feedback_every=500,
+            pairs_per_session=20, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
             reward_epochs=30, eval_every=500,
         ),
         paper=dict(
@@ -384,7 +383,7 @@ TASKS = {
             hand=(0.0, 0.75, 0.15),
             camera=((0.0, 0.72, 0.07), 0.55, 50, -38),
             expert=scripted("SawyerDrawerOpenV3Policy"),
-            stop="goal_slidey",
+            one_way=True,
         ),
         horizon=150, query_size=300, reward_size=84,
         train=dict(

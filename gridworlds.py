@@ -1,17 +1,21 @@
-"""Key, door and target: MiniGrid's tasks, with a whole picture, a state that hides nothing, and a planner as the expert.
+"""Key, door and target: MiniGrid's tasks with a whole picture, a full state, and a planner.
 
-What this is: MiniGrid's DoorKey (5x5, 6x6, 8x8), Unlock and UnlockPickup as Gymnasium environments for VLM-CaR. The
-programs look at the whole grid from above; the policy acts on a symbolic state; neither sees what the other does.
+What this is: MiniGrid's DoorKey (5x5, 6x6, 8x8), Unlock and UnlockPickup as Gymnasium environments
+for VLM-CaR. The programs look at the whole grid from above; the policy acts on a symbolic state;
+neither sees what the other does. The planner is the expert.
 Which STEPs: none; every STEP acts or looks here.
 
 Differs from the paper (VLM-CaR, 2402.04764):
-  1. The state is fully observable (theirs: the agent's own 7x7 view): what is learned shows the reward, not a memory.
-  2. Key and door are always yellow and the box purple, so that one sentence and one program fit every episode.
-  3. MiniGrid's seventh action, which does nothing, is left out; toggling the box, which destroys it, does nothing.
+  1. The state is fully observable (theirs: the agent's own 7x7 view): what is learned shows the
+     reward, not a memory.
+  2. Key and door are always yellow and the box purple, so that one sentence and one program fit
+     every episode.
+  3. MiniGrid's seventh action, which does nothing, is left out; toggling the box, which destroys
+     it, does nothing.
 
 Shapes: observation (O,) float32, action an int below 6, pictures (size, size, 3) uint8.
-  Ids: DoorKey-5x5-v0, DoorKey-6x6-v0, DoorKey-8x8-v0, Unlock-v0, UnlockPickup-v0, registered when this is imported.
-  Needs numpy, gymnasium and minigrid.
+  Ids: DoorKey-5x5-v0, DoorKey-6x6-v0, DoorKey-8x8-v0, Unlock-v0, UnlockPickup-v0, registered when
+  this is imported. Needs numpy, gymnasium and minigrid.
 
 To use it elsewhere:
     import gymnasium, gridworlds  # the import registers the ids
@@ -29,17 +33,21 @@ from gymnasium.spaces import Box, Discrete
 GOALS = {
     "DoorKey": "to pick up the key, open the yellow door with it, and get to the green square",
     "Unlock": "to pick up the key and open the yellow door with it",
-    "UnlockPickup": "to pick up the key, open the yellow door with it, and pick up the purple box behind it",
+    "UnlockPickup": "to pick up the key, open the yellow door with it, "
+                    "and pick up the purple box behind it",
 }
 
 
 class KeyAndDoor(gymnasium.Env):
-    """Pick up the key, open the locked door, then reach the green square, or pick up the box, if there is one.
+    """Pick up the key, open the locked door, then reach the green square or take the box, if any.
 
-    Actions, Discrete(6): turn left, turn right, go forward, pick up, drop, toggle (MiniGrid's seventh does nothing).
-    Observation: where the agent, the key, the door and the target are (one-hot columns and rows each, and the columns
-    and rows from the agent to it), the agent's direction, what is carried, the door's state, and what the agent faces.
-    info: success; subtasks: key ever taken, door open, target reached (bool); progress: sub-tasks done + closeness to the next.
+    Actions, Discrete(6): turn left, turn right, go forward, pick up, drop, toggle (MiniGrid's
+    seventh does nothing).
+    Observation: where the agent, the key, the door and the target are (one-hot columns and rows
+    each, and the columns and rows from the agent to it), the agent's direction, what is carried,
+    the door's state, and what the agent faces.
+    info: success; subtasks: key ever taken, door open, target reached (bool); progress: sub-tasks
+    done + closeness to the next.
     """
 
     LEFT, RIGHT, FORWARD, PICKUP, DROP, TOGGLE = range(6)
@@ -63,8 +71,9 @@ class KeyAndDoor(gymnasium.Env):
         super().reset(seed=seed)
         self.inner.reset(seed=self._seed if seed is None else seed)
         self._seed = None
-        # MiniGrid draws colours at random, red (the agent's) and grey (the walls') among them. One sentence has to
-        # describe every episode, so key and door are yellow, as in DoorKey, and the box is purple.
+        # MiniGrid draws colours at random, red (the agent's) and grey (the walls') among them. One
+        # sentence has to describe every episode, so key and door are yellow, as in DoorKey, and
+        # the box is purple.
         for thing in self.inner.grid.grid:
             if thing is not None and thing.type in ("key", "door", "box"):
                 thing.color = "purple" if thing.type == "box" else "yellow"
@@ -73,8 +82,8 @@ class KeyAndDoor(gymnasium.Env):
 
     def step(self, action):
         front = self.inner.grid.get(*self.inner.front_pos)
-        # trap: MiniGrid's toggle opens the box, which is then gone for good, and the picture is that of a box picked
-        # up: a program would pay for it until the end. Here a box stays shut.
+        # trap: MiniGrid's toggle opens the box, which is then gone for good, and the picture is
+        # that of a box picked up: a program would pay for it until the end. Here a box stays shut.
         if int(action) == self.TOGGLE and front is not None and front.type == "box":
             action = self.inner.actions.done  # does nothing
         _, reward, terminated, truncated, _ = self.inner.step(int(action))
@@ -82,7 +91,7 @@ class KeyAndDoor(gymnasium.Env):
         return self._observe(), float(reward), bool(terminated), bool(truncated), self._info()
 
     def _places(self):
-        """Positions (column, row) of agent, key, door and target; the agent's own for what it carries."""
+        """(column, row) of agent, key, door and target; the agent's own for what it carries."""
         grid, agent = self.inner.grid, tuple(int(v) for v in self.inner.agent_pos)
         found = {"agent": agent}
         for i, thing in enumerate(grid.grid):
@@ -97,7 +106,8 @@ class KeyAndDoor(gymnasium.Env):
 
     def _observe(self):
         width, height, places = self.inner.width, self.inner.height, self._places()
-        door, carried, front = self._door(), self.inner.carrying, self.inner.grid.get(*self.inner.front_pos)
+        door, carried, front = (
+            self._door(), self.inner.carrying, self.inner.grid.get(*self.inner.front_pos))
         parts = []
         for column, row in places:
             parts += [np.arange(width) == column, np.arange(height) == row]
@@ -118,13 +128,15 @@ class KeyAndDoor(gymnasium.Env):
         to = places[min(1 + stage, 3)]
         distance = abs(to[0] - places[0][0]) + abs(to[1] - places[0][1])
         near = 0.0 if stage == len(done) else 1 - distance / (self.inner.width + self.inner.height)
-        return {"success": float(self.success), "progress": stage + near, "subtasks": np.array(done)}
+        return {"success": float(self.success), "progress": stage + near,
+                "subtasks": np.array(done)}
 
     def picture(self, size):
-        """The whole grid from above, with as many whole pixels per cell as fit, in the middle of a black square."""
+        """The grid from above, as many whole pixels a cell as fit, centred in a black square."""
         grid = self.inner.grid
         tile = max(1, size // max(grid.width, grid.height))
-        drawn = grid.render(tile, self.inner.agent_pos, self.inner.agent_dir)  # (rows, columns, 3); MiniGrid keeps its tiles
+        # (rows, columns, 3); MiniGrid keeps its tiles
+        drawn = grid.render(tile, self.inner.agent_pos, self.inner.agent_dir)
         image = np.zeros((size, size, 3), np.uint8)
         top, left = (size - drawn.shape[0]) // 2, (size - drawn.shape[1]) // 2
         image[top:top + drawn.shape[0], left:left + drawn.shape[1]] = drawn
@@ -135,7 +147,7 @@ class KeyAndDoor(gymnasium.Env):
 
     # -- the planner --
     def expert_action(self, obs=None):
-        """The next action of a shortest way to the next sub-task. It looks at the grid itself: obs is not read."""
+        """The next action of a shortest way to the next sub-task. obs is not read: the grid is."""
         _, key, door_at, target = self._places()
         door, carried = self._door(), self.inner.carrying
         key_taken = carried is not None and carried.type == "key"
@@ -143,15 +155,17 @@ class KeyAndDoor(gymnasium.Env):
             if door.is_locked and not key_taken:
                 return self._approach(key, self.PICKUP)
             return self._approach(door_at, self.TOGGLE)
-        if self.target == "box" and key_taken:  # one hand: the key must go before the box can be taken
+        # one hand: the key must go before the box can be taken
+        if self.target == "box" and key_taken:
             return self.DROP if self.inner.grid.get(*self.inner.front_pos) is None else self.RIGHT
         return self._approach(target, self.FORWARD if self.target == "goal" else self.PICKUP)
 
     def _approach(self, cell, then):
-        """Breadth-first over (column, row, direction) until the agent faces `cell`; there, the action `then`."""
+        """Breadth-first over (column, row, direction) until `cell` is in front; there, `then`."""
         grid, ahead = self.inner.grid, ((1, 0), (0, 1), (-1, 0), (0, -1))
         start = (*(int(v) for v in self.inner.agent_pos), int(self.inner.agent_dir))
-        queue, first = collections.deque([start]), {start: None}  # first: the first action of the way to this state
+        # first: the first action of the way to each state
+        queue, first = collections.deque([start]), {start: None}
         while queue:
             state = queue.popleft()
             column, row, direction = state
@@ -159,7 +173,8 @@ class KeyAndDoor(gymnasium.Env):
             if front == cell:
                 return then if first[state] is None else first[state]
             thing = grid.get(*front)
-            moves = [(self.LEFT, (column, row, (direction - 1) % 4)), (self.RIGHT, (column, row, (direction + 1) % 4))]
+            moves = [(self.LEFT, (column, row, (direction - 1) % 4)),
+                     (self.RIGHT, (column, row, (direction + 1) % 4))]
             if thing is None or thing.can_overlap():
                 moves.append((self.FORWARD, (*front, direction)))
             for action, to in moves:
@@ -171,11 +186,13 @@ class KeyAndDoor(gymnasium.Env):
 
 for _name in ("DoorKey-5x5", "DoorKey-6x6", "DoorKey-8x8", "Unlock", "UnlockPickup"):
     if _name + "-v0" not in gymnasium.registry:
-        gymnasium.register(_name + "-v0", entry_point=lambda _name=_name, **_: KeyAndDoor(f"MiniGrid-{_name}-v0"))
+        gymnasium.register(
+            _name + "-v0",
+            entry_point=lambda _name=_name, **_: KeyAndDoor(f"MiniGrid-{_name}-v0"))
 
 
 def demo():
-    """Let the planner solve 20 episodes of each task, and draw where they begin and end -> contact_gridworlds.png."""
+    """The planner solves 20 episodes of each task; the last of each -> contact_gridworlds.png."""
     import imageio
 
     rows = []
@@ -191,10 +208,13 @@ def demo():
                 over = terminated or truncated
             steps.append(len(pictures) - 1)
             solved += info["success"]
-        rows.append(np.concatenate([pictures[len(pictures) * i // 4] for i in range(4)] + [pictures[-1]], axis=1))
-        print(f"{name:13s} the planner solves {solved:.0f} of 20 in {np.median(steps):.0f} steps; {obs.size} numbers seen")
+        rows.append(np.concatenate(
+            [pictures[len(pictures) * i // 4] for i in range(4)] + [pictures[-1]], axis=1))
+        print(f"{name:13s} the planner solves {solved:.0f} of 20 in {np.median(steps):.0f} steps; "
+              f"{obs.size} numbers seen")
     imageio.imwrite("contact_gridworlds.png", np.concatenate(rows))
-    print("contact_gridworlds.png: an episode of the planner, in quarters (expected: 20 of 20 solved in every task)")
+    print("contact_gridworlds.png: an episode of the planner, in quarters "
+          "(expected: 20 of 20 solved in every task)")
 
 
 if __name__ == "__main__":

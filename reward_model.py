@@ -1,23 +1,22 @@
 """A reward learned from preferences: which of two images is closer to the goal?
 
-What this is: an ensemble of small convolutional networks r(image) -> (-1, 1), fitted to answers "the first" (0) or "the
-second" (1) with the Bradley-Terry model, and the choice of the pairs that are worth asking about.
-
+What this is: an ensemble of small CNNs r(image) -> (-1, 1), fitted to the answers "the first" (0)
+or "the second" (1) with the Bradley-Terry model, and the choice of the pairs worth asking about.
 Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
-    P[second is better] = exp(r1) / (exp(r0) + exp(r1)),     loss = mean of -log P[the image the VLM picked]
+    P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[the image picked]
 
 Differs from the paper (RL-VLM-F, 2402.03681):
-  1. One answer in eight is held out of the fit, and its accuracy reported: theirs stops on training accuracy alone,
-     which on wrong answers measures memory. With few answers that is noise; it is reported, never acted upon.
-  2. The networks see 64 to 100 pixels, the VLM 200 to 300: several times cheaper, and enough to rank these tasks.
-  3. Pairs are drawn from all candidate pictures kept so far, not from the last 100 episodes, and informative pairs can
-     be preferred (`how`); "uniform" is the paper's.
-  4. A fit goes on until the answers are not only ordered but told apart (loss below 0.35): one that stops at
-     the first right order can leave rewards that differ by hundredths, and SAC's temperature drowns them.
-  5. One CNN for all tasks (theirs: the same CNN, and a ResNet-18 without tanh for the soft bodies).
+  1. One answer in eight is held out of the fit to report its accuracy: theirs has only training
+     accuracy, on wrong answers a measure of memory. Too noisy on few answers to ever act upon.
+  2. The networks see 64 to 100 pixels, the VLM 200 to 300: several times cheaper, and enough here.
+  3. Pairs are drawn from all candidate pictures kept so far, not from the last 100 episodes, and
+     informative pairs can be preferred (`how`); "uniform" is the paper's.
+  4. predict() is standardised over the pictures fitted to (mean 0, deviation 1; 1706.03741): a fit
+     that stops early may order every pair by mere hundredths, which SAC's temperature would drown.
+  5. One CNN for all tasks (theirs: the same, and a ResNet-18 without tanh for the soft bodies).
 
-Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images are (N, H, W, 3) uint8 until they are computed with.
-  preference_loss, sample_pairs, RewardNet, PreferenceDataset, RewardModel.  Needs numpy and torch, nothing else.
+Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
+  preference_loss, sample_pairs, RewardNet, PreferenceDataset, RewardModel.  Only numpy and torch.
 
 To use it elsewhere:
     import numpy as np, reward_model
@@ -38,20 +37,23 @@ import torch.nn.functional as F
 from torch import nn
 
 HOLD_OUT = 8  # every eighth answer only measures
-STOP_LOSS = 0.35  # halfway from log 2, nothing learned, to 0.127, the least that tanh rewards can cost
-LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))  # channels, kernel, stride: the paper's CNN
+# channels, kernel, stride: the paper's CNN
+LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))
 
 
 # ---- STEP 2: pick pairs of images ----
 def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
-    """Choose which pairs to ask about -> (M, 2) rows of `images`; the two rows of a pair always differ.
+    """Choose which pairs to ask about -> (M, 2) rows of `images`, never the same row twice in one.
 
     images: (N, H, W, 3) uint8.  rng: numpy Generator.  how:
       uniform       any two pictures that are not equal, all equally likely (the paper's).
-      disagreement  of ten times as many pairs, those on which the members' P[second is better] spreads most.
-      entropy       of ten times as many pairs, those on which the ensemble's P[second is better] is closest to 1/2.
-      stratified    sort the pictures by predicted reward; each pair takes two different tenths of that order, all
-                    tenths equally often: the pictures the policy rarely reaches are asked about as often as the rest.
+      disagreement  of ten times as many pairs, those on which the members' P[second is better]
+                    spreads most.
+      entropy       of ten times as many pairs, those on which the ensemble's P[second is better]
+                    is closest to 1/2.
+      stratified    sort the pictures by predicted reward; each pair takes two different tenths of
+                    that order, all tenths equally often: the pictures the policy rarely reaches
+                    are asked about as often as the rest.
     model: RewardModel; needed by all but uniform, which stands in for them while there is none.
     """
     n = len(images)
@@ -61,14 +63,16 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
         raise ValueError(f"unknown sampler {how!r}; there are {', '.join(SAMPLERS)}")
     how = "uniform" if model is None else how
     tries = 10 * n_pairs
-    pairs = stratified_pairs(model.predict(images), tries, rng) if how == "stratified" else uniform_pairs(n, tries, rng)
+    pairs = (stratified_pairs(model.predict(images), tries, rng) if how == "stratified"
+             else uniform_pairs(n, tries, rng))
     worth = np.zeros(tries)
     if how in ("disagreement", "entropy"):
         rewards = model.member_rewards(images)  # (members, N)
-        p_second = 1 / (1 + np.exp(rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]))  # (members, tries)
+        # P[second is better]: (members, tries)
+        p_second = 1 / (1 + np.exp(rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]))
         worth = p_second.std(0) if how == "disagreement" else -np.abs(p_second.mean(0) - 0.5)
     same = np.array([np.array_equal(images[a], images[b]) for a, b in pairs])
-    worth[same] = -np.inf  # nothing can be learned from two equal pictures; they come only when there is nothing else
+    worth[same] = -np.inf  # two equal pictures teach nothing: only when there is nothing else
     return pairs[np.argsort(-worth, kind="stable")[:n_pairs]]
 
 
@@ -78,7 +82,8 @@ SAMPLERS = ("uniform", "disagreement", "entropy", "stratified")
 def uniform_pairs(n, n_pairs, rng):
     """(M, 2) numbers below n, never two equal ones in a pair."""
     first = rng.integers(0, n, n_pairs)
-    # trap: a step of 1 to n - 1 around the ring reaches every other image, the last one too, and never itself
+    # trap: a step of 1 to n - 1 around the ring reaches every other image, the last one too, and
+    # never itself
     second = (first + rng.integers(1, n, n_pairs)) % n
     return np.stack([first, second], axis=1)
 
@@ -91,9 +96,10 @@ def stratified_pairs(predicted, n_pairs, rng, strata=10):
 
 
 class PreferenceDataset:
-    """A ring of answered pairs: first, second (N, H, W, 3) uint8; label (N,) 0 or 1; held_out (N,) bool.
+    """A ring of answered pairs: first, second (N, H, W, 3) uint8; label (N,) 0 or 1.
 
-    confidence (N,) in (0, 1] is the weight of an answer in the loss; 1 where the labeler gave none.
+    held_out (N,) bool: these only measure.
+    confidence (N,) in (0, 1]: the weight of an answer in the loss; 1 where the labeler gave none.
     """
 
     ARRAYS = ("first", "second", "label", "confidence", "held_out")
@@ -110,22 +116,24 @@ class PreferenceDataset:
         return min(self.added, self.capacity)
 
     def add(self, first, second, label, confidence=None):
-        """Store M answers: first, second (M, H, W, 3) uint8, label (M,) in {0, 1}. Unsure ones must not come here."""
+        """Store M sure answers: first, second (M, H, W, 3) uint8, label (M,) in {0, 1}."""
         label = np.asarray(label)
         if not np.isin(label, (0, 1)).all():
-            raise ValueError(f"labels must be 0 or 1, got {sorted(set(label.tolist()))}; leave out what is unsure")
+            raise ValueError(f"labels must be 0 or 1, got {sorted(set(label.tolist()))}; "
+                             "leave out what is unsure")
         confidence = np.ones(len(label)) if confidence is None else confidence
         for one, two, answer, weight in zip(first, second, label, confidence):
             row = self.added % self.capacity
             self.first[row], self.second[row], self.label[row] = one, two, answer
-            self.confidence[row], self.held_out[row] = weight, self.added % HOLD_OUT == HOLD_OUT - 1
+            self.confidence[row], self.held_out[row] = (
+                weight, self.added % HOLD_OUT == HOLD_OUT - 1)
             self.added += 1
 
     def rows(self, held_out=False):
         return np.flatnonzero(self.held_out[: len(self)] == held_out)
 
     def batches(self, size, rng, held_out=False):
-        """Yield (first (B, H, W, 3), second, label (B,), confidence (B,)) over all rows once, in random order."""
+        """All rows once, in random order: (first (B, H, W, 3), second, label, confidence (B,))."""
         rows = rng.permutation(self.rows(held_out))
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
@@ -134,7 +142,8 @@ class PreferenceDataset:
     def state_dict(self):
         n = len(self)
         arrays = ((name, getattr(self, name)[:n]) for name in self.ARRAYS)
-        return {"added": self.added, **{name: torch.from_numpy(array.copy()) for name, array in arrays}}
+        return {"added": self.added,
+                **{name: torch.from_numpy(array.copy()) for name, array in arrays}}
 
     def load_state_dict(self, state):
         self.added = state["added"]
@@ -146,38 +155,44 @@ class PreferenceDataset:
 def preference_loss(r0, r1, label, weight=None):
     """Bradley-Terry cross-entropy: how surprised the reward model is by the VLM's answers.
 
-        P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[the image the VLM picked]
+        P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[image picked]
 
-    r0, r1: (B,) rewards of the first and second image.  label: (B,) int64, 0 = first better, 1 = second better.
+    r0, r1: (B,) rewards of the first and second image.
+    label: (B,) int64, 0 = first better, 1 = second better.
     weight: (B,) how much each answer counts, or None for all alike.
     Example: r0 == r1 -> log 2 = 0.693, whatever the labels.
     """
     assert r0.ndim == 1 and r0.shape == r1.shape == label.shape, (r0.shape, r1.shape, label.shape)
-    logits = torch.stack([r0, r1], dim=-1)  # (B, 2); the column number is the label, so no sign to get wrong
-    # trap: tanh rewards differ by at most 2, so a perfect fit still costs log(1 + e^-2) = 0.127, never 0.
+    logits = torch.stack([r0, r1], dim=-1)  # (B, 2); the column is the label: no sign to get wrong
+    # trap: tanh rewards differ by at most 2, so a perfect fit still costs log(1 + e^-2) = 0.127,
+    # never 0.
     if weight is None:
         return F.cross_entropy(logits, label)
     return (weight * F.cross_entropy(logits, label, reduction="none")).sum() / weight.sum()
 
 
 def as_input(images, device):
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float in [0, 1], still laid out pixel by pixel ("channels last").
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float in [0, 1], still laid out pixel by pixel.
 
-    The permuted view *is* channels-last memory: no copy, and the layout in which CPU convolutions are fastest.
+    The permuted view *is* "channels last" memory: no copy, and the layout in which convolutions on
+    a CPU are fastest.
     """
-    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3, (images.dtype, images.shape)
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float().div_(255)
+    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3, (
+        images.dtype, images.shape)
+    return (torch.from_numpy(np.ascontiguousarray(images)).to(device)
+            .permute(0, 3, 1, 2).float().div_(255))
 
 
 class RewardNet(nn.Module):
-    """r(image): (B, 3, H, W) float in [0, 1] -> (B,) in (-1, 1). Four convolutions, one linear layer, tanh."""
+    """r(image): (B, 3, H, W) in [0, 1] -> (B,) in (-1, 1). Four convolutions, one linear, tanh."""
 
     def __init__(self, height, width):
         super().__init__()
         parts, channels = [], 3
         for out, kernel, stride in LAYERS:
             parts += [nn.Conv2d(channels, out, kernel, stride), nn.ReLU(inplace=True)]
-            height, width, channels = (height - kernel) // stride + 1, (width - kernel) // stride + 1, out
+            height, width, channels = (
+                (height - kernel) // stride + 1, (width - kernel) // stride + 1, out)
         if min(height, width) < 1:
             raise ValueError("the reward network needs images of at least 47 x 47 pixels")
         self.convolutions = nn.Sequential(*parts)
@@ -190,24 +205,31 @@ class RewardNet(nn.Module):
 class RewardModel:
     """An ensemble of RewardNets: their mean is the reward, their spread says where it is not sure.
 
-    fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;  member_rewards -> (members, N) in (-1, 1).
+    fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;
+    member_rewards(same) -> (members, N) in (-1, 1).
     """
 
     def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16):
         height, width, _ = image_shape
         self.device, self.batch = torch.device(device), batch
         self.rng = np.random.default_rng(seed)
-        with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's global generator
+        # of the ensemble's reward over the pictures it was fitted to
+        self.mean, self.deviation = 0.0, 1.0
+        # layers draw their first weights from torch's global generator
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.nets = nn.ModuleList(RewardNet(height, width) for _ in range(members)).to(self.device)
+            self.nets = nn.ModuleList(
+                RewardNet(height, width) for _ in range(members)).to(self.device)
         self.nets.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.nets.parameters(), lr=lr, fused=True)
 
     def fit(self, data, epochs, stop_accuracy=0.97):
-        """Go over all training answers up to `epochs` times -> dict(loss, train_accuracy, heldout_accuracy, epochs).
+        """Go over all training answers up to `epochs` times -> dict(loss, train_accuracy,
+        heldout_accuracy, epochs).
 
-        Members start apart and see the answers in orders of their own; that is all that makes them differ. Stops after
-        an epoch in which the members' mean accuracy exceeded stop_accuracy: more only sharpens what is ordered already.
+        Members differ only in their first weights and the order in which they see the answers.
+        Stops after an epoch in which their mean accuracy exceeded stop_accuracy: more would only
+        sharpen what is ordered already.
         """
         if len(data.rows()) == 0:
             raise ValueError("no answers to fit: every pair was unsure, unreadable or unanswered")
@@ -217,27 +239,31 @@ class RewardModel:
                 loss = 0.0
                 self.optimizer.zero_grad(set_to_none=True)
                 for net, (first, second, label, confidence) in zip(self.nets, batches):
-                    both = as_input(np.concatenate([first, second]), self.device)  # (2 B, 3, H, W): one pass, not two
+                    # one pass, not two: (2 B, 3, H, W)
+                    both = as_input(np.concatenate([first, second]), self.device)
                     r0, r1 = net(both).chunk(2)  # (B,), (B,)
                     answer = torch.from_numpy(label).to(self.device)
                     weight = torch.from_numpy(confidence).to(self.device)
                     one = preference_loss(r0, r1, answer, weight)
-                    one.backward()  # at once: one member's activations at a time stay in the processor's cache
+                    one.backward()  # at once: one member's activations at a time stay in the cache
                     loss += float(one.detach()) / len(self.nets)
                     right += int(((r1 > r0) == answer.bool()).sum())
                     seen += len(label)
-                self.optimizer.step()  # the members share nothing, so one optimiser serves them all
+                self.optimizer.step()  # the members share nothing, so one optimiser serves all
                 losses.append(loss)
-            # trap: a first right order may rest on differences of hundredths; see the header
-            if right / seen > stop_accuracy and np.mean(losses) < STOP_LOSS:
+            if right / seen > stop_accuracy:
                 break
+        pictures = self.member_rewards(
+            np.concatenate([data.first[: len(data)], data.second[: len(data)]])).mean(0)
+        self.mean, self.deviation = float(pictures.mean()), max(float(pictures.std()), 1e-6)
         return {"loss": float(np.mean(losses)), "train_accuracy": right / seen, "epochs": epoch,
                 "heldout_accuracy": self.accuracy(data, held_out=True)}
 
     def accuracy(self, data, held_out):
         """Share of the answers on which the ensemble's order agrees; nan when there are none."""
         agree = [(self.predict(second) > self.predict(first)) == (label == 1)
-                 for first, second, label, _ in data.batches(256, np.random.default_rng(0), held_out)]
+                 for first, second, label, _
+                 in data.batches(256, np.random.default_rng(0), held_out)]
         return float(np.concatenate(agree).mean()) if agree else float("nan")
 
     @torch.no_grad()
@@ -247,36 +273,45 @@ class RewardModel:
         for start in range(0, len(images), chunk):  # in pieces that stay in the processor's cache
             x = as_input(images[start : start + chunk], self.device)
             parts.append(torch.stack([net(x) for net in self.nets]).cpu().numpy())
-        return np.concatenate(parts, axis=1) if parts else np.zeros((len(self.nets), 0), np.float32)
+        return (np.concatenate(parts, axis=1) if parts
+                else np.zeros((len(self.nets), 0), np.float32))
 
     def predict(self, images):
-        """(N, H, W, 3) uint8 -> (N,) float32 in (-1, 1): the mean of the members."""
-        return self.member_rewards(images).mean(0)
+        """(N, H, W, 3) uint8 -> (N,) float32: the mean of the members, standardised."""
+        return (self.member_rewards(images).mean(0) - self.mean) / self.deviation
 
     def state_dict(self):
         return {"nets": self.nets.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "rng": self.rng.bit_generator.state}
+                "rng": self.rng.bit_generator.state,
+                "mean": self.mean, "deviation": self.deviation}
 
     def load_state_dict(self, state):
         self.nets.load_state_dict(state["nets"])
-        # trap: an optimiser takes over the step counter it is given, so without the copy two models would share it
+        # trap: an optimiser takes over the step counter it is given: without the copy, two models
+        # would share it
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.rng.bit_generator.state = state["rng"]
+        self.rng.bit_generator.state, self.mean, self.deviation = (
+            state["rng"], state["mean"], state["deviation"])
 
 
 def demo_pictures(n, rng, size=64):
-    """Pictures of a dark pole, its foot in the middle, at angles up to 45 degrees -> (n, size, size, 3), angles (n,)."""
+    """Pictures of a dark pole, its foot in the middle, within 45 degrees of upright.
+
+    -> (n, size, size, 3) uint8, angles (n,).
+    """
     angle = rng.uniform(-45, 45, n)  # degrees
-    y, x = np.mgrid[0:size, 0:size] / size - np.array([0.75, 0.5])[:, None, None]  # the foot is the origin
+    # the foot is the origin
+    y, x = np.mgrid[0:size, 0:size] / size - np.array([0.75, 0.5])[:, None, None]
     radians = np.radians(angle)[:, None, None]
-    along, across = x * np.sin(radians) - y * np.cos(radians), x * np.cos(radians) + y * np.sin(radians)
+    along, across = (x * np.sin(radians) - y * np.cos(radians),
+                     x * np.cos(radians) + y * np.sin(radians))  # (n, size, size) each
     pole = (along > 0) & (along < 0.5) & (np.abs(across) < 0.03)  # (n, size, size)
-    grey = rng.integers(200, 256, (n, size, size))  # a noisy background, so that pixels cannot be memorised
+    grey = rng.integers(200, 256, (n, size, size))  # noise behind, so that no pixel is memorised
     return np.where(pole, 60, grey)[..., None].repeat(3, -1).astype(np.uint8), angle
 
 
 def demo():
-    """Learn "the pole should stand upright" from 200 answers; then order pictures never seen before."""
+    """Learn "the pole should stand upright" from 200 answers; then order unseen pictures."""
     rng = np.random.default_rng(0)
     images, angle = demo_pictures(400, rng)
     data = PreferenceDataset(200, images.shape[1:])
@@ -288,7 +323,8 @@ def demo():
     unseen, angle = demo_pictures(500, rng)
     pairs = sample_pairs(unseen, 2000, rng)
     reward = model.predict(unseen)
-    right = (reward[pairs[:, 1]] > reward[pairs[:, 0]]) == (np.abs(angle[pairs[:, 1]]) < np.abs(angle[pairs[:, 0]]))
+    right = (reward[pairs[:, 1]] > reward[pairs[:, 0]]) == (
+        np.abs(angle[pairs[:, 1]]) < np.abs(angle[pairs[:, 0]]))
     print(f"unseen pairs ordered correctly: {right.mean():.1%} (expected: above 90%)")
     return float(right.mean())
 

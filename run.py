@@ -1,21 +1,27 @@
 """The settings of a run, its command line, and the folder it leaves behind.
 
-What this is: everything around the algorithm in train.py that is not the algorithm. One dataclass, Config, holds every
-tunable; its comments are the --help text. One class, Run, owns the run folder. Which STEPs: none.
+What this is: everything around the algorithm in train.py that is not the algorithm. One dataclass,
+Config, holds every tunable; its comments are the --help text. One class, Run, owns the run folder.
+Which STEPs: none.
 
 The run folder:
-  config.json     every setting, the labeler's name, and the command that makes the run again
-  metrics.csv     a row per evaluation; no clock in it, so the same seed gives the same bytes      timing.csv  the clock
-  labels.jsonl    a line per pair asked: answers in full, label, true label, tokens, seconds; on disk before it is used
-  pairs/*.png     what was asked, first image left, second right (small/ the same as the reward model sees them)
-  checkpoint/     state.pt: everything that `--resume` needs and that is in no other file         buffer/  the pictures
-  episodes.csv    learned reward beside true progress, step by step, at the end                 eval_*.gif, report.html
+  config.json    every setting, the labeler's name, and the command that makes the run again
+  metrics.csv    a row per evaluation; no clock in it, so the same seed gives the same bytes
+  timing.csv     the clock
+  labels.jsonl   a line per pair asked, on disk before it is used: answers in full, label, true
+                 label, tokens, seconds
+  pairs/*.png    what was asked, first image left, second right (small/: for the reward model)
+  checkpoint/    state.pt: everything that `--resume` needs and that is in no other file
+  buffer/        the pictures
+  episodes.csv   learned reward beside true progress, step by step, at the end
+  eval_*.gif, report.html
 
-The same run, byte for byte, after `kill -9`: all numbers are drawn from seeded generators whose state is in the
-checkpoint, every episode starts from a seed of its own, and answers that were paid for come from the cache.
+The same run, byte for byte, after `kill -9`: all numbers are drawn from seeded generators whose
+state is in the checkpoint, every episode starts from a seed of its own, and answers that were paid
+for come from the cache.
 
-Shapes: none. Names: Config, resolve, parse_args, who_labels, Run, UserError.  Needs torch (for checkpoints) and vlm_query
-(for the label log), both imported late, so that --help is instant.
+Shapes: none. Names: Config, resolve, parse_args, who_labels, Run, UserError. Needs torch (for
+checkpoints) and vlm_query (for the label log), both imported late, so that --help is instant.
 
 To use it elsewhere:
     import run
@@ -35,28 +41,28 @@ import time
 # ---- every tunable, once ----
 @dataclasses.dataclass
 class Config:
-    """Every tunable, once. The comment behind a field is its --help text; None means: the task's own (envs.py)."""
+    """A field's comment is its --help text; None means: the task's own value (envs.py)."""
 
     # The task and the method
     env: str = "CartPole"  # a built-in task or any Gymnasium id (then with --goal)
     goal: str | None = None  # what to achieve, in words
-    reward: str = "preference"  # preference (RL-VLM-F), code (VLM-CaR), or for comparison: true, sparse
-    labels: str = "vlm"  # who compares the pictures: vlm, or oracle (from true progress, for comparison)
+    reward: str = "preference"  # preference (RL-VLM-F), code (VLM-CaR); to compare: true, sparse
+    labels: str = "vlm"  # who compares the pictures: vlm, or to compare: oracle (true progress)
     seed: int = 0  # the one seed of everything
     schedule: str = "ours"  # the task's schedule: ours, or paper
     # The VLM
-    vlm: str = "offline"  # offline (a stand-in, not a VLM), openai/MODEL, gemini/MODEL, anthropic/MODEL or local/MODEL
-    labels_from: str | None = None  # a labels.jsonl, or a folder of the official label files: nobody is asked
+    vlm: str = "offline"  # offline (a stand-in, no VLM), or openai|gemini|anthropic|local/MODEL
+    labels_from: str | None = None  # labels.jsonl, or folder of official labels; nobody is asked
     vlm_url: str | None = None  # where local/MODEL answers, such as http://localhost:11434/v1
     vlm_extra: str = "{}"  # JSON merged into every request, such as {"reasoning_effort": "low"}
     vlm_mistakes: float = 0.0  # share of wrong answers of the stand-in, or of the oracle
     vlm_unsure: float = 0.0  # share of unsure answers of the stand-in
     vlm_latency: float = 0.0  # seconds the stand-in takes for an answer
     stages: int = 2  # 2: describe, then decide (the paper's); 1: both in one call
-    programs: str | None = None  # for --reward code: a folder of verified programs to use; nobody is asked
+    programs: str | None = None  # for --reward code: folder of verified programs; nobody is asked
     rounds: int = 3  # for --reward code: how many programs the VLM may write for a sub-task
     workers: int = 8  # questions asked at the same time
-    max_calls: int | None = None  # stop asking after so many answered calls (an answer from the cache counts like a paid one)
+    max_calls: int | None = None  # stop asking after so many answered calls, cached ones included
     max_usd: float | None = None  # stop asking after so many dollars; needs --usd-per-mtok
     usd_per_mtok: str | None = None  # price of a million tokens, IN,OUT
     # The schedule
@@ -66,9 +72,9 @@ class Config:
     feedback_every: int | None = None  # environment steps between two sessions of questions
     pairs_per_session: int | None = None  # pairs asked in one session
     max_pairs: int | None = None  # pairs asked in all
-    sampler: str = "uniform"  # which pairs are asked: uniform (the paper's), disagreement, entropy or stratified
+    sampler: str = "uniform"  # pairs asked: uniform (paper's), disagreement, entropy or stratified
     candidates: int = 1000  # pictures kept to ask about
-    without: str = "nothing"  # leave one part out, to see what it is good for: novelty, relabelling or critic-reset
+    without: str = "nothing"  # leave one part out: novelty, relabelling or critic-reset
     # The reward model
     members: int = 3  # networks in the ensemble
     reward_lr: float | None = None  # learning rate of the reward model
@@ -91,21 +97,27 @@ class Config:
 
 
 CHOICES = {
-    "reward": ("preference", "code", "true", "sparse"), "labels": ("vlm", "oracle"), "schedule": ("ours", "paper"),
+    "reward": ("preference", "code", "true", "sparse"),
+    "labels": ("vlm", "oracle"),
+    "schedule": ("ours", "paper"),
     "sampler": ("uniform", "disagreement", "entropy", "stratified"), "stages": (1, 2),
     "without": ("nothing", "novelty", "relabelling", "critic-reset"),
 }
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
 DEFAULTS = dict(
-    total_steps=50_000, seed_steps=1000, explore_steps=4000, feedback_every=2000, pairs_per_session=40, max_pairs=1000,
-    reward_lr=3e-4, reward_epochs=50, query_size=300, reward_size=84, sac_lr=3e-4, batch_size=256, updates=1,
-    hidden=256, eval_every=5000, eval_episodes=10,
+    total_steps=50_000, seed_steps=1000, explore_steps=4000, feedback_every=2000,
+    pairs_per_session=40, max_pairs=1000, reward_lr=3e-4, reward_epochs=50, query_size=300,
+    reward_size=84, sac_lr=3e-4, batch_size=256, updates=1, hidden=256, eval_every=5000,
+    eval_episodes=10,
 )
-MAY_CHANGE = ("max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_latency", "workers")  # on resume
+# on resume
+MAY_CHANGE = ("max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_latency",
+              "workers")
 METRICS = (
-    "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical", "label_accuracy",
-    "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return", "eval_success", "eval_success_any",
-    "eval_success_frames", "eval_progress", "critic_loss", "q_mean", "alpha",
+    "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical",
+    "label_accuracy", "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return",
+    "eval_success", "eval_success_any", "eval_success_frames", "eval_progress", "critic_loss",
+    "q_mean", "alpha",
 )
 
 
@@ -115,12 +127,13 @@ class UserError(Exception):
 
 # ---- the settings ----
 def resolve(config):
-    """Fill every None from the task's entry, and check what can be checked before anything is made."""
+    """Fill every None from the task's entry; check what can be checked before anything is made."""
     import envs
 
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
-            raise UserError(f"--{name} {getattr(config, name)}: there are {', '.join(map(str, allowed))}")
+            raise UserError(f"--{name} {getattr(config, name)}: "
+                            f"there are {', '.join(map(str, allowed))}")
     price_of(config)
     try:
         if not isinstance(json.loads(config.vlm_extra), dict):
@@ -130,7 +143,8 @@ def resolve(config):
     task = envs.TASKS.get(config.env)
     preset = dict(DEFAULTS)
     if task is not None:
-        preset.update(goal=task.goal, horizon=task.horizon, query_size=task.query_size, reward_size=task.reward_size)
+        preset.update(goal=task.goal, horizon=task.horizon, query_size=task.query_size,
+                      reward_size=task.reward_size)
         preset.update(task.train)
         preset.update(task.paper if config.schedule == "paper" else {})
     elif config.schedule == "paper":
@@ -153,12 +167,13 @@ def price_of(config):
     try:
         tokens_in, tokens_out = map(float, config.usd_per_mtok.split(","))
     except ValueError:
-        raise UserError(f"--usd-per-mtok {config.usd_per_mtok}: write two prices, IN,OUT, such as 0.10,0.50") from None
+        raise UserError(f"--usd-per-mtok {config.usd_per_mtok}: write two prices, IN,OUT, "
+                        "such as 0.10,0.50") from None
     return tokens_in, tokens_out
 
 
 def who_labels(config):
-    """The name of whoever judges, for every banner, table and plot: nothing here may pass for a VLM that is none."""
+    """Who judges, for every banner, table and plot: nothing here may pass for a VLM but a VLM."""
     if config.reward in ("true", "sparse"):
         return f"nobody ({config.reward} reward)"
     if config.programs:
@@ -175,37 +190,42 @@ def who_labels(config):
 def field_help():
     """{field: its trailing comment}: each tunable is explained where it stands, once."""
     lines = inspect.getsource(Config).splitlines()
-    return {line.split(":")[0].strip(): line.split("  # ", 1)[1] for line in lines if ":" in line and "  # " in line}
+    return {line.split(":")[0].strip(): line.split("  # ", 1)[1]
+            for line in lines if ":" in line and "  # " in line}
 
 
 def parse_args(arguments):
     """The shell's flags -> Config. One flag for every field; numbers may be written 4e3."""
 
     def fail(message):
-        flags = ", ".join("--" + field.name.replace("_", "-") for field in dataclasses.fields(Config))
+        flags = ", ".join(
+            "--" + field.name.replace("_", "-") for field in dataclasses.fields(Config))
         raise UserError(f"{message}; there are {flags}" if "unrecognized" in message else message)
 
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0],
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail
-    explained, types = field_help(), {"int": lambda text: int(float(text)), "float": float, "str": str}
+    explained = field_help()
+    types = {"int": lambda text: int(float(text)), "float": float, "str": str}
     for field in dataclasses.fields(Config):
         kind = str(getattr(field.type, "__name__", field.type)).split(" ")[0]
         default = "the task's" if field.default is None else field.default
-        parser.add_argument("--" + field.name.replace("_", "-"), type=types[kind], choices=CHOICES.get(field.name),
-                            help=f"{explained[field.name]} (default: {default})".replace("%", "%%"))
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), type=types[kind], choices=CHOICES.get(field.name),
+            help=f"{explained[field.name]} (default: {default})".replace("%", "%%"))
     given = vars(parser.parse_args(arguments))
     if "resume" not in given:
         return Config(**given)
     fixed = sorted(set(given) - {"resume"} - set(MAY_CHANGE))
     if fixed:
-        raise UserError(f"a resumed run keeps its --{fixed[0].replace('_', '-')}; what may change is "
-                        + ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE))
+        raise UserError(
+            f"a resumed run keeps its --{fixed[0].replace('_', '-')}; what may change is "
+            + ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE))
     return resumed(given)
 
 
 def resumed(given):
-    """The stored settings of the run in given["resume"], with those changes that a started run allows."""
+    """The stored settings of the run in given["resume"], with the changes a started run allows."""
     folder, stored, summary = given["resume"], {}, {"finished": False}
     try:
         with open(os.path.join(folder, "config.json")) as file:
@@ -215,16 +235,17 @@ def resumed(given):
                 summary = json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {folder}: no run folder of train.py ({error})") from None
-    # trap: killed between the summary and the report, a run would be neither finished nor to be finished
+    # trap: killed between the summary and the report, a run must still be able to finish
     if summary["finished"] and os.path.exists(os.path.join(folder, "report.html")):
-        raise UserError(f"the run in {folder} has finished: see {os.path.join(folder, 'report.html')}")
+        raise UserError(f"the run in {folder} has finished: "
+                        f"see {os.path.join(folder, 'report.html')}")
     names = {field.name for field in dataclasses.fields(Config)}
     return Config(**{**{key: value for key, value in stored.items() if key in names}, **given})
 
 
 # ---- the run folder ----
 class Run:
-    """The run folder: what was set, measured and paid for. With resume, back to the moment of its last checkpoint."""
+    """The run folder: what was set, measured and paid for. With resume: as of its checkpoint."""
 
     def __init__(self, config):
         import torch
@@ -237,8 +258,9 @@ class Run:
             self.state = torch.load(self.path("checkpoint", "state.pt"), weights_only=True)
         elif not config.resume:
             os.makedirs(self.folder)
-        # trap: the first file of all: a folder without it could be neither resumed nor used again
-        fields = {**dataclasses.asdict(config), "labeler": who_labels(config), "command": command_line(config)}
+        # trap: the first file of all: a folder without it could neither be resumed nor used again
+        fields = {**dataclasses.asdict(config), "labeler": who_labels(config),
+                  "command": command_line(config)}
         write_json(self.path("config.json"), {**fields, "resume": None})
         os.makedirs(self.path("pairs"), exist_ok=True)
         self.rows = self.state["rows"] if self.state else []
@@ -259,16 +281,17 @@ class Run:
         if os.path.exists(self.path(name)):
             with open(self.path(name), newline="") as file:
                 kept = file.readlines()[:lines]
-            # trap: emptied first and killed before it is full again, the file would have lost these lines for good
+            # trap: emptied and killed before it is full again, the file would have lost them for good
             with open(self.path(name) + ".new", "w", newline="") as file:
                 file.writelines(kept)
             os.replace(self.path(name) + ".new", self.path(name))
 
     def write(self, row):
-        """One evaluation: a line in metrics.csv (no clock in it: the same seed gives the same bytes) and timing.csv."""
+        """One evaluation: a line in metrics.csv (without the clock) and one in timing.csv."""
         self.rows.append(row)
-        for name, columns, values in (("metrics.csv", METRICS, [row.get(key) for key in METRICS]),
-                                      ("timing.csv", ("step", "seconds"), [row["step"], round(self.seconds(), 2)])):
+        for name, columns, values in (
+                ("metrics.csv", METRICS, [row.get(key) for key in METRICS]),
+                ("timing.csv", ("step", "seconds"), [row["step"], round(self.seconds(), 2)])):
             with open(self.path(name), "a", newline="") as file:
                 writer = csv.writer(file)
                 if len(self.rows) == 1:
@@ -276,13 +299,13 @@ class Run:
                 writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
 
     def save(self, state):
-        """Everything that a resumed run needs and that is not in a file already; the old checkpoint stays until then."""
+        """All that a resumed run needs and no file has; the old checkpoint stays until then."""
         import torch
 
         os.makedirs(self.path("checkpoint"), exist_ok=True)
         state = {**state, "rows": self.rows, "seconds": self.seconds(), "logged": self.logged}
         torch.save(state, self.path("checkpoint", "state.pt.new"))
-        # trap: written under another name first: killed half-way, the old checkpoint is still whole
+        # trap: under another name first, so that a kill half-way leaves the old checkpoint whole
         os.replace(self.path("checkpoint", "state.pt.new"), self.path("checkpoint", "state.pt"))
 
 
@@ -295,9 +318,10 @@ def write_json(path, content):
 def command_line(config):
     """The command that makes this run again: every field that differs from its default."""
     flags = [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)
-             if field.name not in ("resume", "out") and getattr(config, field.name) != field.default]
-    return shlex.join(["python", "train.py"] + [part for name, value in flags
-                                                for part in ("--" + name.replace("_", "-"), str(value))])
+             if field.name not in ("resume", "out")
+             and getattr(config, field.name) != field.default]
+    return shlex.join(["python", "train.py"] + [
+        part for name, value in flags for part in ("--" + name.replace("_", "-"), str(value))])
 
 
 # ---- the words a run ends with ----
@@ -314,27 +338,30 @@ def status(row, labeler):
 
 
 def closing_text(config, run, finished, at, labeler, spearman):
-    """What was learned, from how many pairs, by which labeler, how right its labels were, and where to read on."""
+    """What was learned, from how many pairs, by which labeler, how right; and where to read on."""
     first, last, counts = run.rows[0], run.rows[-1], labeler.counts
-    text = [f"{config.env}, {'finished' if finished else 'interrupted'} after {at['step']:,} steps and "
-            f"{run.seconds():.0f} s: return {last['eval_return']:.1f} (before: {first['eval_return']:.1f}); success at "
-            f"the end of {last['eval_success']:.0%} of {config.eval_episodes} evaluation episodes, and on "
-            f"{last['eval_success_frames']:.0%} of their steps."]
+    text = [f"{config.env}, {'finished' if finished else 'interrupted'} after "
+            f"{at['step']:,} steps and {run.seconds():.0f} s: "
+            f"return {last['eval_return']:.1f} (before: {first['eval_return']:.1f}); "
+            f"success at the end of {last['eval_success']:.0%} of {config.eval_episodes} "
+            f"evaluation episodes, and on {last['eval_success_frames']:.0%} of their steps."]
     if labeler.compares:
-        text += [f"Learned from {counts['labels']} answers to {counts['asked']} pairs of pictures ({counts['unsure']} "
-                 f"unsure, {counts['unreadable']} unreadable, {counts['no_answer']} unanswered) by "
-                 f"{who_labels(config)}; {labeler.accuracy():.0%} of them were right.",
-                 f"The learned reward has the true order on {at['fit'].get('reward_accuracy', float('nan')):.0%} of "
-                 f"picture pairs; Spearman with the true reward over fresh random episodes: {spearman:.2f}."]
+        text += [f"Learned from {counts['labels']} answers to {counts['asked']} pairs of pictures "
+                 f"({counts['unsure']} unsure, {counts['unreadable']} unreadable, "
+                 f"{counts['no_answer']} unanswered) by {who_labels(config)}; "
+                 f"{labeler.accuracy():.0%} of them were right.",
+                 "The learned reward has the true order on "
+                 f"{at['fit'].get('reward_accuracy', float('nan')):.0%} of picture pairs; "
+                 f"Spearman with the true reward over fresh random episodes: {spearman:.2f}."]
     elif config.reward == "code":
-        text += [f"The reward is {len(labeler.subtasks)} verified programs ({'; '.join(labeler.subtasks)}), written by "
-                 f"{who_labels(config)}."]
+        text += [f"The reward is {len(labeler.subtasks)} verified programs "
+                 f"({'; '.join(labeler.subtasks)}), written by {who_labels(config)}."]
     else:
         text += [f"Learned from the {config.reward} reward; nobody was asked."]
     if labeler.vlm:
         cost = "" if labeler.vlm.usd is None else f", ${labeler.vlm.usd:.2f}"
-        text += [f"{labeler.vlm.calls} calls, {labeler.vlm.tokens_in + labeler.vlm.tokens_out:,} tokens{cost}."]
+        text += [f"{labeler.vlm.calls} calls, "
+                 f"{labeler.vlm.tokens_in + labeler.vlm.tokens_out:,} tokens{cost}."]
     text += [f"Report: {run.path('report.html')}"]
-    return " ".join(text + ([] if finished else [f"- go on with: python train.py --resume {run.folder}"]))
-
-
+    return " ".join(text + (
+        [] if finished else [f"- go on with: python train.py --resume {run.folder}"]))

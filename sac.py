@@ -1,35 +1,33 @@
 """Soft Actor-Critic and the replay buffer whose rewards can be written again.
 
-What this is: SAC (arXiv 1801.01290, 1812.05905; for discrete actions 1910.07207) for states, and a ring of transitions
-that stores the picture seen after each action, so that a better reward model can price every stored step anew.
-
-Which STEPs: 0 explore without any reward, 1 act and store, 5 relabel, 6 improve the policy with SAC:
-    target   y = r + discount * (1 - terminated) * (min_i Q'_i(s', a') - alpha * log pi(a'|s'))     a' ~ pi(s')
-    critics  minimise (Q_i(s, a) - y)^2          actor  minimises alpha * log pi(a|s) - min_i Q_i(s, a),   a ~ pi(s)
-    alpha    grows while the policy's entropy is below its target, and shrinks while it is above.
+What this is: SAC (arXiv 1801.01290, 1812.05905; discrete actions: 1910.07207) on states, and a
+ring of transitions with the picture seen after each, so that a better reward can be put on all.
+Which STEPs: 0 explore without any reward, 1 act and store, 5 relabel, 6 improve the policy:
+    target   y = r + discount * (1 - terminated) * (min_i Q'_i(s', a') - alpha * log pi(a'|s'))
+    critics  minimise (Q_i(s, a) - y)^2          a as stored, a' ~ pi(s')
+    actor    minimises alpha * log pi(a|s) - min_i Q_i(s, a)          a ~ pi(s)
+    alpha    grows while the policy's entropy is below its target, and shrinks while it is above
 
 Differs from the paper (RL-VLM-F, 2402.03681):
-  1. New transitions have no reward (NaN) until their episode has ended and is priced in one batch; only priced rows are
-     sampled. The paper's code runs three networks on one image at every step and overwrites the result soon after.
-  2. relabel() covers every stored row, also after the ring wrapped around; theirs then leaves out most of them.
-  3. Novelty is measured against at most 1,024 stored states drawn at random: the whole buffer costs 10 times as much.
-  4. Targets follow at every update (theirs: every second); the temperature learns at the critics' rate.
-
-Shapes: O observation, A action numbers, B batch, N stored rows, H and W pixels.
-  ReplayBuffer.add/relabel/price/sample, novelty_bonus, SAC.act/update/reset_critic.  Needs numpy and torch, nothing else.
+  1. New rows have no reward (NaN), and are not sampled, until their episode is over and priced in
+     one batch. The paper's code runs 3 networks on one image per step, and soon overwrites that.
+  2. relabel() covers every stored row, also after the ring wrapped; theirs then misses most.
+  3. Novelty is measured against at most 1,024 random stored states: all cost 10 times as much.
+  4. Targets follow at every update (theirs: every second); alpha learns at the critics' rate.
+Shapes: O observation, A action numbers, B batch, N stored rows, H and W pixels. Only numpy, torch.
+  ReplayBuffer.add/relabel/price/sample, novelty_bonus, SAC.act/update/reset_critic.
 
 To use it elsewhere:
-    import gymnasium, numpy as np, sac
+    import gymnasium, sac
     env = gymnasium.make("Pendulum-v1")
     agent, buffer = sac.SAC(3, env.action_space), sac.ReplayBuffer(1000, (3,), (1,))
     obs, _ = env.reset(seed=0)
-    for _ in range(300):
-        action = agent.act(obs)  # (1,) in [-1, 1]: Pendulum's torque is twice that
-        next_obs, reward, terminated, truncated, _ = env.step(2 * action)
-        buffer.add(obs, action, next_obs, terminated, None, reward)
+    for _ in range(200):  # one episode
+        last, action = obs, agent.act(obs)  # (1,) in [-1, 1]: Pendulum's torque is twice that
+        obs, reward, terminated, truncated, _ = env.step(2 * action)
+        buffer.add(last, action, obs, terminated, None, reward)
         buffer.price([reward])
         agent.update(buffer.sample(64))
-        obs = env.reset()[0] if truncated else next_obs
 """
 import copy
 import os
@@ -44,9 +42,10 @@ LOG_2 = float(np.log(2.0))
 
 
 def stored_array(folder, name, shape, dtype):
-    """Zeros of that shape: in memory, or, given a folder, in a memory-mapped file there that outlives the process.
+    """Zeros of that shape: in memory or, given a folder, in a memory-mapped file there.
 
-    A file that exists already is opened as it is: a resumed run finds what the interrupted one stored.
+    The file outlives the process, and one that exists already is opened as it is: a resumed run
+    finds what the interrupted one stored.
     """
     if folder is None:
         return np.zeros(shape, dtype)
@@ -56,17 +55,20 @@ def stored_array(folder, name, shape, dtype):
         return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     array = np.lib.format.open_memmap(path, mode="r+")
     if array.shape != shape or array.dtype != dtype:
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}, not {shape}: it belongs to another run")
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, not {shape}: "
+                         "it belongs to another run")
     return array
 
 
 # ---- STEP 1: act, and store the transition with the image seen after it ----
 class ReplayBuffer:
-    """A ring of transitions. reward is NaN until the row is priced; unpriced rows are always the newest ones.
+    """A ring of transitions. reward is NaN until a row is priced; unpriced rows are the newest.
 
-    obs, next_obs (N, O) float32; action (N, A) float32 or (N,) int64; terminated (N,) bool; reward, true_reward (N,)
-    float32; image (N, H, W, 3) uint8, the picture *after* the action (or absent, when image_shape is None).
-    folder: the arrays are memory-mapped files there, so that they need no memory of their own and outlive the process.
+    obs, next_obs (N, O) float32; action (N, A) float32 or (N,) int64; terminated (N,) bool;
+    reward, true_reward (N,) float32; image (N, H, W, 3) uint8, the picture *after* the action
+    (or absent, when image_shape is None).
+    folder: the arrays are memory-mapped files there: they need no memory of their own, and outlive
+    the process.
     """
 
     IN_CHECKPOINT = ("terminated", "reward", "true_reward")
@@ -80,10 +82,12 @@ class ReplayBuffer:
         def array(name, shape, dtype):
             return stored_array(folder, name, (self.capacity, *shape), dtype)
 
-        self.obs, self.next_obs = array("obs", obs_shape, np.float32), array("next_obs", obs_shape, np.float32)
+        self.obs, self.next_obs = (array("obs", obs_shape, np.float32),
+                                   array("next_obs", obs_shape, np.float32))
         self.action = array("action", action_shape, np.float32 if len(action_shape) else np.int64)
         self.image = None if image_shape is None else array("image", image_shape, np.uint8)
-        # These are small, and rewards change after they were written: they live in memory and travel in checkpoints.
+        # These are small, and rewards change after they were written: they live in memory and
+        # travel in checkpoints.
         self.terminated = np.zeros(self.capacity, bool)
         self.reward = np.full(self.capacity, np.nan, np.float32)
         self.true_reward = np.full(self.capacity, np.nan, np.float32)
@@ -92,71 +96,81 @@ class ReplayBuffer:
         return min(self.added, self.capacity)
 
     def add(self, obs, action, next_obs, terminated, image, true_reward):
-        """Store one transition. true_reward is kept for plots and for `--reward true`; nothing here learns from it."""
+        """Store one transition. true_reward: for plots and `--reward true`; not for learning."""
         row = self.added % self.capacity
         self.obs[row], self.action[row], self.next_obs[row] = obs, action, next_obs
-        # trap: a time limit is not a termination. Only `terminated` stops the bootstrap; a truncated episode goes on.
+        # trap: a time limit is not a termination. Only `terminated` stops the bootstrap; a
+        # truncated episode goes on.
         self.terminated[row] = terminated
         self.reward[row], self.true_reward[row] = np.nan, true_reward
         if self.image is not None:
-            assert image.dtype == np.uint8 and image.shape == self.image.shape[1:], (image.dtype, image.shape)
+            assert image.dtype == np.uint8 and image.shape == self.image.shape[1:], (
+                image.dtype, image.shape)
             self.image[row] = image
         self.added += 1
         self.unpriced = min(self.unpriced + 1, self.capacity)
         return row
 
     def newest(self, count):
-        """Row numbers of the newest `count` rows, oldest of them first, also across the seam of the ring."""
+        """Row numbers of the newest `count` rows, oldest first, also across the ring's seam."""
         return np.arange(self.added - count, self.added) % self.capacity  # (count,)
 
     def price(self, rewards):
         """Give the unpriced rows their rewards, oldest first: (K,) for K unpriced rows."""
         rewards = np.asarray(rewards, np.float32)
-        assert rewards.shape == (self.unpriced,) and np.isfinite(rewards).all(), (rewards.shape, self.unpriced)
+        assert rewards.shape == (self.unpriced,) and np.isfinite(rewards).all(), (
+            rewards.shape, self.unpriced)
         self.reward[self.newest(self.unpriced)] = rewards
         self.unpriced = 0
 
     # ---- STEP 5: relabel every stored transition with the new reward ----
     def relabel(self, reward_fn, only_new=False, chunk=1024):
-        """Price the stored rows with reward_fn: (N, H, W, 3) uint8 -> (N,) float32. Returns how many rows were priced.
+        """Price stored rows with reward_fn: (N, H, W, 3) uint8 -> (N,) float32. Returns how many.
 
-        only_new: just the rows that have no reward yet (the end of an episode); otherwise all of them.
+        only_new: just the rows that have no reward yet (an episode has ended); otherwise all.
         """
         rows = self.newest(self.unpriced if only_new else len(self))
-        # trap: after the ring wrapped, the rows are not [0 : cursor]; walk len(self) rows, wherever the cursor is.
+        # trap: after the ring wrapped, the rows are not [0 : cursor]; walk len(self) rows from the
+        # oldest, wherever the cursor is.
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
             self.reward[part] = reward_fn(self.image[part])  # (chunk, H, W, 3) -> (chunk,)
-        assert np.isfinite(self.reward[rows]).all(), "the reward function returned a number that is not finite"
+        assert np.isfinite(self.reward[rows]).all(), (
+            "the reward function returned a number that is not finite")
         self.unpriced = 0
         return len(rows)
 
     def sample(self, batch, unpriced_too=False):
-        """Draw rows with replacement -> dict of tensors: obs (B, O), action (B, A), reward (B,), next_obs, terminated.
+        """Draw rows with replacement -> dict of tensors: obs, next_obs (B, O), action (B, A),
+        reward, terminated (B,).
 
-        unpriced_too: STEP 0 explores before any reward exists, and replaces batch["reward"] itself.
+        unpriced_too: STEP 0 explores before any reward exists, and sets batch["reward"] itself.
         """
         choices = len(self) - (0 if unpriced_too else self.unpriced)
         if choices <= 0:
-            raise ValueError(f"nothing to sample: {len(self)} rows stored, {self.unpriced} of them without a reward")
-        age = self.rng.integers(0, choices, batch)  # 0 = the oldest row; the unpriced are the youngest
+            raise ValueError(f"nothing to sample: {len(self)} rows stored, "
+                             f"{self.unpriced} of them without a reward")
+        age = self.rng.integers(0, choices, batch)  # 0 = the oldest row; the unpriced are youngest
         rows = (self.added - len(self) + age) % self.capacity  # (B,)
         return {
             "obs": torch.from_numpy(self.obs[rows]),  # (B, O) float32
             "action": torch.from_numpy(self.action[rows]),  # (B, A) float32, or (B,) int64
             "reward": torch.from_numpy(self.reward[rows]),  # (B,) float32
             "next_obs": torch.from_numpy(self.next_obs[rows]),  # (B, O) float32
-            "terminated": torch.from_numpy(self.terminated[rows].astype(np.float32)),  # (B,) 0 or 1
+            # (B,) 0 or 1
+            "terminated": torch.from_numpy(self.terminated[rows].astype(np.float32)),
         }
 
     def state_dict(self):
         """What changes after it was written; the memory-mapped arrays are on disk already."""
         n = len(self)
-        return {"added": self.added, "unpriced": self.unpriced, "rng": self.rng.bit_generator.state,
-                **{name: torch.from_numpy(getattr(self, name)[:n].copy()) for name in self.IN_CHECKPOINT}}
+        return {"added": self.added, "unpriced": self.unpriced,
+                "rng": self.rng.bit_generator.state,
+                **{name: torch.from_numpy(getattr(self, name)[:n].copy())
+                   for name in self.IN_CHECKPOINT}}
 
     def load_state_dict(self, state):
-        """Go back to the moment of state_dict(); needs the same folder, and a ring that had not wrapped since."""
+        """Back to the moment of state_dict(); needs the same folder and a ring not yet wrapped."""
         self.added, self.unpriced = state["added"], state["unpriced"]
         self.rng.bit_generator.state = state["rng"]
         for name in self.IN_CHECKPOINT:
@@ -165,11 +179,12 @@ class ReplayBuffer:
 
 # ---- STEP 0: explore without any reward ----
 def novelty_bonus(obs, all_obs, k=5):
-    """How far each state is from the states already stored: a reward that leads to places not yet seen.
+    """How far each state is from the states already stored: a reward for going to new places.
 
-        bonus(s) = || s - (k-th nearest stored state) ||        (particle estimate of state entropy; PEBBLE, 2106.05091)
+        bonus(s) = || s - (k-th nearest stored state) ||
 
-    obs: (B, O), all_obs: (N, O) -> (B,). A state that is itself stored counts as its own nearest neighbour.
+    This is a particle estimate of state entropy (PEBBLE, 2106.05091).
+    obs: (B, O), all_obs: (N, O) -> (B,). A stored state counts as its own nearest neighbour.
     Example: obs 0, stored states 1, 2, 5 and k=2 -> 2.
     """
     distance = torch.cdist(obs, all_obs)  # (B, N)
@@ -177,10 +192,11 @@ def novelty_bonus(obs, all_obs, k=5):
 
 
 def novelty_batch(buffer, batch, against=1024):
-    """What update() needs in STEP 0: a batch whose reward is the novelty of the state each action led to, mean 1."""
+    """What update() needs in STEP 0: a batch whose reward is the novelty of next_obs, mean 1."""
     drawn = buffer.sample(batch, unpriced_too=True)
     stored = buffer.sample(against, unpriced_too=True)["next_obs"]  # (N, O)
-    # trap: states have units (metres, radians); without this the largest number alone would say what is novel
+    # trap: states have units (metres, radians); without this the largest number alone would say
+    # what is novel
     scale = stored.std(0).clamp(min=1e-3)  # (O,)
     bonus = novelty_bonus(drawn["next_obs"] / scale, stored / scale)  # (B,)
     return {**drawn, "reward": bonus / bonus.mean().clamp(min=1e-6)}
@@ -196,7 +212,8 @@ def tanh_gaussian(mean, log_std, noise):
     """
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise.pow(2) - log_std - 0.5 * float(np.log(2 * np.pi))
-    # trap: log(1 - tanh(u)^2) is -inf in float32 from |u| = 9 on; this is the same number, and stays finite.
+    # trap: log(1 - tanh(u)^2) is -inf in float32 from |u| = 9 on; this is the same number, and
+    # stays finite.
     log_slope = 2 * (LOG_2 - u - F.softplus(-2 * u))
     return torch.tanh(u), (log_normal - log_slope).sum(-1)
 
@@ -208,7 +225,7 @@ def mlp(sizes):
 
 
 class TwinCritic(nn.Module):
-    """Two independent Q-networks. Box: Q(s, a) -> (2, B). Discrete: the value of every action -> (2, B, actions)."""
+    """Two independent Q-networks. Box: Q(s, a) -> (2, B). Discrete: every Q -> (2, B, actions)."""
 
     def __init__(self, obs_dim, action_dim, actions, hidden):
         super().__init__()
@@ -221,59 +238,69 @@ class TwinCritic(nn.Module):
 
 
 class SAC:
-    """Soft Actor-Critic for a Box space (actions in [-1, 1]; scale them outside) or a Discrete one.
+    """Soft Actor-Critic for a Box (actions in [-1, 1]; scale them outside) or a Discrete space.
 
-    act(obs (O,)) -> (A,) float32 in [-1, 1] or int;  update(batch) -> dict of 0-d tensors (no .item(): nothing waits).
+    act(obs (O,)) -> (A,) float32 in [-1, 1], or int.
+    update(batch) -> dict of 0-d tensors (no .item(): nothing waits).
     """
 
-    def __init__(self, obs_dim, action_space, hidden=(256, 256), lr=3e-4, discount=0.99, tau=0.005, device="cpu",
-                 seed=0):
+    def __init__(self, obs_dim, action_space, hidden=(256, 256), lr=3e-4, discount=0.99, tau=0.005,
+                 device="cpu", seed=0):
         self.discrete = hasattr(action_space, "n")
-        if type(action_space).__name__ not in ("Box", "Discrete"):  # by name: this file does not need gymnasium
+        # by name: this file does not need gymnasium
+        if type(action_space).__name__ not in ("Box", "Discrete"):
             raise ValueError(f"SAC needs a Box or Discrete action space, not {action_space}")
         self.actions = int(action_space.n) if self.discrete else 0
         self.action_dim = 0 if self.discrete else int(np.prod(action_space.shape))
         self.discount, self.tau, self.lr, self.device = discount, tau, lr, torch.device(device)
         self.rng = torch.Generator(device=self.device).manual_seed(seed)
         self.sizes = (obs_dim, self.action_dim, self.actions, tuple(hidden))
-        with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's global generator
+        # layers draw their first weights from torch's global generator
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.actor = mlp((obs_dim, *hidden, self.actions or 2 * self.action_dim)).to(self.device)
+            self.actor = mlp(
+                (obs_dim, *hidden, self.actions or 2 * self.action_dim)).to(self.device)
         self.reset_critic()
         self.log_alpha = torch.full((), float(np.log(0.1)), device=self.device, requires_grad=True)
-        # Continuous: one nat below uniform per action number (the paper's). Discrete: half of the most there can be.
-        self.target_entropy = 0.5 * float(np.log(self.actions)) if self.discrete else -float(self.action_dim)
-        self.actor_optimizer, self.alpha_optimizer = self._adam(self.actor.parameters()), self._adam([self.log_alpha])
+        # Continuous: one nat below uniform per action number (the paper's). Discrete: half of the
+        # most there can be.
+        self.target_entropy = (
+            0.5 * float(np.log(self.actions)) if self.discrete else -float(self.action_dim))
+        self.actor_optimizer, self.alpha_optimizer = (
+            self._adam(self.actor.parameters()), self._adam([self.log_alpha]))
 
     def _adam(self, parameters):
-        return torch.optim.Adam(parameters, lr=self.lr, fused=True)  # one pass over memory for all weights
+        # fused: one pass over memory for all weights
+        return torch.optim.Adam(parameters, lr=self.lr, fused=True)
 
     def reset_critic(self):
-        """Forget the values, keep the actor: after STEP 0 the critics' targets were novelty, not the task."""
+        """Forget the values, keep the actor: after STEP 0 the critics' targets were novelty."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.rng, device=self.device)))
+            torch.manual_seed(
+                int(torch.randint(2**31, (1,), generator=self.rng, device=self.device)))
             self.critic = TwinCritic(*self.sizes).to(self.device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_optimizer = self._adam(self.critic.parameters())
 
     def _policy(self, obs):
-        """Sample the policy: Box -> action (B, A), log_prob (B,). Discrete -> probabilities and their logs, (B, n)."""
+        """Box: an action drawn (B, A), log_prob (B,). Discrete: probabilities and logs (B, n)."""
         out = self.actor(obs)
         if self.discrete:
             log_probs = F.log_softmax(out, dim=-1)
             return log_probs.exp(), log_probs
         mean, log_std = out.chunk(2, dim=-1)  # (B, A) each
-        # tanh, not clamp: a clamped log_std has no gradient, and so no way back, once it is outside
+        # tanh, not clamp: outside its bounds a clamped log_std has no gradient, so no way back
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
         noise = torch.randn(mean.shape, generator=self.rng, device=self.device)
         return tanh_gaussian(mean, log_std, noise)
 
     @torch.no_grad()
     def act(self, obs, explore=True):
-        """obs (O,) -> the action to take: sampled, or the policy's best guess when explore is False."""
+        """obs (O,) -> the action to take: sampled, or the policy's best guess if not explore."""
         obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
         if not self.discrete:
-            action = self._policy(obs)[0] if explore else torch.tanh(self.actor(obs)[: self.action_dim])
+            action = (self._policy(obs)[0] if explore
+                      else torch.tanh(self.actor(obs)[: self.action_dim]))
             return action.cpu().numpy()
         logits = self.actor(obs)
         if explore:
@@ -281,7 +308,7 @@ class SAC:
         return int(logits.argmax())
 
     def _soft_value(self, q, policy):
-        """Expected min Q minus alpha times log-probability, and the policy's entropy: (B,), (B,)."""
+        """Expected min Q minus alpha times log-probability; the policy's entropy: (B,), (B,)."""
         action_or_probs, log_probs = policy
         if self.discrete:  # an exact expectation: every action's value is at hand
             q = q.min(0).values  # (B, n)
@@ -293,17 +320,17 @@ class SAC:
         return self._soft_value(critic(obs) if self.discrete else critic(obs, policy[0]), policy)
 
     def update(self, batch):
-        """One gradient step for critics, actor and temperature. batch: what ReplayBuffer.sample returns."""
-        obs, action, reward, next_obs, terminated = (batch[name].to(self.device) for name in
-                                                     ("obs", "action", "reward", "next_obs", "terminated"))
-        assert reward.ndim == 1 and terminated.shape == reward.shape, (reward.shape, terminated.shape)
-
+        """One gradient step for critics, actor and temperature, from a batch of sample()."""
+        obs, action, reward, next_obs, terminated = (batch[name].to(self.device) for name in (
+            "obs", "action", "reward", "next_obs", "terminated"))
+        assert reward.ndim == 1 and terminated.shape == reward.shape, (
+            reward.shape, terminated.shape)
         # The critics learn what the reward and the target's own next value say.
         with torch.no_grad():
             next_value, _ = self._value_of(self.target, next_obs, self._policy(next_obs))  # (B,)
             target = reward + self.discount * (1 - terminated) * next_value  # (B,)
-        if self.discrete:
-            q = self.critic(obs).gather(-1, action.expand(2, -1).unsqueeze(-1)).squeeze(-1)  # (2, B)
+        if self.discrete:  # q: (2, B), the values of the actions taken
+            q = self.critic(obs).gather(-1, action.expand(2, -1).unsqueeze(-1)).squeeze(-1)
         else:
             q = self.critic(obs, action)  # (2, B)
         critic_loss = F.mse_loss(q, target.expand_as(q)) * 2  # both critics, each its own mean
@@ -311,7 +338,7 @@ class SAC:
         critic_loss.backward()
         self.critic_optimizer.step()
 
-        # The actor climbs the critics. trap: frozen first, or this backward would leave gradients in them, and cost more.
+        # The actor climbs the critics. trap: frozen first, or they would collect gradients here.
         self.critic.requires_grad_(False)
         value, entropy = self._value_of(self.critic, obs, self._policy(obs))
         actor_loss = -value.mean()
@@ -326,21 +353,25 @@ class SAC:
         alpha_loss.backward()
         self.alpha_optimizer.step()
 
-        with torch.no_grad():  # Polyak: target <- (1 - tau) target + tau critic, all layers in one call
-            torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.tau)
-        return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(), "q_mean": q.detach().mean(),
-                "alpha": self.log_alpha.detach().exp(), "entropy": entropy.detach().mean()}
+        with torch.no_grad():  # Polyak: target <- (1 - tau) target + tau critic, in one call
+            torch._foreach_lerp_(
+                list(self.target.parameters()), list(self.critic.parameters()), self.tau)
+        return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(),
+                "q_mean": q.detach().mean(), "alpha": self.log_alpha.detach().exp(),
+                "entropy": entropy.detach().mean()}
 
     def _parts(self):
-        return {"actor": self.actor, "critic": self.critic, "target": self.target, "actor_optimizer":
-                self.actor_optimizer, "critic_optimizer": self.critic_optimizer, "alpha_optimizer": self.alpha_optimizer}
+        return {"actor": self.actor, "critic": self.critic, "target": self.target,
+                "actor_optimizer": self.actor_optimizer, "critic_optimizer": self.critic_optimizer,
+                "alpha_optimizer": self.alpha_optimizer}
 
     def state_dict(self):
         return {**{name: part.state_dict() for name, part in self._parts().items()},
                 "log_alpha": self.log_alpha.detach().clone(), "rng": self.rng.get_state()}
 
     def load_state_dict(self, state):
-        # trap: an optimiser takes over the step counter it is given, so without the copy two agents would share it
+        # trap: an optimiser takes over the step counter it is given: without the copy, two agents
+        # would share it
         state = copy.deepcopy(state)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
@@ -349,7 +380,7 @@ class SAC:
 
 
 def demo(steps=6000):
-    """Learn Pendulum-v1 from its own reward. Best possible is about -150; a random policy gets about -1,200."""
+    """Learn Pendulum-v1 from its own reward: about -1,200 for a random policy, -150 at best."""
     import gymnasium
     from tqdm import tqdm
 
@@ -373,7 +404,8 @@ def demo(steps=6000):
             obs, total = env.reset()[0], 0.0
             bar.set_postfix_str(f"return {returns[-1]:.0f}")
     for episode, value in enumerate(returns, 1):
-        print(f"episode {episode:3d}  return {value:8.1f}  {'#' * int(40 * max(0, 1 + value / 1600))}")
+        print(f"episode {episode:3d}  return {value:8.1f}  "
+              f"{'#' * int(40 * max(0, 1 + value / 1600))}")
     final = float(np.mean(returns[-5:]))
     print(f"mean return of the last 5 episodes: {final:.0f} (expected: above -200)")
     return final

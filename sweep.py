@@ -106,7 +106,8 @@ SMALL = ("config.json", "summary.json", "metrics.csv", "timing.csv", "labels.jso
          "train.log")  # what comes back from another machine; pictures and checkpoints stay there
 KEY = ("task", "method", "setting", "seed")  # what makes two rows the same run
 MEASURES = ("steps", "pairs_asked", "labels", "label_accuracy", "reward_accuracy", "spearman", "eval_return",
-            "eval_success", "eval_success_any", "success_last_third", "seconds", "labeler", "command", "error")
+            "eval_success", "eval_success_any", "eval_success_frames", "success_last_third",
+            "solved_step", "seconds_until_solved", "seconds", "labeler", "command", "error")
 CURVES = (*KEY, "step", "eval_return", "eval_success", "pairs_asked")
 
 
