@@ -46,8 +46,8 @@ class KeyAndDoor(gymnasium.Env):
     Observation: where the agent, the key, the door and the target are (one-hot columns and rows
     each, and the columns and rows from the agent to it), the agent's direction, what is carried,
     the door's state, and what the agent faces.
-    info: success; subtasks: key ever taken, door open, target reached (bool); progress: sub-tasks
-    done + closeness to the next.
+    info: success; subtasks: key ever taken, door open, target reached (bool); progress: the stage
+    (0 fetch the key, 1 open the door, 2 reach the target, 3 there) + closeness to its object.
     """
 
     LEFT, RIGHT, FORWARD, PICKUP, DROP, TOGGLE = range(6)
@@ -123,7 +123,7 @@ class KeyAndDoor(gymnasium.Env):
         key_in_hand = carried is not None and carried.type == "key"
         self.key_taken |= key_in_hand
         done = [self.key_taken, self._door().is_open] + ([self.success] if self.target else [])
-        # A stage once passed stays passed: with the door open the key may lie anywhere.
+        # An open door stays passed wherever the key lies; a key dropped before that does not.
         stage = 3 if self.success and self.target else 2 if done[1] else int(key_in_hand)
         to = places[min(1 + stage, 3)]
         distance = abs(to[0] - places[0][0]) + abs(to[1] - places[0][1])

@@ -22,6 +22,7 @@ To use it elsewhere:
     # plots.plot("results/few_questions.csv") -> the paths of the pictures it drew
 """
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ COLOURS = ("#3b8ad0", "#dd7a2b", "#2f9e77", "#b06fc4", "#c9535b", "#a58a2a", "#4
 MARKS, INK = "osD^vPX*", "#868b93"
 NOT_SETTINGS = ("task", "method", "setting", "seed", "steps", "pairs_asked", "labels", "label_accuracy",
                 "reward_accuracy", "spearman", "eval_return", "eval_success", "eval_success_any",
-                "success_last_third", "seconds", "labeler", "command", "error")
+                "eval_success_frames", "success_last_third", "solved_step", "seconds_until_solved", "seconds", "labeler", "command", "error")
 MOST_LINES = 8
 
 
@@ -242,5 +243,35 @@ def plot(path, measure="eval_success"):
     return drawn
 
 
+def draw_run(folder, path):
+    """One run in a row, for a README or a slide: the pair that differs most, its answer, and how it was learned."""
+    import imageio.v3 as imageio
+    from matplotlib import pyplot
+
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text())
+    pairs = [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
+    pair = max((pair for pair in pairs if pair["label"] in (0, 1)), key=lambda p: abs(np.diff(p["progress"]))[0])
+    said = [line for answer in pair["answers"] for line in answer.splitlines() if "not a VLM" not in line]
+    episode = [row for row in read(folder / "episodes.csv") if row["kind"] == "random" and row["episode"] == "0"]
+    curve = [row for row in read(folder / "metrics.csv")]
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), width_ratios=(1.4, 1, 1), layout="constrained")
+    axes[0].imshow(imageio.imread(folder / "pairs" / f"{pair['index']:06d}.png"))
+    axes[0].set(xticks=[], yticks=[], title=f"\"{config['goal']}\"", xlabel="\n".join(said))
+    for name, colour in (("learned_reward", COLOURS[0]), ("true_reward", COLOURS[1])):
+        values = np.array([number(row[name]) for row in episode])
+        axes[1].plot((values - values.min()) / max(np.ptp(values), 1e-9), color=colour, label=name.replace("_", " "))
+    dress(axes[1], "along a random episode, each scaled to 0..1", "step", "reward")
+    axes[1].legend(frameon=False)
+    axes[2].plot([number(row["step"]) for row in curve], [number(row["eval_return"]) for row in curve], color=COLOURS[0])
+    dress(axes[2], f"true return; {curve[-1]['pairs_asked']} pairs asked", "environment steps", "return")
+    figure.suptitle(f"{config['env']}, labels from: {config['labeler']}", color=INK)
+    figure.savefig(path, dpi=80, facecolor="white")
+    return str(path)
+
+
 if __name__ == "__main__":
-    print("\n".join(plot(*sys.argv[1:3])))
+    if len(sys.argv) == 3 and Path(sys.argv[1]).is_dir():
+        print(draw_run(*sys.argv[1:]))  # python plots.py RUN_FOLDER PICTURE.png
+    else:
+        print("\n".join(plot(*sys.argv[1:3])))

@@ -6,13 +6,13 @@ Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
     P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[the image picked]
 
 Differs from the paper (RL-VLM-F, 2402.03681):
-  1. One answer in eight is held out of the fit to report its accuracy: theirs has only training
-     accuracy, on wrong answers a measure of memory. Too noisy on few answers to ever act upon.
+  1. One answer in eight is held out and its accuracy reported, never acted upon: on few answers it
+     is noise, and its pictures may be in other pairs. Theirs stops on training accuracy alone.
   2. The networks see 64 to 100 pixels, the VLM 200 to 300: several times cheaper, and enough here.
   3. Pairs are drawn from all candidate pictures kept so far, not from the last 100 episodes, and
      informative pairs can be preferred (`how`); "uniform" is the paper's.
-  4. predict() is standardised over the pictures fitted to (mean 0, deviation 1; 1706.03741): a fit
-     that stops early may order every pair by mere hundredths, which SAC's temperature would drown.
+  4. predict() is standardised over the fitted pictures (mean 0, deviation 1; arXiv 1706.03741): a
+     fit that stops early may order all pairs by mere hundredths; SAC's temperature drowns those.
   5. One CNN for all tasks (theirs: the same, and a ResNet-18 without tanh for the soft bodies).
 
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
@@ -43,7 +43,7 @@ LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))
 
 # ---- STEP 2: pick pairs of images ----
 def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
-    """Choose which pairs to ask about -> (M, 2) rows of `images`, never the same row twice in one.
+    """Choose which pairs to ask about -> (M, 2) rows of `images`; no row is paired with itself.
 
     images: (N, H, W, 3) uint8.  rng: numpy Generator.  how:
       uniform       any two pictures that are not equal, all equally likely (the paper's).
@@ -213,8 +213,7 @@ class RewardModel:
         height, width, _ = image_shape
         self.device, self.batch = torch.device(device), batch
         self.rng = np.random.default_rng(seed)
-        # of the ensemble's reward over the pictures it was fitted to
-        self.mean, self.deviation = 0.0, 1.0
+        self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted pictures
         # layers draw their first weights from torch's global generator
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -231,6 +230,8 @@ class RewardModel:
         Stops after an epoch in which their mean accuracy exceeded stop_accuracy: more would only
         sharpen what is ordered already.
         """
+        if epochs < 1:
+            raise ValueError(f"epochs must be at least 1, not {epochs}")
         if len(data.rows()) == 0:
             raise ValueError("no answers to fit: every pair was unsure, unreadable or unanswered")
         for epoch in range(1, epochs + 1):

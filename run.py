@@ -33,6 +33,7 @@ import csv
 import dataclasses
 import inspect
 import json
+import math
 import os
 import shlex
 import time
@@ -47,7 +48,7 @@ class Config:
     env: str = "CartPole"  # a built-in task or any Gymnasium id (then with --goal)
     goal: str | None = None  # what to achieve, in words
     reward: str = "preference"  # preference (RL-VLM-F), code (VLM-CaR); to compare: true, sparse
-    labels: str = "vlm"  # who compares the pictures: vlm, or to compare: oracle (true progress)
+    labels: str = "vlm"  # who compares the pictures: vlm; to compare: oracle (from true progress)
     seed: int = 0  # the one seed of everything
     schedule: str = "ours"  # the task's schedule: ours, or paper
     # The VLM
@@ -100,7 +101,8 @@ CHOICES = {
     "reward": ("preference", "code", "true", "sparse"),
     "labels": ("vlm", "oracle"),
     "schedule": ("ours", "paper"),
-    "sampler": ("uniform", "disagreement", "entropy", "stratified"), "stages": (1, 2),
+    "sampler": ("uniform", "disagreement", "entropy", "stratified"),
+    "stages": (1, 2),
     "without": ("nothing", "novelty", "relabelling", "critic-reset"),
 }
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
@@ -110,9 +112,9 @@ DEFAULTS = dict(
     reward_size=84, sac_lr=3e-4, batch_size=256, updates=1, hidden=256, eval_every=5000,
     eval_episodes=10,
 )
-# on resume
-MAY_CHANGE = ("max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_latency",
-              "workers")
+MAY_CHANGE = (  # on resume
+    "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_latency", "workers",
+)
 METRICS = (
     "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical",
     "label_accuracy", "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return",
@@ -194,6 +196,13 @@ def field_help():
             for line in lines if ":" in line and "  # " in line}
 
 
+def whole_number(text):
+    """4e3 -> 4000; argparse turns the ValueError into its one line."""
+    if not float(text).is_integer():
+        raise ValueError(text)
+    return int(float(text))
+
+
 def parse_args(arguments):
     """The shell's flags -> Config. One flag for every field; numbers may be written 4e3."""
 
@@ -206,7 +215,7 @@ def parse_args(arguments):
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail
     explained = field_help()
-    types = {"int": lambda text: int(float(text)), "float": float, "str": str}
+    types = {"int": whole_number, "float": float, "str": str}
     for field in dataclasses.fields(Config):
         kind = str(getattr(field.type, "__name__", field.type)).split(" ")[0]
         default = "the task's" if field.default is None else field.default
@@ -330,7 +339,7 @@ def status(row, labeler):
     parts = [f"return {row['eval_return']:.0f}", f"success {row['eval_success']:.0%}"]
     if labeler.counts["asked"]:
         parts += [f"pairs {labeler.counts['asked']}", f"labels right {labeler.accuracy():.0%}"]
-    if row.get("reward_accuracy"):
+    if row.get("reward_accuracy", math.nan) == row.get("reward_accuracy"):  # known, and not nan
         parts += [f"reward right {row['reward_accuracy']:.0%}"]
     if labeler.usd():
         parts += [f"${labeler.usd():.2f}"]

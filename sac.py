@@ -13,7 +13,7 @@ Differs from the paper (RL-VLM-F, 2402.03681):
      one batch. The paper's code runs 3 networks on one image per step, and soon overwrites that.
   2. relabel() covers every stored row, also after the ring wrapped; theirs then misses most.
   3. Novelty is measured against at most 1,024 random stored states: all cost 10 times as much.
-  4. Targets follow at every update (theirs: every second); alpha learns at the critics' rate.
+  4. Targets follow at every update (theirs: every second), alpha at the critics' rate: simpler.
 Shapes: O observation, A action numbers, B batch, N stored rows, H and W pixels. Only numpy, torch.
   ReplayBuffer.add/relabel/price/sample, novelty_bonus, SAC.act/update/reset_critic.
 
@@ -96,7 +96,7 @@ class ReplayBuffer:
         return min(self.added, self.capacity)
 
     def add(self, obs, action, next_obs, terminated, image, true_reward):
-        """Store one transition. true_reward: for plots and `--reward true`; not for learning."""
+        """Store one transition. true_reward is for plots and `--reward true`; unread here."""
         row = self.added % self.capacity
         self.obs[row], self.action[row], self.next_obs[row] = obs, action, next_obs
         # trap: a time limit is not a termination. Only `terminated` stops the bootstrap; a
@@ -262,8 +262,8 @@ class SAC:
                 (obs_dim, *hidden, self.actions or 2 * self.action_dim)).to(self.device)
         self.reset_critic()
         self.log_alpha = torch.full((), float(np.log(0.1)), device=self.device, requires_grad=True)
-        # Continuous: one nat below uniform per action number (the paper's). Discrete: half of the
-        # most there can be.
+        # Continuous: -1 nat per action number (1812.05905; uniform on [-1, 1] has +0.69). Discrete:
+        # half of the most there can be, log(actions).
         self.target_entropy = (
             0.5 * float(np.log(self.actions)) if self.discrete else -float(self.action_dim))
         self.actor_optimizer, self.alpha_optimizer = (
@@ -283,7 +283,7 @@ class SAC:
         self.critic_optimizer = self._adam(self.critic.parameters())
 
     def _policy(self, obs):
-        """Box: an action drawn (B, A), log_prob (B,). Discrete: probabilities and logs (B, n)."""
+        """Box -> action drawn (B, A), log_prob (B,). Discrete -> probabilities and logs (B, n)."""
         out = self.actor(obs)
         if self.discrete:
             log_probs = F.log_softmax(out, dim=-1)
@@ -338,7 +338,7 @@ class SAC:
         critic_loss.backward()
         self.critic_optimizer.step()
 
-        # The actor climbs the critics. trap: frozen first, or they would collect gradients here.
+        # The actor climbs the critics. trap: frozen, or they would collect gradients, at a cost.
         self.critic.requires_grad_(False)
         value, entropy = self._value_of(self.critic, obs, self._policy(obs))
         actor_loss = -value.mean()

@@ -78,7 +78,6 @@ SWEEPS = {
         "oracle": {"labels": "oracle"},
         "true": {"reward": "true"},
         "sparse": {"reward": "sparse"},
-        "score": {"reward": "score"},
     }),
     "few_questions": Sweep("How few questions suffice?", TWO, {
         f"{sampler} {n}": asking(sampler, n)
