@@ -363,7 +363,7 @@ TASKS = {
     "CartPole": Task(
         goal="to balance the brown pole on the black cart to be upright",
         make=CartPole,
-        horizon=100, query_size=200, reward_size=84,
+        horizon=100, query_size=200, reward_size=64,
         train=dict(
             total_steps=3_000, seed_steps=300, explore_steps=300, feedback_every=500,
             pairs_per_session=20, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,

@@ -290,7 +290,7 @@ class Run:
         if os.path.exists(self.path(name)):
             with open(self.path(name), newline="") as file:
                 kept = file.readlines()[:lines]
-            # trap: emptied and killed before it is full again, the file would have lost them for good
+            # trap: emptied, and killed before it is full again, it would have lost them for good
             with open(self.path(name) + ".new", "w", newline="") as file:
                 file.writelines(kept)
             os.replace(self.path(name) + ".new", self.path(name))
