@@ -35,7 +35,8 @@ COLOURS = ("#3b8ad0", "#dd7a2b", "#2f9e77", "#b06fc4", "#c9535b", "#a58a2a", "#4
 MARKS, INK = "osD^vPX*", "#868b93"
 NOT_SETTINGS = ("task", "method", "setting", "seed", "steps", "pairs_asked", "labels", "label_accuracy",
                 "reward_accuracy", "spearman", "eval_return", "eval_success", "eval_success_any",
-                "eval_success_frames", "success_last_third", "solved_step", "seconds_until_solved", "seconds", "labeler", "command", "error")
+                "eval_success_frames", "success_last_third", "solved_step", "seconds_until_solved",
+                "seconds", "labeler", "command", "error")
 MOST_LINES = 8
 
 
@@ -263,7 +264,8 @@ def draw_run(folder, path):
         axes[1].plot((values - values.min()) / max(np.ptp(values), 1e-9), color=colour, label=name.replace("_", " "))
     dress(axes[1], "along a random episode, each scaled to 0..1", "step", "reward")
     axes[1].legend(frameon=False)
-    axes[2].plot([number(row["step"]) for row in curve], [number(row["eval_return"]) for row in curve], color=COLOURS[0])
+    steps, returns = ([number(row[name]) for row in curve] for name in ("step", "eval_return"))
+    axes[2].plot(steps, returns, color=COLOURS[0])
     dress(axes[2], f"true return; {curve[-1]['pairs_asked']} pairs asked", "environment steps", "return")
     figure.suptitle(f"{config['env']}, labels from: {config['labeler']}", color=INK)
     figure.savefig(path, dpi=80, facecolor="white")

@@ -119,7 +119,7 @@ def test_the_sdk_knows_the_stand_ins_faults_by_name(provider, fault, name):
 # ---- a server we did not write, with a tiny VLM of random weights ----
 
 def make_tiny_vlm(folder):
-    """LLaVA with one layer of each kind, random weights, an alphabet of bytes, 28 x 28 pixels. Nothing is downloaded."""
+    """LLaVA with one layer of each kind, random weights, bytes for letters, 28 x 28 pixels. Nothing is downloaded."""
     import tokenizers
     import torch
     import transformers

@@ -18,7 +18,7 @@ What this is: the algorithm, STEP by STEP (RL-VLM-F, arXiv 2402.03681); the only
 | 7 | evaluate with the true reward, which the learner never sees | train.py: evaluate |
 
 Differs from the paper:
-  1. Sessions of questions, evaluations' checkpoints and pricing happen where an episode ends: nothing half-done to save.
+  1. Sessions of questions, checkpoints and pricing happen where an episode ends: nothing half-done to save.
   2. Fewer steps and pairs, from each task's entry in envs.py (`--schedule paper` has the paper's own).
   3. Only some pictures (at least one in ten) become candidates for a question, in a reservoir over the whole run, not
      the last 100 episodes; the reward network sees a smaller picture than the VLM.
@@ -58,7 +58,8 @@ def train(config):
     labeler = Labeler(config)  # before the run folder: a wrong key or an unknown goal should leave nothing behind
     run = Run(config)
     print(f"{config.env}: {config.goal}\nlabels from: {who_labels(config)}\nrun folder: {run.folder}", flush=True)
-    rng, space, small = np.random.default_rng(config.seed), env.action_space, (config.reward_size, config.reward_size, 3)
+    rng, space = np.random.default_rng(config.seed), env.action_space
+    small = (config.reward_size, config.reward_size, 3)
     agent = sac.SAC(env.observation_space.shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount,
                     device=config.device, seed=config.seed)
     buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small,
@@ -116,7 +117,8 @@ def train(config):
 
                     # ---- STEP 5: relabel every stored transition with the new reward ----
                     buffer.relabel(model.predict, only_new=config.without == "relabelling")
-                    if not at["fitted"] and config.without != "critic-reset":  # so far the critics have learned what is novel, not what is wanted
+                    if not at["fitted"] and config.without != "critic-reset":
+                        # So far the critics have learned what is novel, not what is wanted.
                         agent.reset_critic()
                         for _ in range(RESET_UPDATES):
                             agent.update(buffer.sample(config.batch_size))
@@ -252,7 +254,7 @@ class Labeler:
             self.exhausted = True
             self.counts.update(asked=len(self.kept[2]), labels=len(self.kept[2]))
             return self.kept
-        before, after = pool.progress[pairs[:, 0]], pool.progress[pairs[:, 1]]  # (M,) true progress, only to be judged by
+        before, after = pool.progress[pairs[:, 0]], pool.progress[pairs[:, 1]]  # (M,) true progress, for the books
         true_labels = vlm_query.oracle_labels(before, after, rng)
         first, second = pool.large[pairs[:, 0]], pool.large[pairs[:, 1]]  # (M, P, P, 3)
         start = run.logged
