@@ -607,6 +607,17 @@ def test_a_second_run_asks_nothing(tmp_path):
     assert (labels == right).all() and (labels == before).all()
 
 
+def test_the_same_question_asked_twice_at_the_same_moment_is_paid_for_once(tmp_path):
+    """Eight threads with one question must make one request; the others must wait for its answer and read it."""
+    server = OfflineVLM(latency=0.2)
+    with server as url:
+        vlm = quick(url, cache=tmp_path, timeout=(2, 5))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(vlm.ask, [["The goal is " + BRIGHT, "Image 1:", gray(1)[0]]] * 8))
+    assert server.requests.total() == 1 and len({reply.text for reply in replies}) == 1
+    assert sum(reply.cached for reply in replies) == vlm.cached_calls == 7 and vlm.calls == 8
+
+
 def test_failures_are_never_cached_and_torn_files_are_asked_again(tmp_path):
     """What is in the cache must be an answer, whole."""
     parts = ["The goal is " + BRIGHT, "Image 1:", gray(1)[0]]
@@ -775,6 +786,7 @@ def test_retry_after_is_understood_in_every_form():
     for nonsense in ("soon", "", "nan", "Mon, 99 Foo"):
         assert wish({"retry-after": nonsense}, {}) is None
     assert wish({}, {}) is None and wish({"retry-after": "-3"}, {}) == 0
+    assert wish({"retry-after-ms": "250", "retry-after": "1"}, {}) == 0.25
 
 
 def test_one_thread_told_to_wait_makes_all_wait():

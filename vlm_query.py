@@ -28,6 +28,7 @@ To use it elsewhere (third line instead: ask = VLM("gemini/MODEL", cache="answer
 """
 import argparse
 import base64
+import contextlib
 import email.utils
 import hashlib
 import json
@@ -215,7 +216,10 @@ def wait_wished(headers, error):
     details = error.get("details") if isinstance(error.get("details"), list) else []
     delays = [d["retryDelay"].rstrip("s") for d in details if "retryDelay" in d]
     wish = headers.get("retry-after", delays[0] if delays else "")
+    finer = headers.get("retry-after-ms", "")  # the same wish to the millisecond, from OpenAI
     try:
+        if re.fullmatch(r"\d+(\.\d+)?", finer):
+            return float(finer) / 1000
         # trap: floats are in use, and urllib3's own Retry raises on them; so are dates.
         if re.fullmatch(r"-?\d+(\.\d+)?", wish):
             return max(0.0, float(wish))
@@ -234,7 +238,8 @@ def merged(body, extra):
 def write_answer(file, raw):
     """Keep the body of an answer, so that nobody pays for it again."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(f".{threading.get_ident()}.tmp")
+    # Another thread, or another run that shares the folder, may be writing the same answer.
+    new = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
     with open(new, "wb") as stream:
         stream.write(raw.encode())
         stream.flush()
@@ -291,6 +296,7 @@ class VLM:
         self.cache = Path(cache) if cache else None
         self.load_state_dict(dict.fromkeys(self.TOTALS, 0))
         self._lock, self._not_before = threading.Lock(), 0.0
+        self._gates = {}  # hash of a question -> Lock, held by the thread that is asking it
         self._session = requests.Session()
         self._session.headers["Content-Type"] = "application/json"
         for header, value in self.wire.headers.items() if self._key else ():
@@ -337,17 +343,22 @@ class VLM:
         where = "offline" if self.name.startswith("offline") else f"{self.name}\n{self.url}"
         key = hashlib.sha256(where.encode() + b"\n" + body).hexdigest()
         file = self.cache and self.cache / f"{key}.json"
-        raw = read_answer(file)
-        cached = raw is not None
-        try:
-            if not cached:
-                raw = self._send(body, deadline or self.deadline, stop or threading.Event())
-        except TimeoutError as error:
-            return Reply("", f"unreachable: {error}", 0, 0, False)
-        text, end, *tokens = self._read(raw)
-        # Refused and cut-off answers were paid for, so they are kept too; errors never get here.
-        if file and not cached and end != "empty":
-            write_answer(file, raw)
+        with self._lock:
+            gate = self._gates.setdefault(key, threading.Lock())
+        # trap: two pairs may lead to the same second question at the same moment; without the gate
+        # both would be paid for. (Without a cache there is nothing to wait for.)
+        with gate if file else contextlib.nullcontext():
+            raw = read_answer(file)
+            cached = raw is not None
+            try:
+                if not cached:
+                    raw = self._send(body, deadline or self.deadline, stop or threading.Event())
+            except TimeoutError as error:
+                return Reply("", f"unreachable: {error}", 0, 0, False)
+            text, end, *tokens = self._read(raw)
+            # Refused and cut-off answers were paid for, so are kept too; errors never get here.
+            if file and not cached and end != "empty":
+                write_answer(file, raw)
         with self._lock:
             for name, more in zip(self.TOTALS, (1, cached, *tokens)):
                 setattr(self, name, getattr(self, name) + more)
