@@ -365,7 +365,7 @@ TASKS = {
         make=CartPole,
         horizon=100, query_size=200, reward_size=64,
         train=dict(
-            total_steps=3_000, seed_steps=300, explore_steps=300, feedback_every=500,
+            total_steps=3_000, seed_steps=300, explore_steps=300, feedback_every=300,
             pairs_per_session=20, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
             reward_epochs=30, eval_every=500,
         ),

@@ -5,15 +5,15 @@ or "the second" (1) with the Bradley-Terry model, and the choice of the pairs wo
 Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
     P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[the image picked]
 
-Differs from the paper (RL-VLM-F, 2402.03681):
-  1. One answer in eight is held out and its accuracy reported, never acted upon: on few answers it
-     is noise, and its pictures may be in other pairs. Theirs stops on training accuracy alone.
-  2. The networks see 64 to 100 pixels, the VLM 200 to 300: several times cheaper, and enough here.
-  3. Pairs are drawn from all candidate pictures kept so far, not from the last 100 episodes, and
-     informative pairs can be preferred (`how`); "uniform" is the paper's.
-  4. predict() is standardised over the fitted pictures (mean 0, deviation 1; arXiv 1706.03741): a
-     fit that stops early may order all pairs by mere hundredths; SAC's temperature drowns those.
-  5. One CNN for all tasks (theirs: the same, and a ResNet-18 without tanh for the soft bodies).
+Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) has 3, 4 and 5 its way:
+  1. One answer in eight is held out and its accuracy reported, never acted upon.
+  2. The networks see 64 to 100 pixels, the VLM 200 to 300. Pairs are drawn from all candidates.
+  3. Rewards are sharpened tenfold in P. Unsharpened, P cannot leave [0.12, 0.88]: the fit drives
+     the tanh flat, and with it every difference between pictures near the goal.
+  4. Normalisation after each convolution, and fresh networks at every fit (1910.08475): without,
+     members die or stay in the first fit's valley, and 100 answers are never fitted.
+  5. predict() is standardised over the fitted pictures (mean 0, deviation 1; 1706.03741).
+  6. One CNN for all tasks (theirs: the same, and a ResNet-18 without tanh for the soft bodies).
 
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
   preference_loss, sample_pairs, RewardNet, PreferenceDataset, RewardModel.  Only numpy and torch.
@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 HOLD_OUT = 8  # every eighth answer only measures
+SHARPNESS = 10.0  # P[second is better] reaches 0.9999 at a difference of one; see "Differs" 3
 # channels, kernel, stride: the paper's CNN
 LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))
 
@@ -54,16 +55,20 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
       stratified    sort the pictures by predicted reward; each pair takes two different tenths of
                     that order, all tenths equally often: the pictures the policy rarely reaches
                     are asked about as often as the rest.
-    model: RewardModel; needed by all but uniform, which stands in for them while there is none.
+      diverse       one picture of each pair from a set that covers all there is to see (k-center),
+                    the other any: rare pictures are asked about as often as frequent ones.
+    model: RewardModel; stratified, disagreement and entropy need one; uniform stands in for them
+    while there is none.
     """
     n = len(images)
     if n < 2:
         raise ValueError(f"a pair needs two images, and there {'is' if n == 1 else 'are'} {n}")
     if how not in SAMPLERS:
         raise ValueError(f"unknown sampler {how!r}; there are {', '.join(SAMPLERS)}")
-    how = "uniform" if model is None else how
+    how = "uniform" if model is None and how != "diverse" else how
     tries = 10 * n_pairs
     pairs = (stratified_pairs(model.predict(images), tries, rng) if how == "stratified"
+             else diverse_pairs(images, n_pairs, tries, rng) if how == "diverse"
              else uniform_pairs(n, tries, rng))
     worth = np.zeros(tries)
     if how in ("disagreement", "entropy"):
@@ -76,7 +81,7 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
     return pairs[np.argsort(-worth, kind="stable")[:n_pairs]]
 
 
-SAMPLERS = ("uniform", "disagreement", "entropy", "stratified")
+SAMPLERS = ("uniform", "disagreement", "entropy", "stratified", "diverse")
 
 
 def uniform_pairs(n, n_pairs, rng):
@@ -93,6 +98,31 @@ def stratified_pairs(predicted, n_pairs, rng, strata=10):
     groups = np.array_split(np.argsort(predicted, kind="stable"), min(strata, len(predicted)))
     which = uniform_pairs(len(groups), n_pairs, rng)  # (M, 2) strata
     return np.array([[rng.choice(groups[a]), rng.choice(groups[b])] for a, b in which])
+
+
+def diverse_pairs(images, n_pairs, tries, rng):
+    """(tries, 2): each of the n_pairs pictures that k_centers() finds, in turn, with any other."""
+    thumbs = images[:, ::4, ::4].reshape(len(images), -1).astype(np.float32)  # (N, pixels / 16 * 3)
+    centers = k_centers(thumbs, min(n_pairs, len(images)), rng)
+    pairs = uniform_pairs(len(images), tries, rng)  # (tries, 2)
+    shift = (pairs[:, 1] - pairs[:, 0]) % len(images)  # never 0
+    pairs[:, 0] = np.resize(centers, tries)
+    pairs[:, 1] = (pairs[:, 0] + shift) % len(images)
+    flip = rng.random(tries) < 0.5  # the rare picture should not always be the first
+    return np.where(flip[:, None], pairs[:, ::-1], pairs)
+
+
+def k_centers(points, k, rng):
+    """Greedy k-center (Gonzalez 1985): each new center is the point farthest from all so far.
+
+    points: (N, D) -> (k,) rows, the first at random.
+    """
+    centers = [int(rng.integers(len(points)))]
+    distance = np.full(len(points), np.inf)  # (N,) squared, to the nearest center
+    while len(centers) < k:
+        distance = np.minimum(distance, ((points - points[centers[-1]]) ** 2).sum(1))
+        centers.append(int(distance.argmax()))
+    return np.array(centers)
 
 
 class PreferenceDataset:
@@ -164,8 +194,7 @@ def preference_loss(r0, r1, label, weight=None):
     """
     assert r0.ndim == 1 and r0.shape == r1.shape == label.shape, (r0.shape, r1.shape, label.shape)
     logits = torch.stack([r0, r1], dim=-1)  # (B, 2); the column is the label: no sign to get wrong
-    # trap: tanh rewards differ by at most 2, so a perfect fit still costs log(1 + e^-2) = 0.127,
-    # never 0.
+    # trap: tanh rewards differ by at most 2: unsharpened, a perfect fit costs log(1 + e^-2) = 0.127
     if weight is None:
         return F.cross_entropy(logits, label)
     return (weight * F.cross_entropy(logits, label, reduction="none")).sum() / weight.sum()
@@ -186,11 +215,14 @@ def as_input(images, device):
 class RewardNet(nn.Module):
     """r(image): (B, 3, H, W) in [0, 1] -> (B,) in (-1, 1). Four convolutions, one linear, tanh."""
 
-    def __init__(self, height, width):
+    def __init__(self, height, width, paper=False):
         super().__init__()
         parts, channels = [], 3
+        self.softness = 1.0 if paper else SHARPNESS  # so that SHARPNESS * r is nearly linear
         for out, kernel, stride in LAYERS:
-            parts += [nn.Conv2d(channels, out, kernel, stride), nn.ReLU(inplace=True)]
+            # one group: over all channels and pixels of a picture, so no picture sees its batch
+            norm = nn.Identity() if paper else nn.GroupNorm(1, out)
+            parts += [nn.Conv2d(channels, out, kernel, stride), norm, nn.ReLU(inplace=True)]
             height, width, channels = (
                 (height - kernel) // stride + 1, (width - kernel) // stride + 1, out)
         if min(height, width) < 1:
@@ -199,7 +231,8 @@ class RewardNet(nn.Module):
         self.head = nn.Linear(channels * height * width, 1)
 
     def forward(self, x):
-        return torch.tanh(self.head(self.convolutions(x).flatten(1))).squeeze(-1)
+        logit = self.head(self.convolutions(x).flatten(1))  # (B, 1)
+        return torch.tanh(logit / self.softness).squeeze(-1)
 
 
 class RewardModel:
@@ -207,20 +240,26 @@ class RewardModel:
 
     fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;
     member_rewards(same) -> (members, N) in (-1, 1).
+    paper: fit as the paper does, without departures 3, 4 and 5 of the header.
     """
 
-    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16):
-        height, width, _ = image_shape
+    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
+                 paper=False):
+        self.image_shape, self.members, self.lr, self.paper = image_shape, members, lr, paper
         self.device, self.batch = torch.device(device), batch
         self.rng = np.random.default_rng(seed)
         self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted pictures
+        self.fresh_networks()
+
+    def fresh_networks(self):
+        height, width, _ = self.image_shape
         # layers draw their first weights from torch's global generator
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.nets = nn.ModuleList(
-                RewardNet(height, width) for _ in range(members)).to(self.device)
+            torch.manual_seed(int(self.rng.integers(2**31)))
+            self.nets = nn.ModuleList(RewardNet(height, width, self.paper)
+                                      for _ in range(self.members)).to(self.device)
         self.nets.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.nets.parameters(), lr=lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.nets.parameters(), lr=self.lr, fused=True)
 
     def fit(self, data, epochs, stop_accuracy=0.97):
         """Go over all training answers up to `epochs` times -> dict(loss, train_accuracy,
@@ -234,6 +273,9 @@ class RewardModel:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
         if len(data.rows()) == 0:
             raise ValueError("no answers to fit: every pair was unsure, unreadable or unanswered")
+        sharpness = 1.0 if self.paper else SHARPNESS
+        if not self.paper:
+            self.fresh_networks()
         for epoch in range(1, epochs + 1):
             losses, right, seen = [], 0, 0
             for batches in zip(*(data.batches(self.batch, self.rng) for _ in self.nets)):
@@ -245,7 +287,7 @@ class RewardModel:
                     r0, r1 = net(both).chunk(2)  # (B,), (B,)
                     answer = torch.from_numpy(label).to(self.device)
                     weight = torch.from_numpy(confidence).to(self.device)
-                    one = preference_loss(r0, r1, answer, weight)
+                    one = preference_loss(sharpness * r0, sharpness * r1, answer, weight)
                     one.backward()  # at once: one member's activations at a time stay in the cache
                     loss += float(one.detach()) / len(self.nets)
                     right += int(((r1 > r0) == answer.bool()).sum())
@@ -254,9 +296,10 @@ class RewardModel:
                 losses.append(loss)
             if right / seen > stop_accuracy:
                 break
-        pictures = self.member_rewards(
-            np.concatenate([data.first[: len(data)], data.second[: len(data)]])).mean(0)
-        self.mean, self.deviation = float(pictures.mean()), max(float(pictures.std()), 1e-6)
+        if not self.paper:
+            rewards = self.member_rewards(
+                np.concatenate([data.first[: len(data)], data.second[: len(data)]])).mean(0)
+            self.mean, self.deviation = float(rewards.mean()), max(float(rewards.std()), 1e-6)
         return {"loss": float(np.mean(losses)), "train_accuracy": right / seen, "epochs": epoch,
                 "heldout_accuracy": self.accuracy(data, held_out=True)}
 

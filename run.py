@@ -73,7 +73,7 @@ class Config:
     feedback_every: int | None = None  # environment steps between two sessions of questions
     pairs_per_session: int | None = None  # pairs asked in one session
     max_pairs: int | None = None  # pairs asked in all
-    sampler: str = "uniform"  # pairs asked: uniform (paper's), disagreement, entropy or stratified
+    sampler: str = "uniform"  # pairs asked: uniform (paper's) or one of the others in reward_model.py
     candidates: int = 1000  # pictures kept to ask about
     without: str = "nothing"  # leave one part out: novelty, relabelling or critic-reset
     # The reward model
@@ -101,7 +101,7 @@ CHOICES = {
     "reward": ("preference", "code", "true", "sparse"),
     "labels": ("vlm", "oracle"),
     "schedule": ("ours", "paper"),
-    "sampler": ("uniform", "disagreement", "entropy", "stratified"),
+    "sampler": ("uniform", "disagreement", "entropy", "stratified", "diverse"),
     "stages": (1, 2),
     "without": ("nothing", "novelty", "relabelling", "critic-reset"),
 }

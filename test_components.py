@@ -388,6 +388,19 @@ def test_stratified_pairs_cross_the_order():
     assert (pairs >= 36).any(1).mean() == pytest.approx(0.2, abs=0.08)  # the top tenth is in 2 of 10 pairs
 
 
+def test_diverse_pairs_ask_about_rare_pictures_as_often_as_about_frequent_ones():
+    """Four bright pictures among 96 nearly black ones are all there is to see: they must be in most pairs, on both sides."""
+    images, rng = np.zeros((100, 64, 64, 3), np.uint8), np.random.default_rng(0)
+    images[:, 0, 0] = np.arange(100)[:, None] % 3
+    images[96:] = np.array([60, 120, 180, 240])[:, None, None, None]
+    pairs = reward_model.sample_pairs(images, 5, rng, "diverse")
+    assert (pairs >= 96).any(1).sum() >= 4 and len({*pairs[pairs >= 96]}) == 4
+    many = np.concatenate([reward_model.sample_pairs(images, 5, rng, "diverse") for _ in range(20)])
+    assert 0.3 < (many[:, 0] >= 96).mean() / (many >= 96).any(1).mean() < 0.7
+    points = np.array([[0.0], [1], [2], [10], [11]])
+    assert set(reward_model.k_centers(points, 2, rng)) in ({0, 4}, {1, 4}, {2, 4}, {3, 0}, {4, 0})
+
+
 def test_equal_pictures_are_not_asked_about_while_others_exist():
     """Among nine equal pictures and one other, every pair must hold the other; equal ones come only if all are equal."""
     images, rng = numbered_images(10), np.random.default_rng(0)
@@ -443,6 +456,17 @@ def test_fit_stops_early_and_refuses_an_empty_data_set():
         model.fit(data, 1)
     data.add(numbered_images(2) * 0, numbered_images(2) * 0 + 250, [1, 1])
     assert model.fit(data, epochs=200)["epochs"] < 200
+
+
+@pytest.mark.parametrize("paper", (False, True))
+def test_the_paper_s_fit_is_bounded_and_goes_on_where_ours_begins_afresh(paper):
+    """P of the paper's tanh rewards cannot leave [0.12, 0.88], so its loss cannot pass 0.127; ours must. Ours refits new nets."""
+    model = reward_model.RewardModel((64, 64, 3), lr=1e-3, paper=paper)
+    data, nets = reward_model.PreferenceDataset(32, (64, 64, 3)), model.nets
+    data.add(numbered_images(32) * 0, numbered_images(32) * 0 + 250, [1] * 32)
+    loss = model.fit(data, epochs=30, stop_accuracy=1)["loss"]
+    assert loss > 0.126 if paper else loss < 0.05
+    assert (model.nets is nets) == paper and (model.mean == 0) == paper
 
 
 def test_a_saved_reward_model_goes_on_identically():
@@ -3110,11 +3134,13 @@ def test_a_limit_ends_the_questions_and_not_the_training(tmp_path):
 
 def test_the_reservoir_keeps_every_picture_equally_likely(tmp_path):
     """Of 40 pictures offered to 10 places, early and late ones must be kept about equally often."""
-    kept, picture = np.zeros(40), np.zeros((4, 4, 3), np.uint8)
+    kept = np.zeros(40)
     for seed in range(200):
         pool, rng = train.Candidates(10, 4, 4, None), np.random.default_rng(seed)
-        for number in range(40):
+        for number in np.repeat(np.arange(40), 1 + np.arange(40) % 3):  # some pictures come three times, and count once
+            picture = np.full((4, 4, 3), number, np.uint8)
             pool.offer(picture, picture, number, rng)
+        assert len({*pool.progress}) == 10
         kept[pool.progress.astype(int)] += 1
     assert kept[:20].sum() == pytest.approx(1000, rel=0.1) and kept.min() > 25
 

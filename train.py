@@ -32,6 +32,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 
 import numpy as np
 
@@ -65,7 +66,8 @@ def train(config):
     buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small,
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
-    model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed)
+    model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
+                                     paper=config.schedule == "paper")
     data = reward_model.PreferenceDataset(max(config.max_pairs, len(labeler.kept[2])), small)
     parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler}
     candidate_share = max(0.1, config.candidates / config.total_steps)  # as many as there is room for, or one in ten
@@ -168,6 +170,7 @@ def train(config):
 class Candidates:
     """Pictures that may be asked about: a reservoir in which every picture offered so far is equally likely to be.
 
+    A picture that was offered before is not offered again: a pole that lies still would soon be half of all pairs.
     large (C, P, P, 3) what the VLM will see; small (C, S, S, 3) what the reward model sees; progress (C,).
     """
 
@@ -175,6 +178,7 @@ class Candidates:
         import sac
 
         self.capacity, self.offered = capacity, 0
+        self.seen = set()  # fingerprints of all pictures ever offered
         self.progress = np.zeros(capacity, np.float32)
         self.large = sac.stored_array(folder, "query", (capacity, query_size, query_size, 3), np.uint8)
         self.small = sac.stored_array(folder, "query_small", (capacity, reward_size, reward_size, 3), np.uint8)
@@ -184,16 +188,20 @@ class Candidates:
 
     def offer(self, large, small, progress, rng):
         """Algorithm R (Vitter 1985): the n-th picture replaces a random one with probability capacity / n."""
+        fingerprint = zlib.crc32(small)
+        if fingerprint in self.seen:
+            return
+        self.seen.add(fingerprint)
         slot = self.offered if self.offered < self.capacity else int(rng.integers(0, self.offered + 1))
         self.offered += 1
         if slot < self.capacity:
             self.large[slot], self.small[slot], self.progress[slot] = large, small, progress
 
     def state_dict(self):
-        return {"offered": self.offered, "progress": self.progress.tolist()}
+        return {"offered": self.offered, "progress": self.progress.tolist(), "seen": list(self.seen)}
 
     def load_state_dict(self, state):
-        self.offered, self.progress[:] = state["offered"], state["progress"]
+        self.offered, self.progress[:], self.seen = state["offered"], state["progress"], set(state["seen"])
 
 
 # ---- STEP 3: ask the VLM which image is closer to the goal ----
