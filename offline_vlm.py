@@ -377,7 +377,7 @@ TAKE = ("the purple box is no longer there",
 SUBTASKS = {
     "to balance the brown pole on the black cart to be upright":
         [("the pole stands upright", "1 - abs(value) / (90 if abs(value) < 4.5 else 30)")],
-    "to open the drawer": [("the drawer is open", "(value - first) / max(10, 95 - first)")],
+    "to open the drawer": [("the drawer is open", "(value - first) / max(10, 100 - first)")],
     "to move the soccer ball into the goal":
         [("the ball is in the goal", "(first - value) / max(0.5, first - 0.5)")],
     "to minimize the distance between the green cube and the hole":

@@ -397,6 +397,7 @@ def gallery(run):
     sides, cards = {0: "left", 1: "right", -1: "neither", -2: "none"}, ""
     for row in choose_pairs([row for row in run.labels if file_of(row).exists()] or run.labels):
         label, truth = (sides.get(number(row.get(key)), "?") for key in ("label", "true_label"))
+        label = f"{row['score']}" if "score" in row else label
         said = row.get("answers")
         said = "".join(
             f"<details><summary>{safe(textwrap.shorten(words(answer), 130, placeholder=' ...'))}"
@@ -434,7 +435,7 @@ def write_report(folder):
     """Write FOLDER/report.html from whatever the run folder holds; returns its path."""
     run = read_run(folder)
     config, summary, labeler = run.config, run.summary, f"labeler: {safe(run.labeler)}"
-    compares = config.get("reward", "preference") == "preference"  # were pairs asked about?
+    compares = config.get("reward", "preference") in ("preference", "score")  # was anybody asked?
     sections = {
         "How it learned": charts([
             curves(run, "Return of the evaluation episodes", {

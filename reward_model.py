@@ -283,7 +283,7 @@ class RewardModel:
                 self.optimizer.zero_grad(set_to_none=True)
                 for net, (first, second, label, confidence) in zip(self.nets, batches):
                     # one pass, not two: (2 B, 3, H, W)
-                    both = as_input(np.concatenate([first, second]), self.device)
+                    both = self.as_input(np.concatenate([first, second]))
                     r0, r1 = net(both).chunk(2)  # (B,), (B,)
                     answer = torch.from_numpy(label).to(self.device)
                     weight = torch.from_numpy(confidence).to(self.device)
@@ -297,11 +297,17 @@ class RewardModel:
             if right / seen > stop_accuracy:
                 break
         if not self.paper:
-            rewards = self.member_rewards(
-                np.concatenate([data.first[: len(data)], data.second[: len(data)]])).mean(0)
-            self.mean, self.deviation = float(rewards.mean()), max(float(rewards.std()), 1e-6)
+            self.standardise(np.concatenate([data.first[: len(data)], data.second[: len(data)]]))
         return {"loss": float(np.mean(losses)), "train_accuracy": right / seen, "epochs": epoch,
                 "heldout_accuracy": self.accuracy(data, held_out=True)}
+
+    def standardise(self, images):
+        """From now on predict() has mean 0 and deviation 1 over these pictures."""
+        rewards = self.member_rewards(images).mean(0)  # (N,)
+        self.mean, self.deviation = float(rewards.mean()), max(float(rewards.std()), 1e-6)
+
+    def as_input(self, images):
+        return as_input(images, self.device)
 
     def accuracy(self, data, held_out):
         """Share of the answers on which the ensemble's order agrees; nan when there are none."""
@@ -315,7 +321,7 @@ class RewardModel:
         """(N, H, W, 3) uint8 -> (members, N) float32, each network's own opinion."""
         parts = []
         for start in range(0, len(images), chunk):  # in pieces that stay in the processor's cache
-            x = as_input(images[start : start + chunk], self.device)
+            x = self.as_input(images[start : start + chunk])
             parts.append(torch.stack([net(x) for net in self.nets]).cpu().numpy())
         return (np.concatenate(parts, axis=1) if parts
                 else np.zeros((len(self.nets), 0), np.float32))

@@ -47,7 +47,7 @@ class Config:
     # The task and the method
     env: str = "CartPole"  # a built-in task or any Gymnasium id (then with --goal)
     goal: str | None = None  # what to achieve, in words
-    reward: str = "preference"  # preference (RL-VLM-F), code (VLM-CaR); to compare: true, sparse
+    reward: str = "preference"  # preference (RL-VLM-F), code (VLM-CaR); or a baseline
     labels: str = "vlm"  # who compares the pictures: vlm; to compare: oracle (from true progress)
     seed: int = 0  # the one seed of everything
     schedule: str = "ours"  # the task's schedule: ours, or paper
@@ -61,6 +61,10 @@ class Config:
     vlm_latency: float = 0.0  # seconds the stand-in takes for an answer
     stages: int = 2  # 2: describe, then decide (the paper's); 1: both in one call
     programs: str | None = None  # for --reward code: folder of verified programs; nobody is asked
+    clip_goal: str | None = None  # for --reward clip: the goal as a state, "the pole is upright"
+    clip_baseline: str | None = None  # and the same scene with nothing achieved: "a pole"
+    clip_alpha: float = 0.0  # and how much of what is beside the line between them is left out
+    clip_model: str = "openai/clip-vit-base-patch32"  # on the Hugging Face hub, or a folder
     rounds: int = 3  # for --reward code: how many programs the VLM may write for a sub-task
     workers: int = 8  # questions asked at the same time
     max_calls: int | None = None  # stop asking after so many answered calls, cached ones included
@@ -98,7 +102,7 @@ class Config:
 
 
 CHOICES = {
-    "reward": ("preference", "code", "true", "sparse"),
+    "reward": ("preference", "code", "score", "clip", "true", "sparse"),
     "labels": ("vlm", "oracle"),
     "schedule": ("ours", "paper"),
     "sampler": ("uniform", "disagreement", "entropy", "stratified", "diverse"),
@@ -137,6 +141,8 @@ def resolve(config):
             raise UserError(f"--{name} {getattr(config, name)}: "
                             f"there are {', '.join(map(str, allowed))}")
     price_of(config)
+    if config.reward == "score" and (config.labels != "vlm" or config.labels_from):
+        raise UserError("--reward score asks a VLM for numbers; there are no other labels for it")
     try:
         if not isinstance(json.loads(config.vlm_extra), dict):
             raise ValueError("not an object in braces")
@@ -178,6 +184,8 @@ def who_labels(config):
     """Who judges, for every banner, table and plot: nothing here may pass for a VLM but a VLM."""
     if config.reward in ("true", "sparse"):
         return f"nobody ({config.reward} reward)"
+    if config.reward == "clip":
+        return f"CLIP ({config.clip_model}), which is asked nothing"
     if config.programs:
         return f"nobody (programs from {config.programs})"
     if config.labels_from:
@@ -355,18 +363,21 @@ def closing_text(config, run, finished, at, labeler, spearman):
             f"success at the end of {last['eval_success']:.0%} of {config.eval_episodes} "
             f"evaluation episodes, and on {last['eval_success_frames']:.0%} of their steps."]
     if labeler.compares:
-        text += [f"Learned from {counts['labels']} answers to {counts['asked']} pairs of pictures "
+        things = "pictures" if config.reward == "score" else "pairs of pictures"
+        text += [f"Learned from {counts['labels']} answers to {counts['asked']} {things} "
                  f"({counts['unsure']} unsure, {counts['unreadable']} unreadable, "
-                 f"{counts['no_answer']} unanswered) by {who_labels(config)}; "
-                 f"{labeler.accuracy():.0%} of them were right.",
-                 "The learned reward has the true order on "
-                 f"{at['fit'].get('reward_accuracy', float('nan')):.0%} of picture pairs; "
-                 f"Spearman with the true reward over fresh random episodes: {spearman:.2f}."]
+                 f"{counts['no_answer']} unanswered) by {who_labels(config)}."]
+        if counts["judged"]:
+            text += [f"{labeler.accuracy():.0%} of them were right."]
+        if "reward_accuracy" in at["fit"]:
+            text += ["The learned reward has the true order on "
+                     f"{at['fit']['reward_accuracy']:.0%} of picture pairs; "
+                     f"Spearman with the true reward over fresh random episodes: {spearman:.2f}."]
     elif config.reward == "code":
         text += [f"The reward is {len(labeler.subtasks)} verified programs "
                  f"({'; '.join(labeler.subtasks)}), written by {who_labels(config)}."]
     else:
-        text += [f"Learned from the {config.reward} reward; nobody was asked."]
+        text += [f"Learned from the {config.reward} reward; labels: {who_labels(config)}."]
     if labeler.vlm:
         cost = "" if labeler.vlm.usd is None else f", ${labeler.vlm.usd:.2f}"
         text += [f"{labeler.vlm.calls} calls, "

@@ -52,6 +52,7 @@ def train(config):
 
     import reward_model
     import sac
+    import score_reward
     import vlm_query
 
     torch.set_num_threads(1)  # two threads only get into each other's way on networks this small
@@ -68,11 +69,14 @@ def train(config):
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
                                      paper=config.schedule == "paper")
-    data = reward_model.PreferenceDataset(max(config.max_pairs, len(labeler.kept[2])), small)
+    dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
+    if config.reward == "score":
+        dataset, fit = score_reward.ScoreDataset, score_reward.fit
+    data = dataset(max(config.max_pairs, len(labeler.kept[2])), small)
     parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler}
     candidate_share = max(0.1, config.candidates / config.total_steps)  # as many as there is room for, or one in ten
-    learned = config.reward == "preference"  # otherwise an episode is priced as it ends, and nobody is asked
-    programs = learn_programs(config, run, eval_env, labeler) if config.reward == "code" else None  # STEPs C1 to C3
+    learned = labeler.compares  # otherwise an episode is priced as it ends, and nobody is asked
+    price = model if learned else ready_reward(config, run, eval_env, labeler)
     at = {"step": 0, "episode": 0, "sessions": 0, "fitted": not learned, "fit": {}, "solved": None}
     if run.state:
         load_all(run.state, parts, at, rng)
@@ -114,7 +118,7 @@ def train(config):
 
                 if len(labels):
                     # ---- STEP 4: fit the reward model to the answers ----
-                    at["fit"] = model.fit(data, config.reward_epochs)
+                    at["fit"] = fit(model, data, config.reward_epochs)
                     at["fit"]["reward_accuracy"] = order_accuracy(model, pool, rng)
 
                     # ---- STEP 5: relabel every stored transition with the new reward ----
@@ -129,7 +133,7 @@ def train(config):
                 if at["fitted"]:
                     buffer.relabel(model.predict, only_new=True)
             elif done:
-                buffer.price(episode_rewards(config, buffer, programs, start_image, successes, terminated))
+                buffer.price(episode_rewards(config, buffer, price, start_image, successes, terminated))
 
             # ---- STEP 6: improve the policy with SAC on the learned reward ----
             for _ in range(0 if blind else config.updates):
@@ -160,9 +164,7 @@ def train(config):
     finally:
         bar.close()
         labeler.close()
-        if programs:
-            programs.close()
-    print("\n" + finish(config, run, finished, at, labeler, agent, model if learned else None, eval_env))
+    print("\n" + finish(config, run, finished, at, labeler, agent, price, eval_env))
     return run.rows
 
 
@@ -229,7 +231,7 @@ class Labeler:
                 print(f"{len(self.kept[2])} labels from {source}")
             except cached_labels.CachedLabelsError as error:
                 raise UserError(f"--labels-from {error}") from None
-        self.compares = config.reward == "preference"
+        self.compares = config.reward in ("preference", "score")  # or, for score: judges one by one
         compares_by_vlm = self.compares and config.labels == "vlm" and not config.labels_from
         if not compares_by_vlm and not (config.reward == "code" and not config.programs):
             return
@@ -258,6 +260,8 @@ class Labeler:
         import imageio
         import vlm_query
 
+        if self.config.reward == "score":
+            return self.score(run, pool, pairs[:, 0], step)
         if self.config.labels_from:
             self.exhausted = True
             self.counts.update(asked=len(self.kept[2]), labels=len(self.kept[2]))
@@ -292,6 +296,32 @@ class Labeler:
         self.counts["right"] += int((labels == true_labels)[judged].sum())
         usable = labels >= 0
         return pool.small[pairs[usable, 0]], pool.small[pairs[usable, 1]], labels[usable]
+
+    def score(self, run, pool, rows, step):
+        """The VLM Score baseline: M candidates, one by one -> images (L, S, S, 3), None, scores (L,) in [0, 1]."""
+        import imageio
+        import vlm_query
+
+        images, progress, start = pool.large[rows], pool.progress[rows], run.logged
+
+        def log(record):
+            number = record.pop("image")
+            imageio.imwrite(run.path("pairs", f"{start + number:06d}.png"), images[number])
+            run.labels.append({"index": start + number, "step": step, **record, "progress": [float(progress[number])]})
+            run.logged += 1
+
+        scores, counts = vlm_query.score_images(self.vlm.ask, images, self.config.goal, self.config.stages,
+                                                self.config.workers, log)
+        self.exhausted = counts.get("limit", 0) > 0
+        for name in ("asked", "unreadable", "no_answer"):
+            self.counts[name] += counts[name]
+        known = np.isfinite(scores)
+        self.counts["labels"] += int(known.sum())
+        # right: the share of neighbours in this batch whose scores are in the true order
+        apart, truth = np.diff(scores[known]), np.diff(progress[known])  # (L - 1,) each
+        self.counts["judged"] += int((apart * truth != 0).sum())
+        self.counts["right"] += int((apart * truth > 0).sum())
+        return pool.small[rows[known]], None, scores[known]
 
     def accuracy(self):
         return self.counts["right"] / self.counts["judged"] if self.counts["judged"] else float("nan")
@@ -358,6 +388,22 @@ def random_action(space, rng):
     return int(rng.integers(space.n)) if hasattr(space, "n") else rng.uniform(-1, 1, space.shape).astype(np.float32)
 
 
+# ---- rewards that need no answers ----
+def ready_reward(config, run, env, labeler):
+    """What prices an episode where no pairs are compared: verified programs, CLIP, or None (the environment's own)."""
+    if config.reward == "code":
+        return learn_programs(config, run, env, labeler)  # STEPs C1 to C3
+    if config.reward != "clip":
+        return None
+    import clip_reward
+
+    try:
+        return clip_reward.ClipReward(config.clip_goal or config.goal, config.clip_baseline, config.clip_alpha,
+                                      config.clip_model, config.device)
+    except (clip_reward.ClipError, ValueError) as error:
+        raise UserError(f"--reward clip: {error}") from None
+
+
 # ---- STEPs C1 to C4 (VLM-CaR, in place of STEPs 2 to 5) ----
 def learn_programs(config, run, env, labeler):
     """Ask the VLM for sub-tasks and programs and verify them -> ProgramReward. With --programs, nobody is asked."""
@@ -386,16 +432,25 @@ def learn_programs(config, run, env, labeler):
     return programs
 
 
-def episode_rewards(config, buffer, programs, start_image, successes, terminated):
-    """Rewards of the episode that just ended, where they are not learned from preferences -> (T,)."""
+def episode_rewards(config, buffer, price, start_image, successes, terminated):
+    """Rewards of the episode that just ended, where they are not learned from answers -> (T,)."""
     rows = buffer.newest(buffer.unpriced)
     if config.reward == "true":
         return buffer.true_reward[rows]
     if config.reward == "sparse":
         return np.array(successes)
-    # STEP C4: Phi - 1 of every picture, and what the environment itself says of success
     failed = terminated and not successes[-1]
-    return programs.episode_rewards(buffer.image[rows], start_image, failed, config.discount) + np.array(successes)
+    rewards = seen_rewards(config, price, buffer.image[rows], start_image, failed)
+    return rewards + np.array(successes) if config.reward == "code" else rewards
+
+
+def seen_rewards(config, price, images, start_image, failed=False):
+    """What the pictures of one episode, (T, S, S, 3), are worth -> (T,); nan for the environment's own rewards."""
+    if price is None:
+        return np.full(len(images), np.nan)
+    if config.reward == "code":  # STEP C4: Phi - 1 of every picture, counted from the first
+        return price.episode_rewards(images, start_image, failed, config.discount)
+    return price.predict(images)
 
 
 def order_accuracy(model, pool, rng, pairs=500):
@@ -438,7 +493,7 @@ def prepare(config):
         raise UserError(str(error)) from None
     who = "offline_stand-in" if config.vlm == "offline" else config.vlm.replace("/", "_")
     who = config.labels if config.labels == "oracle" else who
-    kind = f"{config.reward}-{who}" if config.reward == "preference" else config.reward
+    kind = f"{config.reward}-{who}" if config.reward in ("preference", "score", "code") else config.reward
     name = f"{config.env}-{kind}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = config.resume or config.out or os.path.join("runs", name.replace(":", "_"))
     if os.path.exists(out) and not config.resume:
@@ -446,7 +501,7 @@ def prepare(config):
     return dataclasses.replace(config, goal=env.goal, horizon=env.horizon, out=out), env, eval_env
 
 
-def finish(config, run, finished, at, labeler, agent, model, env):
+def finish(config, run, finished, at, labeler, agent, price, env):
     """Watch the policy once more, write summary.json and the report -> the closing paragraph."""
     import report
 
@@ -454,7 +509,7 @@ def finish(config, run, finished, at, labeler, agent, model, env):
         return agent.act(obs, explore=False)
 
     write_gif(run.path("eval_after.gif"), env, learned_policy, config)
-    spearman = write_episodes(run.path("episodes.csv"), env, learned_policy, model, config)
+    spearman = write_episodes(run.path("episodes.csv"), env, learned_policy, price, config)
     text = closing_text(config, run, finished, at, labeler, spearman)
     third = [row["eval_success"] for row in run.rows[-max(1, len(run.rows) // 3):]]
     solved = at["solved"] or [None, None]
@@ -470,7 +525,7 @@ def finish(config, run, finished, at, labeler, agent, model, env):
     return text
 
 
-def write_episodes(path, env, learned_policy, model, config, random_episodes=5):
+def write_episodes(path, env, learned_policy, price, config, random_episodes=5):
     """Learned reward beside true progress, step by step -> episodes.csv; their rank correlation on random episodes.
 
     For the correlation each different picture counts once: half of CartPole's random steps lie still at the clamp.
@@ -491,13 +546,15 @@ def write_episodes(path, env, learned_policy, model, config, random_episodes=5):
         writer.writerow(("kind", "episode", "t", "learned_reward", "progress", "true_reward"))
         for number, (kind, act) in enumerate(episodes):
             seed = FRESH_SEED + 1000 * config.seed + number
+            env.reset(seed=seed)
+            start_image = env.picture(config.reward_size)
             images, rewards, progress, _ = run_episode(env, act, seed, config.reward_size)
-            learned = model.predict(images) if model else np.full(len(images), np.nan)
+            learned = seen_rewards(config, price, images, start_image)
             for t, values in enumerate(zip(learned, progress, rewards)):
                 writer.writerow((kind, number, t, *(f"{value:.6g}" for value in values)))
             if kind == "random":
                 seen.update({image.tobytes(): pair for image, pair in zip(images, zip(learned, rewards))})
-    return float(spearmanr(*zip(*seen.values())).statistic) if model else float("nan")
+    return float(spearmanr(*zip(*seen.values())).statistic) if price else float("nan")
 
 
 def main(arguments=None):
