@@ -62,6 +62,7 @@ import report
 import reward_model
 import run
 import sac
+import score_reward
 import sweep
 import train
 import vlm_query
@@ -491,6 +492,37 @@ def test_rewards_are_standardised_however_early_the_fit_stopped():
     assert model.member_rewards(images).mean(0).std() < 0.3
     reward = model.predict(images)
     assert reward.mean() == pytest.approx(0, abs=1e-3) and reward.std() == pytest.approx(1, 1e-3)
+
+
+# ==== score_reward.py ====
+def test_score_loss_is_the_squared_error_on_the_scale_of_the_reward():
+    """Scores 0, 1/2, 1 must pull towards -1, 0, 1; the documented examples must hold."""
+    loss = score_reward.score_loss(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.5, 1.0, 1.0]))
+    assert float(loss) == pytest.approx(1 / 3)
+
+
+def test_a_model_fitted_to_scores_orders_unseen_pictures_and_goes_on_identically():
+    """200 scored poles must teach the order of unseen ones; every eighth only measures; a saved state must go on alike."""
+    assert score_reward.demo() > 0.9
+    images, angle = reward_model.demo_pictures(24, np.random.default_rng(0))
+    data = [score_reward.ScoreDataset(16, (64, 64, 3)) for _ in range(2)]
+    data[0].add(images, None, 1 - np.abs(angle) / 45)
+    assert len(data[0]) == 16 and set(data[0].rows(held_out=True)) == {7, 15}
+    assert np.allclose(data[0].score[:8], 1 - np.abs(angle[16:]) / 45)  # the ring went round
+    data[1].load_state_dict(data[0].state_dict())
+    fits = [score_reward.fit(reward_model.RewardModel((64, 64, 3)), each, epochs=2) for each in data]
+    assert fits[0] == fits[1] and fits[0]["epochs"] == 2
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        data[0].add(images[:1], None, [1.5])
+    with pytest.raises(ValueError, match="no scores to fit"):
+        score_reward.fit(reward_model.RewardModel((64, 64, 3)), score_reward.ScoreDataset(4, (64, 64, 3)), 1)
+
+
+def test_score_reward_and_the_model_it_fits_can_be_copied_out_together(tmp_path):
+    """The two files alone in a folder: the header's snippet must run."""
+    for name in ("score_reward", "reward_model"):
+        shutil.copy(f"{name}.py", tmp_path)
+    subprocess.run([sys.executable, "-c", header_snippet("score_reward")], cwd=tmp_path, check=True, timeout=100)
 
 
 # ==== vlm_query.py ====
@@ -3145,6 +3177,33 @@ def test_the_reservoir_keeps_every_picture_equally_likely(tmp_path):
     assert kept[:20].sum() == pytest.approx(1000, rel=0.1) and kept.min() > 25
 
 
+def test_scores_of_single_pictures_train_too(tmp_path):
+    """--reward score must log a score a picture, fit to them, say how right their order was, and resume to the same rows."""
+    rows = train.train(tiny(tmp_path, reward="score"))
+    log = LabelLog.read(tmp_path / "run" / "labels.jsonl")
+    assert {record["kind"] for record in log} == {"label"} and all(0 <= record["score"] <= 1 for record in log)
+    assert rows[-1]["labels"] == len(log) == 12 and rows[-1]["label_accuracy"] > 0.9 and 0 < rows[-1]["loss"] < 4
+    assert math.isfinite(rows[-1]["reward_accuracy"]) and "to 12 pictures" in (tmp_path / "run" / "summary.json").read_text()
+
+
+def test_clip_prices_episodes_without_being_asked(tmp_path, monkeypatch):
+    """--reward clip must hand its settings to ClipReward, price every row with it, and ask nobody."""
+    given = []
+
+    class Stub:
+        def __init__(self, *settings):
+            given.append(settings)
+
+        def predict(self, images):
+            return images.mean((1, 2, 3)).astype(np.float32)
+
+    monkeypatch.setattr(clip_reward, "ClipReward", Stub)
+    rows = train.train(tiny(tmp_path, reward="clip", clip_goal="the pole is upright", clip_baseline="a pole", clip_alpha=0.5))
+    assert given == [("the pole is upright", "a pole", 0.5, clip_reward.MODEL, "cpu")] and rows[-1]["pairs_asked"] == 0
+    with open(tmp_path / "run" / "episodes.csv") as file:
+        assert all(100 < float(row["learned_reward"]) < 255 for row in csv.DictReader(file))
+
+
 @pytest.mark.usefixtures("unreported")
 def test_kept_answers_train_without_asking(tmp_path):
     """--labels-from a finished run's labels.jsonl must fit the same number of labels and ask nobody."""
@@ -3158,6 +3217,7 @@ def test_kept_answers_train_without_asking(tmp_path):
     (["--labels-from", "nowhere"], "--labels-from nowhere"),
     (["--env", "Cartpole"], "there are CartPole"),
     (["--env", "Pendulum-v1"], "needs a goal"),
+    (["--reward", "score", "--labels", "oracle"], "there are no other labels for it"),
     (["--vlm", "openai/x"], "OPENAI_API_KEY"),
     (["--env", "Pendulum-v1", "--goal", "to swing up"], "knows only these goals"),
     (["--reward", "nothing"], "preference"),
