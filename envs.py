@@ -358,6 +358,15 @@ PAPER_ROPE_WATER = dict(
     max_pairs=12_000, reward_lr=1e-4, reward_epochs=30, query_size=720,
 )
 
+TRAIN_METAWORLD = dict(  # 150 steps of an episode are enough for each expert; the paper: 500
+    seed_steps=1_000, explore_steps=6_000, feedback_every=2_000, pairs_per_session=40,
+    sac_lr=5e-4, batch_size=128, reward_epochs=20, eval_every=2_000, eval_episodes=1,
+)
+TRAIN_ROPE_WATER = dict(
+    total_steps=15_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
+    pairs_per_session=40, max_pairs=500, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
+    reward_epochs=20, eval_every=1_000, eval_episodes=10,
+)
 ERRAND = "to pick up the key, open the yellow door with it"
 TASKS = {
     "CartPole": Task(
@@ -386,11 +395,7 @@ TASKS = {
             one_way=True,
         ),
         horizon=150, query_size=300, reward_size=84,
-        train=dict(
-            total_steps=20_000, seed_steps=1_000, explore_steps=4_000, feedback_every=2_000,
-            pairs_per_session=40, max_pairs=300, sac_lr=5e-4, batch_size=128, reward_epochs=20,
-            eval_every=2_000, eval_episodes=1,
-        ),
+        train=dict(TRAIN_METAWORLD, total_steps=20_000, explore_steps=4_000, max_pairs=300),
         paper=PAPER_METAWORLD,
     ),
     "Soccer": Task(
@@ -403,7 +408,7 @@ TASKS = {
             expert=scripted("SawyerSoccerV3Policy"),
         ),
         horizon=150, query_size=300, reward_size=84,
-        train=dict(total_steps=100_000, feedback_every=2000, pairs_per_session=40, max_pairs=1500),
+        train=dict(TRAIN_METAWORLD, total_steps=30_000, max_pairs=500),
         paper=dict(PAPER_METAWORLD, reward_lr=1e-4, reward_epochs=5),
     ),
     "SweepInto": Task(
@@ -417,7 +422,7 @@ TASKS = {
             colours=[("objGeom", (0.1, 0.7, 0.1))],
         ),
         horizon=150, query_size=300, reward_size=84,
-        train=dict(total_steps=100_000, feedback_every=2000, pairs_per_session=40, max_pairs=1500),
+        train=dict(TRAIN_METAWORLD, total_steps=30_000, max_pairs=500),
         paper=PAPER_METAWORLD,
     ),
     "FoldCloth": Task(
@@ -440,11 +445,7 @@ TASKS = {
         goal="to straighten the blue rope",
         make="deformables:StraightenRope-v0",
         horizon=40, query_size=300, reward_size=100,
-        train=dict(
-            total_steps=15_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
-            pairs_per_session=40, max_pairs=500, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
-            reward_epochs=20, eval_every=2_000, eval_episodes=10,
-        ),
+        train=TRAIN_ROPE_WATER,
         paper=dict(PAPER_ROPE_WATER, reward_size=240),
     ),
     "PassWater": Task(
@@ -452,11 +453,7 @@ TASKS = {
         "possible without causing too many water droplets to spill",
         make="deformables:PassWater-v0",
         horizon=75, query_size=300, reward_size=100,
-        train=dict(
-            total_steps=15_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
-            pairs_per_session=40, max_pairs=500, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
-            reward_epochs=20, eval_every=2_000, eval_episodes=10,
-        ),
+        train=TRAIN_ROPE_WATER,
         paper=dict(PAPER_ROPE_WATER, reward_size=360),
     ),
     **{

@@ -14,6 +14,8 @@ Differs from the paper (RL-VLM-F, 2402.03681):
   2. relabel() covers every stored row, also after the ring wrapped; theirs then misses most.
   3. Novelty is measured against at most 1,024 random stored states: all cost 10 times as much.
   4. Targets follow at every update (theirs: every second), alpha at the critics' rate: simpler.
+  5. The networks see observations in units of their spread over the first, random steps: in metres
+     a cube that moved is a change in the second decimal, and takes ten thousands of steps to notice.
 Shapes: O observation, A action numbers, B batch, N stored rows, H and W pixels. Only numpy, torch.
   ReplayBuffer.add/relabel/price/sample, novelty_bonus, SAC.act/update/reset_critic.
 
@@ -255,6 +257,8 @@ class SAC:
         self.discount, self.tau, self.lr, self.device = discount, tau, lr, torch.device(device)
         self.rng = torch.Generator(device=self.device).manual_seed(seed)
         self.sizes = (obs_dim, self.action_dim, self.actions, tuple(hidden))
+        self.center = torch.zeros(obs_dim, device=self.device)
+        self.spread = torch.ones(obs_dim, device=self.device)
         # layers draw their first weights from torch's global generator
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -282,6 +286,14 @@ class SAC:
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_optimizer = self._adam(self.critic.parameters())
 
+    def standardise(self, obs, floor=0.01):
+        """From now on the networks see observations as (o - mean) / deviation over obs (N, O).
+
+        floor: the least deviation; what never moved yet is not blown up without bound when it does.
+        """
+        obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
+        self.center, self.spread = obs.mean(0), obs.std(0).clamp(min=floor)
+
     def _policy(self, obs):
         """Box -> action drawn (B, A), log_prob (B,). Discrete -> probabilities and logs (B, n)."""
         out = self.actor(obs)
@@ -298,6 +310,7 @@ class SAC:
     def act(self, obs, explore=True):
         """obs (O,) -> the action to take: sampled, or the policy's best guess if not explore."""
         obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
+        obs = (obs - self.center) / self.spread
         if not self.discrete:
             action = (self._policy(obs)[0] if explore
                       else torch.tanh(self.actor(obs)[: self.action_dim]))
@@ -325,6 +338,7 @@ class SAC:
             "obs", "action", "reward", "next_obs", "terminated"))
         assert reward.ndim == 1 and terminated.shape == reward.shape, (
             reward.shape, terminated.shape)
+        obs, next_obs = (obs - self.center) / self.spread, (next_obs - self.center) / self.spread
         # The critics learn what the reward and the target's own next value say.
         with torch.no_grad():
             next_value, _ = self._value_of(self.target, next_obs, self._policy(next_obs))  # (B,)
@@ -367,7 +381,8 @@ class SAC:
 
     def state_dict(self):
         return {**{name: part.state_dict() for name, part in self._parts().items()},
-                "log_alpha": self.log_alpha.detach().clone(), "rng": self.rng.get_state()}
+                "log_alpha": self.log_alpha.detach().clone(), "rng": self.rng.get_state(),
+                "center": self.center, "spread": self.spread}
 
     def load_state_dict(self, state):
         # trap: an optimiser takes over the step counter it is given: without the copy, two agents
@@ -377,6 +392,7 @@ class SAC:
             part.load_state_dict(state[name])
         self.log_alpha.data.copy_(state["log_alpha"])
         self.rng.set_state(state["rng"])
+        self.center, self.spread = state["center"], state["spread"]
 
 
 def demo(steps=6000):

@@ -292,6 +292,23 @@ def test_sac_learns_a_point_mass(discrete):
     assert np.mean(ends) < 0.25  # random actions: about 1
 
 
+def test_observations_are_seen_in_units_of_their_spread():
+    """After standardise(), a shifted and scaled world must be acted in and learned from as the plain one is."""
+    rng, box = np.random.default_rng(0), gymnasium.spaces.Box(-1, 1, (2,))
+    agents, obs = [sac.SAC(3, box, hidden=(16, 16)) for _ in range(2)], rng.normal(size=(100, 3)).astype(np.float32)
+    shift, scale = np.float32([5, -3, 0]), np.float32([0.1, 20, 1])
+    agents[0].standardise(obs)
+    agents[1].standardise(obs * scale + shift)
+    batch = {"obs": torch.from_numpy(obs), "action": torch.rand(100, 2), "reward": torch.rand(100),
+             "next_obs": torch.from_numpy(obs[::-1].copy()), "terminated": torch.zeros(100)}
+    moved = {**batch, **{name: batch[name] * torch.from_numpy(scale) + torch.from_numpy(shift) for name in ("obs", "next_obs")}}
+    losses = [float(agent.update(part)["critic_loss"]) for agent, part in zip(agents, (batch, moved))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert np.allclose(agents[0].act(obs[0], explore=False), agents[1].act(obs[0] * scale + shift, explore=False), atol=1e-3)
+    agents[0].standardise(np.ones((9, 3)))  # what never moved must not be blown up without bound
+    assert float(agents[0].spread.max()) == pytest.approx(0.01)
+
+
 # ==== reward_model.py ====
 def numbered_images(n, size=64):
     """(n, size, size, 3) uint8: picture i has brightness i."""

@@ -90,6 +90,8 @@ def train(config):
     try:
         for step in bar:
             # ---- STEP 0: explore without any reward ----
+            if step == config.seed_steps > 1 and config.schedule != "paper":
+                agent.standardise(buffer.obs[:step])
             exploring = step < config.explore_steps or not at["fitted"]  # random, then SAC on state novelty
             blind = step < config.seed_steps or (exploring and config.without == "novelty")
             action = random_action(space, rng) if blind else agent.act(obs)
