@@ -653,14 +653,19 @@ class ProgramReward:
         halves = np.array_split(images, 2)  # the pictures without the fault keep their value
         return np.concatenate([self._run(k, half, first_image) for half in halves])
 
-    def episode_rewards(self, images, first_image, failed_end=False, discount=0.99):
+    def episode_rewards(self, images, first_image, failed_end=False, discount=0.99,
+                        differences=False):
         """Phi - 1 of an episode: images (T,H,W,3) seen *after* each action, first_image -> (T,)
 
+        differences: discount * Phi after - Phi before instead (Ng et al. 1999); see the header.
         failed_end: the environment ended it short of the goal (terminated without success). Where
         all rewards are negative an end is a relief: it costs what Phi = 0 forever would.
         """
         frames = np.concatenate([first_image[None], images])  # done at the start is done
-        rewards = potential(self.progress(frames, first_image))[1:] - 1  # starts afresh every time
+        phi = potential(self.progress(frames, first_image))  # (T+1,); starts afresh every time
+        if differences:
+            return discount * phi[1:] - phi[:-1]
+        rewards = phi[1:] - 1
         rewards[-1] -= discount / (1 - discount) if failed_end else 0
         return rewards
 

@@ -78,10 +78,16 @@ SWEEPS = {
         "oracle": {"labels": "oracle"},
         "true": {"reward": "true"},
         "sparse": {"reward": "sparse"},
+        "score": {"reward": "score"},
     }),
+    "code_as_reward": Sweep("Does a reward that a VLM wrote as programs, once, teach the task?",
+                            ("CartPole", "DrawerOpen", "SweepInto", "StraightenRope", "DoorKey-6x6"), {
+        reward: {"reward": reward} for reward in ("code", "sparse", "true", "preference")}),
+    "code_or_sparse": Sweep("Does it beat the sparse reward where that is rare?", ("DoorKey-8x8",), {
+        "code": {"reward": "code"}, "sparse": {"reward": "sparse"}}),
     "few_questions": Sweep("How few questions suffice?", TWO, {
         f"{sampler} {n}": asking(sampler, n)
-        for sampler in ("uniform", "stratified") for n in (10, 20, 50, 100, 200, 500, 1000)
+        for sampler in ("uniform", "diverse") for n in (10, 20, 50, 100, 200, 500, 1000)
     }),
     "weak_vlm": Sweep("How good must the VLM be?", TWO, {
         **grid(vlm_mistakes=(0.0, 0.1, 0.2, 0.3, 0.4)),

@@ -1963,6 +1963,8 @@ def test_the_reward_is_never_positive_and_starts_afresh_with_every_episode():
         assert np.allclose(first, [-1, 0, -0.4]) and np.array_equal(first, again)
         assert np.allclose(reward.predict(pictures), first)
         assert reward.episode_rewards(pictures, pictures[0], failed_end=True)[-1] == pytest.approx(-99.4)
+        change = reward.episode_rewards(pictures, pictures[0], discount=0.9, differences=True)  # 0.9 Phi' - Phi
+        assert np.allclose(change, [0, 0.9, 0.54 - 1])
         assert reward.predict(pictures[:0]).shape == (0,)
 
 

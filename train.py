@@ -451,7 +451,8 @@ def seen_rewards(config, price, images, start_image, failed=False):
     if price is None:
         return np.full(len(images), np.nan)
     if config.reward == "code":  # STEP C4: Phi - 1 of every picture, counted from the first
-        return price.episode_rewards(images, start_image, failed, config.discount)
+        return price.episode_rewards(images, start_image, failed, config.discount,
+                                     config.potential == "difference")
     return price.predict(images)
 
 
