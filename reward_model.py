@@ -5,8 +5,9 @@ or "the second" (1) with the Bradley-Terry model, and the choice of the pairs wo
 Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
     P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[the image picked]
 
-Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) has 3, 4 and 5 its way:
-  1. One answer in eight is held out and its accuracy reported, never acted upon.
+Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) fits its way:
+  1. One answer in eight is held out; a fit ends when these have surprised it more and more for
+     three epochs. Wrong answers can be learned by heart, and are, after about ten epochs.
   2. The networks see 64 to 100 pixels, the VLM 200 to 300. Pairs are drawn from all candidates.
   3. Rewards are sharpened tenfold in P. Unsharpened, P cannot leave [0.12, 0.88]: the fit drives
      the tanh flat, and with it every difference between pictures near the goal.
@@ -36,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HOLD_OUT = 8  # every eighth answer only measures
+HOLD_OUT = 8  # every eighth answer only measures, and says when to stop
 SHARPNESS = 10.0  # P[second is better] reaches 0.9999 at a difference of one; see "Differs" 3
 # channels, kernel, stride: the paper's CNN
 LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))
@@ -240,12 +241,14 @@ class RewardModel:
 
     fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;
     member_rewards(same) -> (members, N) in (-1, 1).
-    paper: fit as the paper does, without departures 3, 4 and 5 of the header.
+    patience: epochs that a fit goes on after the held-out answers surprised it least; 0: they have
+    no say.  paper: fit as the paper does (see the header).
     """
 
     def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
-                 paper=False):
-        self.image_shape, self.members, self.lr, self.paper = image_shape, members, lr, paper
+                 patience=3, paper=False):
+        self.image_shape, self.members, self.lr = image_shape, members, lr
+        self.patience, self.paper = patience, paper
         self.device, self.batch = torch.device(device), batch
         self.rng = np.random.default_rng(seed)
         self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted pictures
@@ -266,8 +269,10 @@ class RewardModel:
         heldout_accuracy, epochs).
 
         Members differ only in their first weights and the order in which they see the answers.
-        Stops after an epoch in which their mean accuracy exceeded stop_accuracy: more would only
-        sharpen what is ordered already.
+        Stops after an epoch in which their mean accuracy exceeded stop_accuracy (more would only
+        sharpen what is ordered already), or when `patience` epochs have not made the held-out
+        answers less surprising; goes back to the epoch when they surprised it least. Fewer than
+        four held-out answers have no say.
         """
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
@@ -276,6 +281,8 @@ class RewardModel:
         sharpness = 1.0 if self.paper else SHARPNESS
         if not self.paper:
             self.fresh_networks()
+        least, least_epoch, kept = np.inf, 0, None
+        judges = self.patience and not self.paper and len(data.rows(held_out=True)) >= 4
         for epoch in range(1, epochs + 1):
             losses, right, seen = [], 0, 0
             for batches in zip(*(data.batches(self.batch, self.rng) for _ in self.nets)):
@@ -294,12 +301,25 @@ class RewardModel:
                     seen += len(label)
                 self.optimizer.step()  # the members share nothing, so one optimiser serves all
                 losses.append(loss)
-            if right / seen > stop_accuracy:
+            surprise = self.surprise(data) if judges else -epoch  # no judge: the last is the best
+            if surprise < least:
+                least, least_epoch, kept = surprise, epoch, copy.deepcopy(self.nets.state_dict())
+            if right / seen > stop_accuracy or epoch - least_epoch > self.patience:
                 break
+        if judges:
+            self.nets.load_state_dict(kept)
         if not self.paper:
             self.standardise(np.concatenate([data.first[: len(data)], data.second[: len(data)]]))
         return {"loss": float(np.mean(losses)), "train_accuracy": right / seen, "epochs": epoch,
                 "heldout_accuracy": self.accuracy(data, held_out=True)}
+
+    def surprise(self, data):
+        """Mean loss of the members on the held-out answers."""
+        rows = data.rows(held_out=True)
+        r0, r1 = (torch.from_numpy(SHARPNESS * self.member_rewards(images[rows]))
+                  for images in (data.first, data.second))  # (members, H)
+        label = torch.from_numpy(data.label[rows])
+        return float(np.mean([preference_loss(one, two, label) for one, two in zip(r0, r1)]))
 
     def standardise(self, images):
         """From now on predict() has mean 0 and deviation 1 over these pictures."""

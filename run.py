@@ -84,6 +84,7 @@ class Config:
     # The reward model
     members: int = 3  # networks in the ensemble
     reward_lr: float | None = None  # learning rate of the reward model
+    patience: int = 3  # passes without gain on held-out answers after which a fit ends; 0: never
     reward_epochs: int | None = None  # passes over all answers in one session, at most
     query_size: int | None = None  # pixels of the picture the VLM sees
     reward_size: int | None = None  # pixels of the picture the reward model sees

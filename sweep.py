@@ -90,7 +90,7 @@ SWEEPS = {
         for sampler in ("uniform", "diverse") for n in (10, 20, 50, 100, 200, 500, 1000)
     }),
     "weak_vlm": Sweep("How good must the VLM be?", TWO, {
-        **grid(vlm_mistakes=(0.0, 0.1, 0.2, 0.3, 0.4)),
+        **grid(vlm_mistakes=(0.0, 0.1, 0.2, 0.3, 0.4), patience=(3, 0)),
         **grid(vlm_unsure=(0.2, 0.4, 0.6, 0.8)),
     }),
     "what_matters": Sweep("What does each part contribute? One change at a time.", TWO, {

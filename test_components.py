@@ -476,6 +476,21 @@ def test_fit_stops_early_and_refuses_an_empty_data_set():
     assert model.fit(data, epochs=200)["epochs"] < 200
 
 
+def test_wrong_answers_are_not_learned_by_heart():
+    """With one answer in five wrong, the held-out answers must end the fit early, and the truth must come out of it."""
+    rng = np.random.default_rng(0)
+    images, angle = reward_model.demo_pictures(400, rng)
+    pairs = reward_model.sample_pairs(images, 300, rng)
+    better = np.abs(angle[pairs[:, 1]]) < np.abs(angle[pairs[:, 0]])
+    data = reward_model.PreferenceDataset(300, (64, 64, 3))
+    data.add(images[pairs[:, 0]], images[pairs[:, 1]], (better ^ (rng.random(300) < 0.2)).astype(int))
+    models = [reward_model.RewardModel((64, 64, 3), patience=patience) for patience in (3, 0)]
+    epochs = [model.fit(data, 25)["epochs"] for model in models]
+    unseen, angle = reward_model.demo_pictures(300, rng)
+    listened, did_not = (spearmanr(model.predict(unseen), -np.abs(angle)).statistic for model in models)
+    assert epochs[0] < epochs[1] - 5 and listened > 0.75 and listened > did_not + 0.05
+
+
 @pytest.mark.parametrize("paper", (False, True))
 def test_the_paper_s_fit_is_bounded_and_goes_on_where_ours_begins_afresh(paper):
     """P of the paper's tanh rewards cannot leave [0.12, 0.88], so its loss cannot pass 0.127; ours must. Ours refits new nets."""

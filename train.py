@@ -68,7 +68,7 @@ def train(config):
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
-                                     paper=config.schedule == "paper")
+                                     patience=config.patience, paper=config.schedule == "paper")
     dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
     if config.reward == "score":
         dataset, fit = score_reward.ScoreDataset, score_reward.fit
