@@ -1945,7 +1945,6 @@ def test_the_published_doorkey_program_is_rejected():
     expert = [np.stack([rooms(*state) for state in ERRAND])] * 10
     random = [np.stack([rooms(1, 1, 10 + (i + t) % 10) for t in range(8)]) for i in range(10)]
     success = [np.arange(8) == 7] * 10
-    key = Program("import numpy as np\n" + KEY_GONE + DEF + "return gone(images) * gone(1 - first_image[None] < 0) * 1.0")
     literal = Program(KEY_GONE + DEF + "return gone(images) * 0.5")
     summed = Program(KEY_GONE + DEF + "return gone(images) * 0.5 + gone(images) * 0.5")  # key, and "door"
     picked = Program(KEY_GONE + DEF + "return (gone(images) & ~gone(first_image[None])) * 1.0")
