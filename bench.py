@@ -343,11 +343,14 @@ class Textbook:
     def fit(self, first, second, label, epochs, batch=16):
         import torch
 
+        import reward_model
+
         for _ in range(epochs):
             for net, optimizer in zip(self.nets, self.optimizers):
                 rows = self.rng.permutation(len(label))
                 for part in np.split(rows, range(batch, len(rows), batch)):
-                    rewards = [net(self.float32(images[part])) for images in (first, second)]
+                    rewards = [reward_model.SHARPNESS * net(self.float32(images[part]))
+                               for images in (first, second)]
                     answer = torch.from_numpy(label[part]).to(self.device)
                     loss = torch.nn.functional.cross_entropy(torch.stack(rewards, -1), answer)
                     optimizer.zero_grad()
@@ -421,7 +424,7 @@ def reward_fit(size, device):
             if side == TEXTBOOK_SIZE and name != "CartPole":
                 continue  # the pixels do not matter to the time
             data = preference_data(pictures[side], pairs, label)
-            model = reward_model.RewardModel((side, side, 3), device=device)
+            model = reward_model.RewardModel((side, side, 3), device=device, patience=0)
             epochs = size["fit_epochs"]  # after the last of them, fit() measures itself once
             once = lambda: model.fit(data, epochs, stop_accuracy=2.0)  # noqa: E731
             ours, threads = best_threads(
@@ -687,7 +690,7 @@ def label_growth(size, device):
     def fit_seconds(count):
         pairs, label = answered_pairs(progress, count, rng)
         data = preference_data(pictures[64], pairs, label)
-        model = reward_model.RewardModel((64, 64, 3), device=device)
+        model = reward_model.RewardModel((64, 64, 3), device=device, patience=0)
         return lambda: 1000 * seconds_of(lambda: model.fit(data, 1, stop_accuracy=2.0)) / count
 
     few = fit_seconds(100)

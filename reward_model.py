@@ -278,40 +278,40 @@ class RewardModel:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
         if len(data.rows()) == 0:
             raise ValueError("no answers to fit: every pair was unsure, unreadable or unanswered")
-        sharpness = 1.0 if self.paper else SHARPNESS
         if not self.paper:
             self.fresh_networks()
         least, least_epoch, kept = np.inf, 0, None
         judges = self.patience and not self.paper and len(data.rows(held_out=True)) >= 4
         for epoch in range(1, epochs + 1):
-            losses, right, seen = [], 0, 0
-            for batches in zip(*(data.batches(self.batch, self.rng) for _ in self.nets)):
-                loss = 0.0
-                self.optimizer.zero_grad(set_to_none=True)
-                for net, (first, second, label, confidence) in zip(self.nets, batches):
-                    # one pass, not two: (2 B, 3, H, W)
-                    both = self.as_input(np.concatenate([first, second]))
-                    r0, r1 = net(both).chunk(2)  # (B,), (B,)
-                    answer = torch.from_numpy(label).to(self.device)
-                    weight = torch.from_numpy(confidence).to(self.device)
-                    one = preference_loss(sharpness * r0, sharpness * r1, answer, weight)
-                    one.backward()  # at once: one member's activations at a time stay in the cache
-                    loss += float(one.detach()) / len(self.nets)
-                    right += int(((r1 > r0) == answer.bool()).sum())
-                    seen += len(label)
-                self.optimizer.step()  # the members share nothing, so one optimiser serves all
-                losses.append(loss)
+            loss, accuracy = self.one_epoch(data)
             surprise = self.surprise(data) if judges else -epoch  # no judge: the last is the best
             if surprise < least:
                 least, least_epoch, kept = surprise, epoch, copy.deepcopy(self.nets.state_dict())
-            if right / seen > stop_accuracy or epoch - least_epoch > self.patience:
+            if accuracy > stop_accuracy or epoch - least_epoch > self.patience:
                 break
         if judges:
             self.nets.load_state_dict(kept)
         if not self.paper:
             self.standardise(np.concatenate([data.first[: len(data)], data.second[: len(data)]]))
-        return {"loss": float(np.mean(losses)), "train_accuracy": right / seen, "epochs": epoch,
+        return {"loss": loss, "train_accuracy": accuracy, "epochs": epoch,
                 "heldout_accuracy": self.accuracy(data, held_out=True)}
+
+    def one_epoch(self, data):
+        """Each member once over all training answers -> mean loss, share it had in order."""
+        sharpness, losses, right = 1.0 if self.paper else SHARPNESS, [], []
+        for batches in zip(*(data.batches(self.batch, self.rng) for _ in self.nets)):
+            self.optimizer.zero_grad(set_to_none=True)
+            for net, (first, second, label, confidence) in zip(self.nets, batches):
+                # one pass, not two: (2 B, 3, H, W)
+                r0, r1 = net(as_input(np.concatenate([first, second]), self.device)).chunk(2)
+                answer = torch.from_numpy(label).to(self.device)  # (B,)
+                weight = torch.from_numpy(confidence).to(self.device)
+                loss = preference_loss(sharpness * r0, sharpness * r1, answer, weight)
+                loss.backward()  # at once: one member's activations at a time stay in the cache
+                losses.append(float(loss.detach()))
+                right.extend(((r1 > r0) == answer.bool()).tolist())
+            self.optimizer.step()  # the members share nothing, so one optimiser serves all
+        return float(np.mean(losses)), float(np.mean(right))
 
     def surprise(self, data):
         """Mean loss of the members on the held-out answers."""
@@ -326,9 +326,6 @@ class RewardModel:
         rewards = self.member_rewards(images).mean(0)  # (N,)
         self.mean, self.deviation = float(rewards.mean()), max(float(rewards.std()), 1e-6)
 
-    def as_input(self, images):
-        return as_input(images, self.device)
-
     def accuracy(self, data, held_out):
         """Share of the answers on which the ensemble's order agrees; nan when there are none."""
         agree = [(self.predict(second) > self.predict(first)) == (label == 1)
@@ -341,7 +338,7 @@ class RewardModel:
         """(N, H, W, 3) uint8 -> (members, N) float32, each network's own opinion."""
         parts = []
         for start in range(0, len(images), chunk):  # in pieces that stay in the processor's cache
-            x = self.as_input(images[start : start + chunk])
+            x = as_input(images[start : start + chunk], self.device)
             parts.append(torch.stack([net(x) for net in self.nets]).cpu().numpy())
         return (np.concatenate(parts, axis=1) if parts
                 else np.zeros((len(self.nets), 0), np.float32))

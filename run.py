@@ -61,7 +61,7 @@ class Config:
     vlm_latency: float = 0.0  # seconds the stand-in takes for an answer
     stages: int = 2  # 2: describe, then decide (the paper's); 1: both in one call
     programs: str | None = None  # for --reward code: folder of verified programs; nobody is asked
-    clip_goal: str | None = None  # for --reward clip: the goal as a state, "the pole is upright"
+    clip_goal: str | None = None  # for --reward clip: the goal as a state: "the pole is upright"
     clip_baseline: str | None = None  # and the same scene with nothing achieved: "a pole"
     clip_alpha: float = 0.0  # and how much of what is beside the line between them is left out
     clip_model: str = "openai/clip-vit-base-patch32"  # on the Hugging Face hub, or a folder
@@ -78,13 +78,13 @@ class Config:
     feedback_every: int | None = None  # environment steps between two sessions of questions
     pairs_per_session: int | None = None  # pairs asked in one session
     max_pairs: int | None = None  # pairs asked in all
-    sampler: str = "uniform"  # pairs asked: uniform (paper's) or one of the others in reward_model.py
+    sampler: str = "uniform"  # pairs asked: uniform (paper's), or one more of reward_model.py
     candidates: int = 1000  # pictures kept to ask about
     without: str = "nothing"  # leave one part out: novelty, relabelling or critic-reset
     # The reward model
     members: int = 3  # networks in the ensemble
     reward_lr: float | None = None  # learning rate of the reward model
-    patience: int = 3  # passes without gain on held-out answers after which a fit ends; 0: never
+    patience: int = 3  # passes without gain on held-out answers that end a fit; 0: no end
     reward_epochs: int | None = None  # passes over all answers in one session, at most
     query_size: int | None = None  # pixels of the picture the VLM sees
     reward_size: int | None = None  # pixels of the picture the reward model sees

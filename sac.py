@@ -15,7 +15,7 @@ Differs from the paper (RL-VLM-F, 2402.03681):
   3. Novelty is measured against at most 1,024 random stored states: all cost 10 times as much.
   4. Targets follow at every update (theirs: every second), alpha at the critics' rate: simpler.
   5. The networks see observations in units of their spread over the first, random steps: in metres
-     a cube that moved is a change in the second decimal, and takes ten thousands of steps to notice.
+     a cube that moved is a change in the second decimal, which takes ten thousand steps to see.
 Shapes: O observation, A action numbers, B batch, N stored rows, H and W pixels. Only numpy, torch.
   ReplayBuffer.add/relabel/price/sample, novelty_bonus, SAC.act/update/reset_critic.
 

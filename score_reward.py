@@ -7,9 +7,8 @@ Which STEPs: 4 fit the reward model to the answers, in its place:
 
 Differs from the paper: it gives no details; networks, epochs and early stop are RL-VLM-F's here.
 
-Shapes: B batch, M pictures (M, H, W, 3) uint8, scores (M,) in [0, 1]. Only numpy and torch.
-  score_loss, ScoreDataset, fit(model, data, epochs). model: RewardModel of reward_model.py, or
-  anything with its nets, optimizer, batch, rng, fresh_networks(), as_input() and standardise().
+Shapes: B batch, M pictures (M, H, W, 3) uint8, scores (M,) in [0, 1]. Needs reward_model.py.
+  score_loss, ScoreDataset, fit(model, data, epochs). model: the RewardModel of reward_model.py.
 
 To use it elsewhere:
     import numpy as np, reward_model, score_reward
@@ -22,6 +21,8 @@ To use it elsewhere:
 """
 import numpy as np
 import torch
+
+from reward_model import as_input
 
 HOLD_OUT = 8  # every eighth score only measures
 
@@ -92,7 +93,7 @@ def fit(model, data, epochs, stop_loss=0.01):
             for net, order in zip(model.nets, orders):
                 part = order[start : start + 2 * model.batch]  # (B,)
                 score = torch.from_numpy(data.score[part]).to(model.device)
-                loss = score_loss(net(model.as_input(data.image[part])), score)
+                loss = score_loss(net(as_input(data.image[part], model.device)), score)
                 loss.backward()
                 losses.append(float(loss.detach()))
             model.optimizer.step()
