@@ -559,6 +559,25 @@ def random_step(env):
         env.reset()
 
 
+def bounds(env, episodes):
+    """What doing anything at random and what the expert reach -> {column: mean over episodes}."""
+    found, policies = {"episodes": episodes}, {
+        "random": lambda obs: env.action_space.sample(), "expert": expert(env)}
+    env.action_space.seed(0)
+    for who, policy in policies.items():
+        rows = []
+        for seed in range(episodes):
+            obs, over, total = env.reset(seed=seed)[0], False, 0.0
+            while not over:
+                obs, reward, terminated, truncated, info = env.step(policy(obs))
+                assert np.isfinite(obs).all() and np.isfinite([reward, info["progress"]]).all()
+                total, over = total + reward, terminated or truncated
+            rows.append((total, info["success"], info["progress"]))
+        found.update(zip((f"{who}_{name}" for name in ("return", "success", "progress")),
+                         np.round(np.mean(rows, axis=0), 4).tolist()))
+    return found
+
+
 def per_second(do, *args, seconds=0.5):
     """How often do(*args) runs in a second."""
     do(*args)
@@ -573,7 +592,16 @@ def main():
     parser = argparse.ArgumentParser(description="Draw all tasks and measure how fast they are.")
     parser.add_argument("--out", default="contact_envs.png", help="the picture, a row a task")
     parser.add_argument("--csv", help="write task, size, pictures_per_s, steps_per_s there")
+    parser.add_argument("--bounds", help="only: write what random and expert episodes reach there")
+    parser.add_argument("--episodes", type=int, default=20, help="of each (default: 20)")
     args = parser.parse_args()
+    if args.bounds:
+        rows = [{"task": name, **bounds(make(name), args.episodes)} for name in TASKS]
+        with open(args.bounds, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        return
     from PIL import Image
 
     sheet, table = [], [("task", "size", "pictures_per_s", "steps_per_s")]

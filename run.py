@@ -66,6 +66,7 @@ class Config:
     clip_alpha: float = 0.0  # and how much of what is beside the line between them is left out
     clip_model: str = "openai/clip-vit-base-patch32"  # on the Hugging Face hub, or a folder
     potential: str = "level"  # for --reward code: Phi - 1 (level), or its difference over a step
+    unverified: str = "stop"  # a sub-task, not the last, no program of which passes: stop, or skip
     rounds: int = 3  # for --reward code: how many programs the VLM may write for a sub-task
     workers: int = 8  # questions asked at the same time
     max_calls: int | None = None  # stop asking after so many answered calls, cached ones included
@@ -108,6 +109,7 @@ CHOICES = {
     "labels": ("vlm", "oracle"),
     "schedule": ("ours", "paper"),
     "sampler": ("uniform", "disagreement", "entropy", "stratified", "diverse"),
+    "unverified": ("stop", "skip"),
     "potential": ("level", "difference"),
     "stages": (1, 2),
     "without": ("nothing", "novelty", "relabelling", "critic-reset"),
