@@ -242,11 +242,11 @@ READERS = {
         more, 50, 95, 1),
     "to straighten the blue rope": Reader(
         read_rope, "the blue rope reaches over {value:.1f} percent of the picture",
-        more, 25, 110, 1),
+        more, 25, 110, 5),
     "to move the container, which holds water, to be as close to the red circle as possible "
     "without causing too many water droplets to spill": Reader(
         read_water, "the way to the red circle and the spilled water cost {value:.2f} together",
-        less, -8, 0, 0.05),
+        less, -8, 0, 0.5),
     **dict.fromkeys((
         "to pick up the key, open the yellow door with it, and get to the green square",
         "to pick up the key and open the yellow door with it",
