@@ -461,7 +461,8 @@ TASKS = {
             goal=goal,
             make=f"gridworlds:{name}-v0",
             horizon=horizon, query_size=query_size, reward_size=reward_size,
-            train=dict(total_steps=50_000, feedback_every=2_000, pairs_per_session=50),
+            train=dict(
+                total_steps=50_000, feedback_every=2_000, pairs_per_session=50, max_pairs=1_000),
         )
         for name, goal, horizon, query_size, reward_size in (
             ("DoorKey-5x5", ERRAND + ", and get to the green square", 250, 300, 80),

@@ -15,7 +15,6 @@ Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) fits its 
      members die or stay in the first fit's valley, and 100 answers are never fitted.
   5. predict() is standardised over the fitted pictures (mean 0, deviation 1; 1706.03741).
   6. One CNN for all tasks (theirs: the same, and a ResNet-18 without tanh for the soft bodies).
-
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
   preference_loss, sample_pairs, RewardNet, PreferenceDataset, RewardModel.  Only numpy and torch.
 
