@@ -6,8 +6,8 @@ Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
     P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[the image picked]
 
 Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) fits its way:
-  1. One answer in eight is held out; a fit ends when these have surprised it more and more for
-     three epochs. Wrong answers can be learned by heart, and are, after about ten epochs.
+  1. One answer in eight is held out; a fit ends when these have not become less surprising for
+     more than three epochs, and goes back to the best: wrong answers can be learned by heart.
   2. The networks see 64 to 100 pixels, the VLM 200 to 300. Pairs are drawn from all candidates.
   3. Rewards are sharpened tenfold in P. Unsharpened, P cannot leave [0.12, 0.88]: the fit drives
      the tanh flat, and with it every difference between pictures near the goal.
@@ -240,8 +240,8 @@ class RewardModel:
 
     fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;
     member_rewards(same) -> (members, N) in (-1, 1).
-    patience: epochs that a fit goes on after the held-out answers surprised it least; 0: they have
-    no say.  paper: fit as the paper does (see the header).
+    patience: a fit ends when the held-out answers have not become less surprising for more epochs
+    than that; 0: they have no say.  paper: fit as the paper does (see the header).
     """
 
     def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
@@ -254,6 +254,7 @@ class RewardModel:
         self.fresh_networks()
 
     def fresh_networks(self):
+        """New weights and a new optimiser; drawn from the model's own generator."""
         height, width, _ = self.image_shape
         # layers draw their first weights from torch's global generator
         with torch.random.fork_rng(devices=[]):
@@ -269,8 +270,8 @@ class RewardModel:
 
         Members differ only in their first weights and the order in which they see the answers.
         Stops after an epoch in which their mean accuracy exceeded stop_accuracy (more would only
-        sharpen what is ordered already), or when `patience` epochs have not made the held-out
-        answers less surprising; goes back to the epoch when they surprised it least. Fewer than
+        sharpen what is ordered already), or when more than `patience` epochs have not made the
+        held-out answers less surprising; goes back to the epoch when they surprised it least. Fewer than
         four held-out answers have no say.
         """
         if epochs < 1:

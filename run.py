@@ -50,7 +50,7 @@ class Config:
     reward: str = "preference"  # preference (RL-VLM-F), code (VLM-CaR); or a baseline
     labels: str = "vlm"  # who compares the pictures: vlm; to compare: oracle (from true progress)
     seed: int = 0  # the one seed of everything
-    schedule: str = "ours"  # the task's schedule: ours, or paper
+    schedule: str = "ours"  # the task's schedule and fits: ours, or paper
     # The VLM
     vlm: str = "offline"  # offline (a stand-in, no VLM), or openai|gemini|anthropic|local/MODEL
     labels_from: str | None = None  # labels.jsonl, or folder of official labels; nobody is asked
@@ -85,7 +85,7 @@ class Config:
     # The reward model
     members: int = 3  # networks in the ensemble
     reward_lr: float | None = None  # learning rate of the reward model
-    patience: int = 3  # passes without gain on held-out answers that end a fit; 0: no end
+    patience: int = 3  # passes a fit goes on without gain on held-out answers; 0: no limit
     reward_epochs: int | None = None  # passes over all answers in one session, at most
     query_size: int | None = None  # pixels of the picture the VLM sees
     reward_size: int | None = None  # pixels of the picture the reward model sees

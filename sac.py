@@ -291,8 +291,7 @@ class SAC:
     def standardise(self, obs, floor=0.01):
         """From now on the networks see observations as (o - mean) / deviation over obs (N, O).
 
-        In metres, a cube that was pushed is a change in the second decimal. After 20,000 steps of
-        SweepInto it had been swept in with this, and hardly touched without (one run each).
+        In metres, a cube that was pushed is a change in the second decimal.
         floor: the least deviation; what never moved yet is not blown up without bound when it does.
         """
         obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)

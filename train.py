@@ -20,8 +20,8 @@ What this is: the algorithm, STEP by STEP (RL-VLM-F, arXiv 2402.03681); the only
 Differs from the paper:
   1. Sessions of questions, checkpoints and pricing happen where an episode ends: nothing half-done to save.
   2. Fewer steps and pairs, from each task's entry in envs.py (`--schedule paper` has the paper's own).
-  3. Only some pictures (at least one in ten) become candidates for a question, in a reservoir over the whole run, not
-     the last 100 episodes; the reward network sees a smaller picture than the VLM.
+  3. Only some pictures (at least one in ten) become candidates for a question, each but once, in a reservoir over the
+     whole run, not the last 100 episodes; the reward network sees a smaller picture than the VLM.
 
 Every run leaves a folder: config.json, metrics.csv, labels.jsonl, pairs/, checkpoint/, eval_*.gif, report.html.
 """
