@@ -271,8 +271,8 @@ class RewardModel:
         Members differ only in their first weights and the order in which they see the answers.
         Stops after an epoch in which their mean accuracy exceeded stop_accuracy (more would only
         sharpen what is ordered already), or when more than `patience` epochs have not made the
-        held-out answers less surprising; goes back to the epoch when they surprised it least. Fewer than
-        four held-out answers have no say.
+        held-out answers less surprising; goes back to the epoch when they surprised it least.
+        Fewer than four held-out answers have no say.
         """
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
