@@ -509,13 +509,18 @@ def collect_episodes(env, expert, size, count=20, seed=0):
     env: Gymnasium's reset and step, picture(size), and info["success"]. Kept are expert episodes
     that succeed and random ones that do not.
     """
-    rng, space = np.random.default_rng(seed), env.action_space
-
-    def chance(obs):
-        return int(rng.integers(space.n)) if hasattr(space, "n") else (
-            rng.uniform(space.low, space.high).astype(np.float32))
+    space = env.action_space
 
     def play(policy, number, warm_up=0):
+        """One episode of policy, or, for None, of chance -> images (T,H,W,3), success (T,)."""
+        # a generator for each: what chance does in one does not depend on how long others were
+        rng = np.random.default_rng([seed, number])
+
+        def chance(obs):
+            return int(rng.integers(space.n)) if hasattr(space, "n") else (
+                rng.uniform(space.low, space.high).astype(np.float32))
+
+        policy = policy or chance
         obs, info = env.reset(seed=seed + number)
         for _ in range(rng.integers(warm_up + 1)):
             obs, _, _, _, info = env.step(chance(obs))
@@ -531,7 +536,7 @@ def collect_episodes(env, expert, size, count=20, seed=0):
     # expert takes over after up to 20 random actions.
     at_goal = np.mean([env.reset(seed=seed + i)[1].get("success", 0) for i in range(count)])
     experts = (play(expert, i, 20 if at_goal > 0.5 else 0) for i in range(3 * count))
-    randoms = (play(chance, i) for i in range(3 * count))
+    randoms = (play(None, i) for i in range(3 * count))
     kept = list(itertools.islice((played for played in experts if played[1][-1]), count))
     if not kept:
         raise CodeAsRewardError("the expert never succeeds: nothing to verify programs on")

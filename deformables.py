@@ -6,8 +6,9 @@ No STEP is done here: STEP 1 acts in these worlds, STEP 7 reads their true rewar
   PassWater       75 steps of a cup on a line; reward = -|x - 1.2| - 10 * share of drops outside
 
 Differs from the original (SoftGym on PyFlex, which needs CUDA and a compiler):
-1. MuJoCo: pip installs it, a CPU runs it. Geometry, camera, action scale, observation, reward,
-   horizon, success rule are kept; stiffness, friction, damping are ours, not compared with PyFlex.
+1. MuJoCo: pip installs it, a CPU runs it. Geometry, action scale, observation, reward, horizon,
+   success rule are kept, cameras too but the rope's, which looks from afar; stiffness, friction,
+   damping are ours, not compared with PyFlex.
 2. Particles 256, 41, 200, not 1600, 41, 4000: speed. Water is soft spheres in gravity 4: hard ones
    in 9.81 lose their energy in collisions, a dash spills nothing, and there would be no task.
 3. The cloth is let go at the end (the original holds on), so the picture shows a finished fold.
@@ -72,7 +73,7 @@ SCENE = """<mujoco model="{name}">
     <headlight ambient=".4 .4 .4" diffuse=".3 .3 .3" specular="0 0 0"/></visual>
   <worldbody>
     <light directional="true" pos="0 0 3" dir="-.3 .3 -1" diffuse=".35 .35 .35" specular="0 0 0"/>
-    <camera name="view" fovy="45" {camera}/>
+    <camera name="view" {camera}/>
     <geom type="plane" size="5 5 1" rgba=".86 .86 .84 1" {floor}/>
     {bodies}
   </worldbody>
@@ -270,7 +271,7 @@ class FoldCloth(SoftBodyEnv):
         return SCENE.format(
             # trap: with 10 solver iterations the cloth explodes; 15 do, 25 leave a margin.
             name="cloth", option='timestep=".005" iterations="25" impratio="5"',
-            camera='pos="0 0 .42"', floor='friction="1"', bodies=HAND.format(0) + cloth,
+            camera='pos="0 0 .42" fovy="45"', floor='friction="1"', bodies=HAND.format(0) + cloth,
             more="<deformable>" + edges("links", links) + edges("shear", shear, 5)
             + edges("bend", bend, 0.75) + self.skin("front", faces, ".85 .12 .12 1")
             + self.skin("back", faces[:, ::-1], ".98 .83 .1 1") + "</deformable><equality>"
@@ -351,7 +352,8 @@ class StraightenRope(SoftBodyEnv):
         return SCENE.format(
             # 5 ms is twice as fast, but then the ends lag 2 cm behind and the rope stretches.
             name="rope", option='timestep=".0025" iterations="40" integrator="implicitfast"',
-            camera='pos="0 0 .85"', floor='friction=".8"',
+            # trap: from nearby, hands held high make a crumpled rope look as long as a straight one.
+            camera='pos="0 0 3.4" fovy="11.8"', floor='friction=".8"',
             # Seen: the flex, a ball at each joint. Hidden: the smaller spheres of the physics.
             bodies=HAND.format(0) + HAND.format(1) + rope.replace("</body>", ball),
             more="<deformable>" + edges("links", apart(1), look=f'radius=".011" {blue}')
@@ -455,7 +457,7 @@ class PassWater(SoftBodyEnv):
         soft = 'condim="1" solref="-300 -4" solimp=".95 .95 .001" rgba=".15 .4 .95 1"'
         return SCENE.format(
             name="water", option='timestep=".01" iterations="15" gravity="0 0 -4"',
-            camera='pos=".53 -1 2" xyaxes="1 0 0 0 .8660254 .5"',
+            camera='pos=".53 -1 2" xyaxes="1 0 0 0 .8660254 .5" fovy="45"',
             # A spilled drop stays where it falls.
             floor='condim="3" friction=".8" priority="1" solref=".02 1"',
             bodies=point_masses(self.rest, self.radii, 0.01, 0, soft)

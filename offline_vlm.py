@@ -242,7 +242,7 @@ READERS = {
         more, 50, 95, 1),
     "to straighten the blue rope": Reader(
         read_rope, "the blue rope reaches over {value:.1f} percent of the picture",
-        more, 25, 110, 5),
+        more, 25, 75, 2),
     "to move the container, which holds water, to be as close to the red circle as possible "
     "without causing too many water droplets to spill": Reader(
         read_water, "the way to the red circle and the spilled water cost {value:.2f} together",
@@ -385,7 +385,7 @@ SUBTASKS = {
     "to fold the cloth diagonally from top left corner to bottom right corner":
         [("the cloth is a triangle", "(value - first) / 43")],
     "to straighten the blue rope":
-        [("the rope is straight", "(value - 25) / 50")],
+        [("the rope is straight", "(value - 25) / 49")],
     "to move the container, which holds water, to be as close to the red circle as possible "
     "without causing too many water droplets to spill":
         [("the container is at the red circle", "(first - value) / max(0.1, first - 0.1)")],

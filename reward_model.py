@@ -14,7 +14,7 @@ Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) fits its 
   4. Normalisation after each convolution, and fresh networks at every fit (1910.08475): without,
      members die or stay in the first fit's valley, and 100 answers are never fitted.
   5. predict() is standardised over the fitted pictures (mean 0, deviation 1; 1706.03741).
-  6. One CNN for all tasks (theirs: the same, and a ResNet-18 without tanh for the soft bodies).
+  6. Each fit moves pictures by a few random pixels (shift; 2004.13649). One CNN for all tasks.
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
   preference_loss, sample_pairs, RewardNet, PreferenceDataset, RewardModel.  Only numpy and torch.
 
@@ -212,6 +212,21 @@ def as_input(images, device):
             .permute(0, 3, 1, 2).float().div_(255))
 
 
+def shifted(images, most, rng):
+    """Move each picture by up to `most` pixels each way, repeating its edge: (N, H, W, 3) -> same.
+
+    An answer stays true wherever the camera points; few answers do not say so by themselves
+    (random shifts: 2004.13649).
+    """
+    if most == 0:
+        return images
+    count, height, width, _ = images.shape
+    wide = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    corners = rng.integers(0, 2 * most + 1, (count, 2))  # row and column where each is cut out
+    return np.stack([image[row : row + height, column : column + width]
+                     for image, (row, column) in zip(wide, corners)])
+
+
 class RewardNet(nn.Module):
     """r(image): (B, 3, H, W) in [0, 1] -> (B,) in (-1, 1). Four convolutions, one linear, tanh."""
 
@@ -241,13 +256,14 @@ class RewardModel:
     fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;
     member_rewards(same) -> (members, N) in (-1, 1).
     patience: a fit ends when the held-out answers have not become less surprising for more epochs
-    than that; 0: they have no say.  paper: fit as the paper does (see the header).
+    than that; 0: they have no say.  shift: see shifted().  paper: fit as the paper does (see the
+    header).
     """
 
     def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
-                 patience=3, paper=False):
+                 patience=3, shift=0, paper=False):
         self.image_shape, self.members, self.lr = image_shape, members, lr
-        self.patience, self.paper = patience, paper
+        self.patience, self.shift, self.paper = patience, shift, paper
         self.device, self.batch = torch.device(device), batch
         self.rng = np.random.default_rng(seed)
         self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted pictures
@@ -303,7 +319,8 @@ class RewardModel:
             self.optimizer.zero_grad(set_to_none=True)
             for net, (first, second, label, confidence) in zip(self.nets, batches):
                 # one pass, not two: (2 B, 3, H, W)
-                r0, r1 = net(as_input(np.concatenate([first, second]), self.device)).chunk(2)
+                images = shifted(np.concatenate([first, second]), self.shift, self.rng)
+                r0, r1 = net(as_input(images, self.device)).chunk(2)
                 answer = torch.from_numpy(label).to(self.device)  # (B,)
                 weight = torch.from_numpy(confidence).to(self.device)
                 loss = preference_loss(sharpness * r0, sharpness * r1, answer, weight)

@@ -75,6 +75,7 @@ class Config:
     # The schedule
     total_steps: int | None = None  # environment steps in all
     seed_steps: int | None = None  # of them, with random actions at first
+    hold: int | None = None  # steps that each of these random actions is held
     explore_steps: int | None = None  # of them, before the first question (random, then novelty)
     feedback_every: int | None = None  # environment steps between two sessions of questions
     pairs_per_session: int | None = None  # pairs asked in one session
@@ -89,6 +90,7 @@ class Config:
     reward_epochs: int | None = None  # passes over all answers in one session, at most
     query_size: int | None = None  # pixels of the picture the VLM sees
     reward_size: int | None = None  # pixels of the picture the reward model sees
+    reward_shift: int | None = None  # pixels by which it is moved at random in a fit, at most
     # SAC
     sac_lr: float | None = None  # learning rate of actor, critics and temperature
     batch_size: int | None = None  # transitions in one update
@@ -116,10 +118,10 @@ CHOICES = {
 }
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
 DEFAULTS = dict(
-    total_steps=50_000, seed_steps=1000, explore_steps=4000, feedback_every=2000,
+    total_steps=50_000, seed_steps=1000, hold=1, explore_steps=4000, feedback_every=2000,
     pairs_per_session=40, max_pairs=1000, reward_lr=3e-4, reward_epochs=50, query_size=300,
-    reward_size=84, sac_lr=3e-4, batch_size=256, updates=1, hidden=256, eval_every=5000,
-    eval_episodes=10,
+    reward_size=84, reward_shift=4, sac_lr=3e-4, batch_size=256, updates=1, hidden=256,
+    eval_every=5000, eval_episodes=10,
 )
 MAY_CHANGE = (  # on resume
     "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_latency", "workers",

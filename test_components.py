@@ -526,6 +526,39 @@ def test_rewards_are_standardised_however_early_the_fit_stopped():
     assert reward.mean() == pytest.approx(0, abs=1e-3) and reward.std() == pytest.approx(1, 1e-3)
 
 
+def test_a_shifted_picture_is_the_same_picture_elsewhere():
+    """A dot must be found within `most` pixels of where it was, anywhere in that range, on an unchanged background."""
+    images = np.full((200, 20, 20, 3), 7, np.uint8)
+    images[:, 10, 10] = 200
+    moved = reward_model.shifted(images, 3, np.random.default_rng(0))
+    assert moved.shape == images.shape and moved.dtype == np.uint8 and (moved.sum((1, 2, 3)) == images[0].sum()).all()
+    place = np.argwhere(moved[..., 0] == 200)[:, 1:] - 10  # (200, 2)
+    assert place.min(0).tolist() == [-3, -3] and place.max(0).tolist() == [3, 3]
+    assert reward_model.shifted(images, 0, None) is images
+
+
+def test_answers_about_one_place_hold_at_another_if_pictures_are_shifted():
+    """Fitted on longer bars at one place, the model must order bars elsewhere; unshifted, it does so less well."""
+    def bars(n, corner):
+        lengths, images = rng.permutation(n) * 20 // n + 4, np.zeros((n, 64, 64, 3), np.uint8)
+        for image, length, (row, column) in zip(images, lengths, corner):
+            image[row : row + 4, column : column + length] = 255
+        return images, lengths
+
+    surprise = []
+    for shift in (0, 8):
+        rng = np.random.default_rng(0)
+        images, lengths = bars(120, [(30, 20)] * 120)
+        data, model = reward_model.PreferenceDataset(60, (64, 64, 3)), reward_model.RewardModel((64, 64, 3), shift=shift)
+        apart = lengths[:60] != lengths[60:]
+        data.add(images[:60][apart], images[60:][apart], (lengths[60:] > lengths[:60])[apart].astype(int))
+        model.fit(data, epochs=20)
+        images, lengths = bars(120, rng.integers((22, 12), (39, 29), (120, 2)))
+        surprise.append(1 - np.corrcoef(model.predict(images), lengths)[0, 1])
+    print(surprise)
+    assert surprise[1] < 0.5 * surprise[0]
+
+
 # ==== score_reward.py ====
 def test_score_loss_is_the_squared_error_on_the_scale_of_the_reward():
     """Scores 0, 1/2, 1 must pull towards -1, 0, 1; the documented examples must hold."""
@@ -3272,6 +3305,35 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsy
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and "Traceback" not in error
     assert [name for name in os.listdir(tmp_path) if name != "runs"] == [] and not list(tmp_path.glob("runs/*seed*"))
+
+
+@pytest.mark.usefixtures("unreported")
+def test_random_actions_are_held_as_long_as_asked(tmp_path, monkeypatch):
+    """With --hold 40, an episode of 100 random steps must draw three actions."""
+    drawn, draw = [], train.random_action
+    monkeypatch.setattr(train, "random_action", lambda space, rng: drawn.append(1) or draw(space, rng))
+    monkeypatch.setattr(train, "write_episodes", lambda *parts: math.nan)  # draws some more
+    train.train(tiny(tmp_path, reward="true", hold=40, seed_steps=200, explore_steps=200))
+    assert len(drawn) == 6
+
+
+@pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("name, standardised", [("CartPole", 1), ("DoorKey-5x5", 0)])
+def test_critics_forget_novelty_and_only_unbounded_states_are_standardised(tmp_path, monkeypatch, name, standardised):
+    """With a ready reward too, critics must start afresh when STEP 0 ends; a one-hot state must stay as it is."""
+    calls = []
+    for method in ("reset_critic", "standardise"):
+        old = getattr(sac.SAC, method)
+        monkeypatch.setattr(sac.SAC, method, lambda self, *a, old=old, method=method: calls.append(method) or old(self, *a))
+    train.train(tiny(tmp_path, env=name, reward="sparse", horizon=50, explore_steps=150, total_steps=200))
+    assert calls == ["reset_critic", *["standardise"] * standardised, "reset_critic"]  # the first: a new agent
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_ready_reward_waits_for_the_first_episode_to_end(tmp_path):
+    """No row has a reward before that: the run must go on exploring, not fail."""
+    rows = train.train(tiny(tmp_path, reward="true", seed_steps=10, explore_steps=10))
+    assert rows[-1]["step"] == 300
 
 
 @pytest.mark.usefixtures("unreported")

@@ -68,7 +68,8 @@ def train(config):
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
-                                     patience=config.patience, paper=config.schedule == "paper")
+                                     patience=config.patience, shift=config.reward_shift,
+                                     paper=config.schedule == "paper")
     dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
     if config.reward == "score":
         dataset, fit = score_reward.ScoreDataset, score_reward.fit
@@ -77,7 +78,8 @@ def train(config):
     candidate_share = max(0.1, config.candidates / config.total_steps)  # as many as there is room for, or one in ten
     learned = labeler.compares  # otherwise an episode is priced as it ends, and nobody is asked
     price = model if learned else ready_reward(config, run, eval_env, labeler)
-    at = {"step": 0, "episode": 0, "sessions": 0, "fitted": not learned, "fit": {}, "solved": None}
+    # priced: some rows have rewards.  explores: the critics still know nothing but novelty.
+    at = {"step": 0, "episode": 0, "sessions": 0, "priced": False, "explores": True, "fit": {}, "solved": None}
     if run.state:
         load_all(run.state, parts, at, rng)
     else:
@@ -90,11 +92,14 @@ def train(config):
     try:
         for step in bar:
             # ---- STEP 0: explore without any reward ----
-            if step == config.seed_steps > 1 and config.schedule != "paper":
-                agent.standardise(buffer.obs[:step])
-            exploring = step < config.explore_steps or not at["fitted"]  # random, then SAC on state novelty
+            if step == config.seed_steps > 1 and config.schedule != "paper" and not env.observation_space.is_bounded():
+                agent.standardise(buffer.obs[:step])  # a bounded space is in good units already
+            exploring = step < config.explore_steps or not at["priced"]  # random, then SAC on state novelty
             blind = step < config.seed_steps or (exploring and config.without == "novelty")
-            action = random_action(space, rng) if blind else agent.act(obs)
+            if not blind:
+                action = agent.act(obs)
+            elif not successes or len(successes) % config.hold == 0:
+                action = random_action(space, rng)
 
             # ---- STEP 1: act, and store the transition with the image seen after it ----
             next_obs, true_reward, terminated, truncated, info = env.step(action)
@@ -111,7 +116,7 @@ def train(config):
                 # ---- STEP 2: pick pairs of images ----
                 count = min(config.pairs_per_session, config.max_pairs - labeler.counts["asked"])
                 pairs = reward_model.sample_pairs(pool.small[: len(pool)], count, rng, config.sampler,
-                                                  model if at["fitted"] else None)  # (M, 2)
+                                                  model if at["priced"] else None)  # (M, 2)
 
                 # ---- STEP 3: ask the VLM which image is closer to the goal ----
                 first, second, labels = labeler(run, pool, pairs, step + 1, rng)  # (L, S, S, 3) twice, (L,) 0 or 1
@@ -125,19 +130,22 @@ def train(config):
 
                     # ---- STEP 5: relabel every stored transition with the new reward ----
                     buffer.relabel(model.predict, only_new=config.without == "relabelling")
-                    if not at["fitted"] and config.without != "critic-reset":
-                        # So far the critics have learned what is novel, not what is wanted.
-                        agent.reset_critic()
-                        for _ in range(RESET_UPDATES):
-                            agent.update(buffer.sample(config.batch_size))
-                    at["fitted"] = True
+                    at["priced"] = True
             elif done and learned:
-                if at["fitted"]:
+                if at["priced"]:
                     buffer.relabel(model.predict, only_new=True)
             elif done:
                 buffer.price(episode_rewards(config, buffer, price, start_image, successes, terminated))
+                at["priced"] = True
 
             # ---- STEP 6: improve the policy with SAC on the learned reward ----
+            if not exploring and at["explores"]:
+                at["explores"] = False
+                if config.without != "critic-reset":
+                    # So far the critics have learned what is novel, not what is wanted.
+                    agent.reset_critic()
+                    for _ in range(RESET_UPDATES):
+                        agent.update(buffer.sample(config.batch_size))
             for _ in range(0 if blind else config.updates):
                 draw = sac.novelty_batch if exploring else sac.ReplayBuffer.sample
                 losses = agent.update(draw(buffer, config.batch_size))
