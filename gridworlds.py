@@ -45,7 +45,8 @@ class KeyAndDoor(gymnasium.Env):
     seventh does nothing).
     Observation: where the agent, the key, the door and the target are (one-hot columns and rows
     each, and the columns and rows from the agent to it), the agent's direction, what is carried,
-    the door's state, and what the agent faces.
+    whether the key ever was, the door's state and whether it ever was open, and what the agent
+    faces.
     info: success; subtasks: key ever taken, door open, target reached (bool); progress: the stage
     (0 fetch the key, 1 open the door, 2 reach the target, 3 there) + closeness to its object.
     """
@@ -77,7 +78,7 @@ class KeyAndDoor(gymnasium.Env):
         for thing in self.inner.grid.grid:
             if thing is not None and thing.type in ("key", "door", "box"):
                 thing.color = "purple" if thing.type == "box" else "yellow"
-        self.success = self.key_taken = False
+        self.success = self.key_taken = self.door_opened = False
         return self._observe(), self._info()
 
     def step(self, action):
@@ -88,6 +89,9 @@ class KeyAndDoor(gymnasium.Env):
             action = self.inner.actions.done  # does nothing
         _, reward, terminated, truncated, _ = self.inner.step(int(action))
         self.success = bool(terminated and reward > 0)
+        carried = self.inner.carrying
+        self.key_taken |= carried is not None and carried.type == "key"
+        self.door_opened |= self._door().is_open
         return self._observe(), float(reward), bool(terminated), bool(truncated), self._info()
 
     def _places(self):
@@ -114,6 +118,9 @@ class KeyAndDoor(gymnasium.Env):
             parts.append([(column - places[0][0]) / width, (row - places[0][1]) / height])
         parts.append(np.arange(4) == self.inner.agent_dir)
         parts.append([carried is not None and carried.type == kind for kind in ("key", "box")])
+        # trap: a sub-task once completed stays so. Without these two the same observation would
+        # earn one reward before and another after.
+        parts.append([self.key_taken, self.door_opened])
         parts.append([door.is_locked, door.is_open])
         parts.append([front is not None and front.type == kind for kind in self.KINDS])
         return np.concatenate(parts).astype(np.float32)
@@ -121,7 +128,6 @@ class KeyAndDoor(gymnasium.Env):
     def _info(self):
         places, carried = self._places(), self.inner.carrying
         key_in_hand = carried is not None and carried.type == "key"
-        self.key_taken |= key_in_hand
         done = [self.key_taken, self._door().is_open] + ([self.success] if self.target else [])
         # An open door stays passed wherever the key lies; a key dropped before that does not.
         stage = 3 if self.success and self.target else 2 if done[1] else int(key_in_hand)

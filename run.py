@@ -96,7 +96,7 @@ class Config:
     batch_size: int | None = None  # transitions in one update
     updates: int | None = None  # updates after each environment step
     hidden: int | None = None  # width of the two hidden layers
-    discount: float = 0.99  # what a reward one step later is worth
+    discount: float | None = None  # what a reward one step later is worth
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     # Watching
     horizon: int | None = None  # steps in an episode
@@ -121,7 +121,7 @@ DEFAULTS = dict(
     total_steps=50_000, seed_steps=1000, hold=1, explore_steps=4000, feedback_every=2000,
     pairs_per_session=40, max_pairs=1000, reward_lr=3e-4, reward_epochs=50, query_size=300,
     reward_size=84, reward_shift=4, sac_lr=3e-4, batch_size=256, updates=1, hidden=256,
-    eval_every=5000, eval_episodes=10,
+    discount=0.99, eval_every=5000, eval_episodes=10,
 )
 MAY_CHANGE = (  # on resume
     "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_latency", "workers",

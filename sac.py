@@ -269,9 +269,9 @@ class SAC:
         self.reset_critic()
         self.log_alpha = torch.full((), float(np.log(0.1)), device=self.device, requires_grad=True)
         # Continuous: -1 nat per action number (1812.05905; uniform on [-1, 1] has +0.69).
-        # Discrete: half of the most there can be, log(actions).
+        # Discrete: a third of the most there can be, log(actions).
         self.target_entropy = (
-            0.5 * float(np.log(self.actions)) if self.discrete else -float(self.action_dim))
+            float(np.log(self.actions)) / 3 if self.discrete else -float(self.action_dim))
         self.actor_optimizer, self.alpha_optimizer = (
             self._adam(self.actor.parameters()), self._adam([self.log_alpha]))
 

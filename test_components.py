@@ -3296,6 +3296,7 @@ def test_kept_answers_train_without_asking(tmp_path):
     (["--vlm-extra", "{"], "--vlm-extra"),
     (["--max-usd", "3"], "usd"),
     (["--usd-per-mtok", "cheap"], "IN,OUT"),
+    (["--reward", "code", "--programs", "nowhere"], "nowhere"),
 ])
 def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, said):
     """Each mistake of the user must end with exit code 2 and one clear line, before anything is made."""

@@ -83,7 +83,7 @@ def train(config):
     if run.state:
         load_all(run.state, parts, at, rng)
     else:
-        write_gif(run.path("eval_before.gif"), eval_env, lambda obs: agent.act(obs, explore=False), config)
+        write_gif(run.path("eval_before.gif"), eval_env, learned_policy(agent), config)
         run.write({"step": 0, "episodes": 0, **evaluate(agent, eval_env, config)})
 
     obs, _ = env.reset(seed=train_seed(config, at))
@@ -362,13 +362,19 @@ class Labeler:
 
 # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
 def evaluate(agent, env, config):
-    """Run the policy without exploration -> dict of means over episodes that are the same at every evaluation."""
-    act, rows = (lambda obs: agent.act(obs, explore=False)), []
+    """Run the learned policy -> dict of means over episodes that are the same at every evaluation."""
+    act, rows = learned_policy(agent), []
     for episode in range(config.eval_episodes):
         _, reward, progress, success = run_episode(env, act, EVAL_SEED + 1000 * config.seed + episode)
         rows.append((reward.sum(), success[-1], success.max(), success.mean(), progress[-1]))
     names = ("eval_return", "eval_success", "eval_success_any", "eval_success_frames", "eval_progress")
     return {name: float(value) for name, value in zip(names, np.mean(rows, axis=0))}
+
+
+def learned_policy(agent):
+    """obs -> the action that the policy holds best; where actions are Discrete, one drawn from it."""
+    # trap: the likeliest of discrete actions, each time, turns left and right for ever where two are nearly equal
+    return lambda obs: agent.act(obs, explore=agent.discrete)
 
 
 def run_episode(env, act, seed, size=None):
@@ -502,6 +508,10 @@ def prepare(config):
         env, eval_env = (envs.make(config.env, config.seed, config.goal, config.horizon) for _ in range(2))
     except ValueError as error:
         raise UserError(str(error)) from None
+    if config.programs:
+        import code_as_reward
+
+        code_as_reward.load_programs(config.programs).close()  # a wrong folder should leave nothing behind
     who = "offline_stand-in" if config.vlm == "offline" else config.vlm.replace("/", "_")
     who = config.labels if config.labels == "oracle" else who
     kind = f"{config.reward}-{who}" if config.reward in ("preference", "score", "code") else config.reward
@@ -516,11 +526,8 @@ def finish(config, run, finished, at, labeler, agent, price, env):
     """Watch the policy once more, write summary.json and the report -> the closing paragraph."""
     import report
 
-    def learned_policy(obs):
-        return agent.act(obs, explore=False)
-
-    write_gif(run.path("eval_after.gif"), env, learned_policy, config)
-    spearman = write_episodes(run.path("episodes.csv"), env, learned_policy, price, config)
+    write_gif(run.path("eval_after.gif"), env, learned_policy(agent), config)
+    spearman = write_episodes(run.path("episodes.csv"), env, learned_policy(agent), price, config)
     text = closing_text(config, run, finished, at, labeler, spearman)
     third = [row["eval_success"] for row in run.rows[-max(1, len(run.rows) // 3):]]
     solved = at["solved"] or [None, None]
@@ -536,7 +543,7 @@ def finish(config, run, finished, at, labeler, agent, price, env):
     return text
 
 
-def write_episodes(path, env, learned_policy, price, config, random_episodes=5):
+def write_episodes(path, env, policy, price, config, random_episodes=5):
     """Learned reward beside true progress, step by step -> episodes.csv; their rank correlation on random episodes.
 
     For the correlation each different picture counts once: half of CartPole's random steps lie still at the clamp.
@@ -547,7 +554,7 @@ def write_episodes(path, env, learned_policy, price, config, random_episodes=5):
 
     rng, seen = np.random.default_rng(FRESH_SEED + config.seed), {}  # seen: picture -> (learned, true reward)
     episodes = [("random", lambda obs: random_action(env.action_space, rng))] * random_episodes
-    episodes += [("after", learned_policy)]
+    episodes += [("after", policy)]
     try:
         episodes += [("expert", envs.expert(env))]
     except ValueError:
