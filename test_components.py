@@ -1475,6 +1475,19 @@ def test_a_drawer_further_open_is_never_worse(env_of):
     assert min(said[60:]) == max(said[60:]) == (1.0, 0.0)
 
 
+def test_a_grid_state_says_which_sub_tasks_were_completed():
+    """A key that was taken and put back is where it was, but paid for already: one number must tell the two states apart."""
+    import gridworlds  # noqa: F401  (registers the ids)
+
+    env = gymnasium.make("DoorKey-5x5-v0").unwrapped
+    obs, info = env.reset(seed=0)
+    while not info["subtasks"][0]:
+        before, action = obs, env.expert_action(obs)
+        obs, _, _, _, info = env.step(action)
+    after, *_ = env.step(env.DROP)
+    assert action == env.PICKUP and np.flatnonzero(after != before).size == 1
+
+
 # ==== deformables.py ====
 SOFT_TASKS = ["FoldCloth", "StraightenRope", "PassWater"]
 
@@ -3306,6 +3319,13 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsy
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and "Traceback" not in error
     assert [name for name in os.listdir(tmp_path) if name != "runs"] == [] and not list(tmp_path.glob("runs/*seed*"))
+
+
+@pytest.mark.parametrize("space, different", [(gymnasium.spaces.Discrete(5), 5), (gymnasium.spaces.Box(-1, 1, (2,)), 1)])
+def test_a_discrete_policy_is_evaluated_as_the_stochastic_one_it_is(space, different):
+    """Fresh networks hold all actions about equally good: of 100 evaluations all are drawn; a Box gives one and the same."""
+    act = train.learned_policy(sac.SAC(3, space, hidden=(8, 8)))
+    assert len({str(act(np.zeros(3))) for _ in range(100)}) == different
 
 
 @pytest.mark.usefixtures("unreported")
