@@ -346,8 +346,8 @@ def choose_opengl():
 
 # ---- The table of tasks ----
 PAPER_SAC = dict(
-    seed_steps=1_000, explore_steps=10_000, sac_lr=3e-4, batch_size=512, hidden=256, updates=1,
-    eval_every=10_000, eval_episodes=1,
+    seed_steps=1_000, hold=1, explore_steps=10_000, reward_shift=0, sac_lr=3e-4, batch_size=512,
+    hidden=256, updates=1, discount=0.99, eval_every=10_000, eval_episodes=1,
 )
 PAPER_METAWORLD = dict(
     PAPER_SAC, total_steps=1_000_000, feedback_every=4_000, pairs_per_session=40, max_pairs=20_000,
@@ -364,7 +364,7 @@ TRAIN_METAWORLD = dict(  # 150 steps of an episode are enough for each expert; t
     eval_episodes=1,
 )
 # In a hundred random steps an arm trembles where it starts; actions that are held carry it to the
-# ball. One touch is enough for novelty, in which the ball's place then counts as much as the hand's.
+# ball. After one touch the ball's place counts in novelty as much as the hand's.
 TRAIN_PUSH = dict(
     TRAIN_METAWORLD, total_steps=30_000, seed_steps=3_000, hold=20, explore_steps=7_000,
     max_pairs=500, reward_epochs=40, reward_shift=4,
@@ -376,7 +376,7 @@ TRAIN_ROPE_WATER = dict(
     pairs_per_session=100, max_pairs=800, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
     discount=0.9, reward_epochs=40, reward_shift=4, eval_every=1_000, eval_episodes=10,
 )
-TRAIN_GRID = dict(  # episodes of MiniGrid's own length, 250 to 640, are mostly walking in circles
+TRAIN_GRID = dict(  # episodes last 200 steps (MiniGrid's own: 250 to 640): more different starts
     total_steps=20_000, seed_steps=1_000, explore_steps=1_000, feedback_every=2_000,
     pairs_per_session=50, max_pairs=1_000, sac_lr=1e-3, batch_size=128, hidden=128,
     eval_every=2_000,

@@ -156,14 +156,14 @@ def resolve(config):
     except ValueError as error:
         raise UserError(f"--vlm-extra {config.vlm_extra}: no JSON object ({error})") from None
     task = envs.TASKS.get(config.env)
+    if config.schedule == "paper" and not (task and task.paper):
+        raise UserError(f"--schedule paper: the paper has no task {config.env}")
     preset = dict(DEFAULTS)
     if task is not None:
         preset.update(goal=task.goal, horizon=task.horizon, query_size=task.query_size,
                       reward_size=task.reward_size)
         preset.update(task.train)
         preset.update(task.paper if config.schedule == "paper" else {})
-    elif config.schedule == "paper":
-        raise UserError(f"--schedule paper: the paper has no task {config.env}")
     open_fields = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **open_fields)
     if config.device == "auto":

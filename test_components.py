@@ -3304,6 +3304,7 @@ def test_kept_answers_train_without_asking(tmp_path):
     (["--stepz", "3"], "there are --env"),
     (["--seed", "one"], "--seed"),
     (["--schedule", "paper", "--env", "Pendulum-v1", "--goal", "x"], "the paper has no task"),
+    (["--schedule", "paper", "--env", "Unlock"], "the paper has no task"),
     (["--out", "."], "exists already"),
     (["--resume", "nowhere"], "no run folder"),
     (["--vlm-extra", "{"], "--vlm-extra"),
@@ -3319,6 +3320,15 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsy
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and "Traceback" not in error
     assert [name for name in os.listdir(tmp_path) if name != "runs"] == [] and not list(tmp_path.glob("runs/*seed*"))
+
+
+@pytest.mark.parametrize("name", [name for name, task in envs.TASKS.items() if task.paper])
+def test_the_paper_s_schedule_takes_nothing_from_ours(name):
+    """Whatever a task's own schedule sets, the paper's must set too, or a departure would slip into it."""
+    task = envs.TASKS[name]
+    assert set(task.train) <= set(task.paper)
+    config = run.resolve(run.Config(env=name, schedule="paper"))
+    assert (config.hold, config.discount, config.reward_shift) == (1, 0.99, 0)
 
 
 @pytest.mark.parametrize("space, different", [(gymnasium.spaces.Discrete(5), 5), (gymnasium.spaces.Box(-1, 1, (2,)), 1)])
