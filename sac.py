@@ -13,7 +13,7 @@ Differs from the paper (RL-VLM-F, 2402.03681):
   2. relabel() covers every stored row, also after the ring wrapped; theirs then misses most.
   3. Novelty is measured against at most 1,024 random stored states: all cost 10 times as much.
   4. Targets follow at every update (theirs: every second), alpha at the critics' rate: simpler.
-     With discrete actions (not in the paper) they leave out alpha * log pi (2302.02948).
+     Discrete actions (not in the paper): alpha * (log pi + target entropy), see update().
   5. Observations are seen in units of their spread over the first, random steps (standardise).
 Shapes: O observation, A action numbers, B batch, N stored rows, H and W pixels. Only numpy, torch.
   ReplayBuffer.add/relabel/price/sample, novelty_bonus, SAC.act/update/reset_critic.
@@ -347,11 +347,11 @@ class SAC:
         obs, next_obs = (obs - self.center) / self.spread, (next_obs - self.center) / self.spread
         # The critics learn what the reward and the target's own next value say.
         with torch.no_grad():
-            next_value, entropy = self._value_of(self.target, next_obs, self._policy(next_obs))
+            next_value, _ = self._value_of(self.target, next_obs, self._policy(next_obs))  # (B,)
             if self.discrete:
                 # trap: an entropy bonus for every step to come pays for never reaching a goal that
-                # ends the episode. Here it is in the actor's objective alone (2302.02948).
-                next_value = next_value - self.log_alpha.exp() * entropy  # (B,)
+                # ends the episode. Only entropy above its target is worth something here.
+                next_value = next_value - self.log_alpha.exp() * self.target_entropy
             target = reward + self.discount * (1 - terminated) * next_value  # (B,)
         if self.discrete:  # q: (2, B), the values of the actions taken
             q = self.critic(obs).gather(-1, action.expand(2, -1).unsqueeze(-1)).squeeze(-1)
