@@ -363,12 +363,6 @@ TRAIN_METAWORLD = dict(  # 150 steps of an episode are enough for each expert; t
     sac_lr=5e-4, batch_size=128, reward_epochs=20, reward_shift=0, eval_every=2_000,
     eval_episodes=1,
 )
-# In a hundred random steps an arm trembles where it starts; actions that are held carry it to the
-# ball. After one touch the ball's place counts in novelty as much as the hand's.
-TRAIN_PUSH = dict(
-    TRAIN_METAWORLD, total_steps=30_000, seed_steps=3_000, hold=20, explore_steps=7_000,
-    max_pairs=500, reward_epochs=40, reward_shift=4,
-)
 # A reward that is fitted anew moves every value by its own change / (1 - discount): at 0.99 the
 # values never settled, and what had been learned was lost again.
 TRAIN_ROPE_WATER = dict(
@@ -422,7 +416,10 @@ TASKS = {
             expert=scripted("SawyerSoccerV3Policy"),
         ),
         horizon=150, query_size=300, reward_size=84,
-        train=TRAIN_PUSH,
+        # In a hundred random steps an arm trembles where it starts; actions that are held carry it
+        # to the ball. After one touch the ball's place counts in novelty as the hand's does.
+        train=dict(TRAIN_METAWORLD, total_steps=30_000, seed_steps=3_000, hold=20,
+                   explore_steps=7_000, max_pairs=500),
         paper=dict(PAPER_METAWORLD, reward_lr=1e-4, reward_epochs=5),
     ),
     "SweepInto": Task(
@@ -436,7 +433,7 @@ TASKS = {
             colours=[("objGeom", (0.1, 0.7, 0.1))],
         ),
         horizon=150, query_size=300, reward_size=84,
-        train=TRAIN_PUSH,
+        train=dict(TRAIN_METAWORLD, total_steps=30_000, max_pairs=500),
         paper=PAPER_METAWORLD,
     ),
     "FoldCloth": Task(
