@@ -371,7 +371,7 @@ TRAIN_ROPE_WATER = dict(
     discount=0.9, reward_epochs=40, reward_shift=4, eval_every=1_000, eval_episodes=10,
 )
 TRAIN_GRID = dict(  # episodes last 200 steps (MiniGrid's own: 250 to 640): more different starts
-    total_steps=20_000, seed_steps=1_000, explore_steps=1_000, feedback_every=2_000,
+    total_steps=16_000, seed_steps=1_000, explore_steps=1_000, feedback_every=2_000,
     pairs_per_session=50, max_pairs=1_000, sac_lr=1e-3, batch_size=128, hidden=128,
     eval_every=2_000,
 )

@@ -142,21 +142,6 @@ def test_only_termination_stops_the_bootstrap(terminated, expected):
     assert float(q) == pytest.approx(expected, abs=0.1)
 
 
-def test_discrete_targets_pay_only_for_entropy_above_the_target():
-    """Reward 0 for ever, all actions alike: worth alpha * (log 3 - target), or no goal would ever end an episode."""
-    agent = sac.SAC(1, gymnasium.spaces.Discrete(3), hidden=(8,), lr=3e-2, discount=0.9)
-    agent.actor[-1].weight.data.zero_()  # every action equally likely, entropy log 3
-    agent.actor[-1].bias.data.zero_()
-    agent.target.forward = lambda obs: torch.zeros(2, len(obs), 3)
-    agent.actor_optimizer.step = agent.alpha_optimizer.step = lambda: None
-    agent.log_alpha.data.zero_()
-    batch = {"obs": torch.zeros(32, 1), "action": torch.arange(32) % 3, "reward": torch.zeros(32),
-             "next_obs": torch.zeros(32, 1), "terminated": torch.zeros(32)}
-    for _ in range(150):
-        q = agent.update(batch)["q_mean"]
-    assert float(q) == pytest.approx(0.9 * (math.log(3) - agent.target_entropy), abs=0.02)
-
-
 def test_target_follows_by_tau():
     """After one update every target weight must be (1 - tau) old + tau new critic weight."""
     agent = sac.SAC(2, box(1), hidden=(8,), tau=0.25)
