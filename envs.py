@@ -364,9 +364,9 @@ TRAIN_METAWORLD = dict(  # 150 steps of an episode are enough for each expert; t
     eval_episodes=1,
 )
 TRAIN_ROPE_WATER = dict(
-    total_steps=10_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
-    pairs_per_session=100, max_pairs=800, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
-    reward_epochs=40, reward_shift=4, eval_every=1_000, eval_episodes=10,
+    total_steps=15_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
+    pairs_per_session=40, max_pairs=500, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
+    reward_epochs=20, reward_shift=0, eval_every=1_000, eval_episodes=10,
 )
 TRAIN_GRID = dict(  # episodes last 200 steps (MiniGrid's own: 250 to 640): more different starts
     total_steps=16_000, seed_steps=1_000, explore_steps=1_000, feedback_every=2_000,
@@ -457,7 +457,8 @@ TASKS = {
         # A reward that is fitted anew moves every value by its own change / (1 - discount): at 0.99
         # they never settled, and what had been learned was lost. And no rope looks like another:
         # the more views of each.
-        train=dict(TRAIN_ROPE_WATER, discount=0.9, reward_shift=10),
+        train=dict(TRAIN_ROPE_WATER, total_steps=10_000, pairs_per_session=100, max_pairs=800,
+                   discount=0.9, reward_epochs=40, reward_shift=10),
         paper=dict(PAPER_ROPE_WATER, reward_size=240),
     ),
     "PassWater": Task(
