@@ -89,8 +89,7 @@ class KeyAndDoor(gymnasium.Env):
             action = self.inner.actions.done  # does nothing
         _, reward, terminated, truncated, _ = self.inner.step(int(action))
         self.success = bool(terminated and reward > 0)
-        carried = self.inner.carrying
-        self.key_taken |= carried is not None and carried.type == "key"
+        self.key_taken |= self._carries("key")
         self.door_opened |= self._door().is_open
         return self._observe(), float(reward), bool(terminated), bool(truncated), self._info()
 
@@ -103,6 +102,9 @@ class KeyAndDoor(gymnasium.Env):
                 found[thing.type] = (i % grid.width, i // grid.width)
         return [found.get(kind, agent) for kind in ("agent", "key", "door", self.target or "door")]
 
+    def _carries(self, kind):
+        return self.inner.carrying is not None and self.inner.carrying.type == kind
+
     def _door(self):
         column, row = self._places()[2]
         # trap: the agent stands *in* an open door, and the grid still holds the door there.
@@ -110,14 +112,13 @@ class KeyAndDoor(gymnasium.Env):
 
     def _observe(self):
         width, height, places = self.inner.width, self.inner.height, self._places()
-        door, carried, front = (
-            self._door(), self.inner.carrying, self.inner.grid.get(*self.inner.front_pos))
+        door, front = self._door(), self.inner.grid.get(*self.inner.front_pos)
         parts = []
         for column, row in places:
             parts += [np.arange(width) == column, np.arange(height) == row]
             parts.append([(column - places[0][0]) / width, (row - places[0][1]) / height])
         parts.append(np.arange(4) == self.inner.agent_dir)
-        parts.append([carried is not None and carried.type == kind for kind in ("key", "box")])
+        parts.append([self._carries(kind) for kind in ("key", "box")])
         # trap: a sub-task once completed stays so. Without these two the same observation would
         # earn one reward before and another after.
         parts.append([self.key_taken, self.door_opened])
@@ -126,11 +127,10 @@ class KeyAndDoor(gymnasium.Env):
         return np.concatenate(parts).astype(np.float32)
 
     def _info(self):
-        places, carried = self._places(), self.inner.carrying
-        key_in_hand = carried is not None and carried.type == "key"
+        places = self._places()
         done = [self.key_taken, self._door().is_open] + ([self.success] if self.target else [])
         # An open door stays passed wherever the key lies; a key dropped before that does not.
-        stage = 3 if self.success and self.target else 2 if done[1] else int(key_in_hand)
+        stage = 3 if self.success and self.target else 2 if done[1] else int(self._carries("key"))
         to = places[min(1 + stage, 3)]
         distance = abs(to[0] - places[0][0]) + abs(to[1] - places[0][1])
         near = 0.0 if stage == len(done) else 1 - distance / (self.inner.width + self.inner.height)
@@ -155,14 +155,13 @@ class KeyAndDoor(gymnasium.Env):
     def expert_action(self, obs=None):
         """The next action of a shortest way to the next sub-task. obs is not read: the grid is."""
         _, key, door_at, target = self._places()
-        door, carried = self._door(), self.inner.carrying
-        key_taken = carried is not None and carried.type == "key"
+        door, key_in_hand = self._door(), self._carries("key")
         if not door.is_open:
-            if door.is_locked and not key_taken:
+            if door.is_locked and not key_in_hand:
                 return self._approach(key, self.PICKUP)
             return self._approach(door_at, self.TOGGLE)
         # one hand: the key must go before the box can be taken
-        if self.target == "box" and key_taken:
+        if self.target == "box" and key_in_hand:
             return self.DROP if self.inner.grid.get(*self.inner.front_pos) is None else self.RIGHT
         return self._approach(target, self.FORWARD if self.target == "goal" else self.PICKUP)
 

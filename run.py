@@ -116,6 +116,17 @@ CHOICES = {
     "stages": (1, 2),
     "without": ("nothing", "novelty", "relabelling", "critic-reset"),
 }
+# The least and the most that a number may be; None: no most. Every other int is 0 or more, and
+# every other float above 0.
+AT_LEAST_1 = (1, None)
+RANGES = dict(
+    dict.fromkeys((
+        "total_steps", "hold", "feedback_every", "pairs_per_session", "members", "reward_epochs",
+        "batch_size", "updates", "hidden", "horizon", "eval_every", "eval_episodes", "workers",
+        "rounds", "max_pairs"), AT_LEAST_1),
+    candidates=(2, None), query_size=(16, None), reward_size=(47, None), vlm_latency=(0, None),
+    vlm_mistakes=(0, 1), vlm_unsure=(0, 1), discount=(0, 1), clip_alpha=(0, 1), max_usd=(0, None),
+)
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
 DEFAULTS = dict(
     total_steps=50_000, seed_steps=1000, hold=1, explore_steps=4000, feedback_every=2000,
@@ -166,11 +177,28 @@ def resolve(config):
         preset.update(task.paper if config.schedule == "paper" else {})
     open_fields = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **open_fields)
+    check_ranges(config)
     if config.device == "auto":
         import torch
 
         config = dataclasses.replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
     return config
+
+
+def check_ranges(config):
+    """Every number within its range, or one line: `--hold 0` would divide by zero hours later."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), str(field.type)
+        if value is None or isinstance(value, str):
+            continue
+        above = "float" in kind and field.name not in RANGES  # a rate: any number above 0
+        low, high = RANGES.get(field.name, (0, None))
+        # written so that nan is refused too
+        if not (value > low if above else value >= low) or not (high is None or value <= high):
+            most = "" if high is None else f", at most {high}"
+            least = f"above {low}" if above else f"at least {low}"
+            flag = "--" + field.name.replace("_", "-")
+            raise UserError(f"{flag} {value}: it must be {least}{most}")
 
 
 def price_of(config):

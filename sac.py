@@ -268,8 +268,8 @@ class SAC:
         self.reset_critic()
         self.log_alpha = torch.full((), float(np.log(0.1)), device=self.device, requires_grad=True)
         # Continuous: -1 nat per action number (1812.05905; uniform on [-1, 1] has +0.69).
-        # Discrete: a fifth of the most there can be, log(actions). With more, entropy alone
-        # was worth more than a goal that ends the episode, and DoorKey was unlearned again.
+        # Discrete: a fifth of the most there can be, log(actions). An episode that ends at the
+        # goal earns no more entropy: held high, wandering on would be worth more than arriving.
         self.target_entropy = (
             0.2 * float(np.log(self.actions)) if self.discrete else -float(self.action_dim))
         self.actor_optimizer, self.alpha_optimizer = (

@@ -555,7 +555,6 @@ def test_answers_about_one_place_hold_at_another_if_pictures_are_shifted():
         model.fit(data, epochs=20)
         images, lengths = bars(120, rng.integers((22, 12), (39, 29), (120, 2)))
         surprise.append(1 - np.corrcoef(model.predict(images), lengths)[0, 1])
-    print(surprise)
     assert surprise[1] < 0.5 * surprise[0]
 
 
@@ -1584,6 +1583,17 @@ def test_cloth_placed_3_mm_off_still_succeeds_but_3_cm_off_fails(soft):
         action = env.expert_action(None) + np.array([1, -1]) * off / 2**0.5 / env.REACH
         info = env.step(action)[4]
         assert info["success"] == success == int(info["performance"] > 0.9)
+
+
+def test_a_rope_held_high_looks_as_long_as_one_on_the_table(soft):
+    """Straight at the highest the hands go: it may look a tenth longer, no more."""
+    env, seen = soft["StraightenRope"], []
+    env.reset(seed=0)
+    for height in (0, env.HIGH):
+        env.place(env.rest + [0, 0, height])
+        env.mujoco.mj_forward(env.model, env.data)
+        seen.append(offline_vlm.read_rope(env.picture(300)))
+    assert 70 < seen[0] < seen[1] < 1.1 * seen[0]
 
 
 def test_rope_reward_and_success_follow_the_distance_of_its_ends(soft):
@@ -3339,6 +3349,18 @@ def test_a_discrete_policy_is_evaluated_as_the_stochastic_one_it_is(space, diffe
 
 
 @pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("field, value, says", [
+    ("hold", 0, "--hold 0: it must be at least 1"), ("reward_shift", -1, "--reward-shift -1: it must be at least 0"),
+    ("discount", 1.5, "--discount 1.5: it must be at least 0, at most 1"), ("discount", float("nan"), "--discount nan"),
+    ("sac_lr", 0.0, "--sac-lr 0.0: it must be above 0"), ("reward_size", 20, "--reward-size 20: it must be at least 47")])
+def test_a_number_out_of_its_range_is_refused_before_anything_is_made(field, value, says):
+    """One line with the flag, the value and what is possible; every value of every task's own entry must be in range."""
+    with pytest.raises(run.UserError, match=re.escape(says)):
+        run.resolve(run.Config(**{field: value}))
+    for task in envs.TASKS:
+        run.resolve(run.Config(env=task, device="cpu"))
+
+
 def test_random_actions_are_held_as_long_as_asked(tmp_path, monkeypatch):
     """With --hold 40, an episode of 100 random steps must draw three actions."""
     drawn, draw = [], train.random_action

@@ -139,13 +139,10 @@ def train(config):
                 at["priced"] = True
 
             # ---- STEP 6: improve the policy with SAC on the learned reward ----
-            if not exploring and at["explores"]:
+            if at["explores"] and not exploring:
                 at["explores"] = False
                 if config.without != "critic-reset":
-                    # So far the critics have learned what is novel, not what is wanted.
-                    agent.reset_critic()
-                    for _ in range(RESET_UPDATES):
-                        agent.update(buffer.sample(config.batch_size))
+                    forget_novelty(agent, buffer, config.batch_size)
             for _ in range(0 if blind else config.updates):
                 draw = sac.novelty_batch if exploring else sac.ReplayBuffer.sample
                 losses = agent.update(draw(buffer, config.batch_size))
@@ -176,6 +173,13 @@ def train(config):
         labeler.close()
     print("\n" + finish(config, run, finished, at, labeler, agent, price, eval_env))
     return run.rows
+
+
+def forget_novelty(agent, buffer, batch_size):
+    """Fresh critics: so far they have learned what is novel, not what is wanted."""
+    agent.reset_critic()
+    for _ in range(RESET_UPDATES):
+        agent.update(buffer.sample(batch_size))
 
 
 # ---- STEPs 1 and 2: the pictures that may be asked about ----
