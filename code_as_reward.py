@@ -44,6 +44,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 import weakref
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -265,6 +266,8 @@ class Program:
         self._finalizer = weakref.finalize(self, _end, self.process, self.pipe, folder)
         self.busy = 0.0
         self.active = self._exchange({"source": self.source}, b"", START_SECONDS)[0]["active"]
+        if sys.platform == "linux" and "system-calls" not in self.active:
+            warnings.warn("this kernel refuses the sandbox its system-call filter")
 
     def _batch(self, images, first_image):
         pixels = first_image.tobytes() + images.tobytes()

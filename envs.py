@@ -8,7 +8,7 @@ Which STEPs: none; every STEP acts or looks here. CartPole's physics (a angle, F
 
 Differs from the paper (RL-VLM-F, 2402.03681):
   1. Meta-World v3 in place of a changed v2, whose copy does not install any more.
-  2. Its episodes last 150 steps (theirs: 500): the experts are done after 45. In Soccer and
+  2. Its episodes last 150 steps (theirs: 500): the experts are done after 38 to 46. In Soccer and
      SweepInto the hand starts 5 cm lower, or 150 random steps seldom touch the object.
   3. Its pictures have no shadows, reflections, multisampling, goal markers: much faster.
   4. The reward model sees 64 to 100 px, the VLM 200 to 300 px (theirs: both see 200 to 360 px).
@@ -455,8 +455,8 @@ TASKS = {
         make="deformables:StraightenRope-v0",
         horizon=40, query_size=300, reward_size=100,
         # A reward that is fitted anew moves every value by its own change / (1 - discount), a
-        # hundredfold at 0.99; straightening takes ten steps, so 0.9 sees far enough. And no crumpled
-        # rope looks like another: the more answers, and the more views of each picture.
+        # hundredfold at 0.99; straightening takes a few steps, so 0.9 sees far enough. And no
+        # crumpled rope looks like another: more answers, and more views of each picture.
         train=dict(TRAIN_ROPE_WATER, total_steps=10_000, pairs_per_session=100, max_pairs=800,
                    discount=0.9, reward_epochs=40, reward_shift=10),
         paper=dict(PAPER_ROPE_WATER, reward_size=240),
@@ -511,9 +511,6 @@ def make(name, seed=0, goal=None, horizon=None):
 
 def _from_gymnasium(name, horizon):
     """Any registered environment, with observations (O,) float32 and actions in [-1, 1] or int."""
-    spec = gymnasium.registry.get(name)
-    if spec and not spec.max_episode_steps:
-        horizon = horizon or 1000  # an episode has to end some time
     try:
         with opengl_errors():
             env = gymnasium.make(
@@ -521,6 +518,8 @@ def _from_gymnasium(name, horizon):
             )
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise ValueError(f"{name} cannot be made here: {str(error).splitlines()[0]}") from None
+    if not env.spec.max_episode_steps:  # an episode has to end some time
+        env = gymnasium.wrappers.TimeLimit(env, horizon or 1000)
     if not isinstance(env.observation_space, Box):
         raise ValueError(f"{name} observes {env.observation_space}; only Box observations will do")
     if len(env.observation_space.shape) != 1:

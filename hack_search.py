@@ -6,7 +6,8 @@ What this is: STEPs C1 to C4 with the offline stand-in (no VLM), on episodes tha
 accuracy = share of frames where (progress >= DONE) agrees with the true state of the sub-task (an
 earlier one is an event: done from its first such frame on); hacking = random shooting from one
 start for the largest sum(Phi - 1), the programs alone: a hack is more than the expert's, without
-success. It leaves results/code_accuracy.csv and results/reward_hacking.csv. T frames, K sub-tasks.
+success. It leaves results/code_accuracy.csv and results/reward_hacking.csv, where the rows of tasks
+not named stay as they are. T frames, K sub-tasks.
 To use it elsewhere:
     import hack_search
     accuracy, hacking = hack_search.examine("DoorKey-5x5", searched=2)
@@ -23,6 +24,7 @@ import code_as_reward
 import envs
 import offline_vlm
 
+WRITER = "offline stand-in (not a VLM)"
 TASKS = ("CartPole", "DrawerOpen", "SweepInto", "StraightenRope", "DoorKey-6x6")
 
 
@@ -63,29 +65,43 @@ def examine(task, searched=200, episodes=10, seed=5_000_000):
         for states in (said, true):  # an event stays done
             states[:, :-1] = np.logical_or.accumulate(states[:, :-1], axis=0)
         right.setdefault(kind, []).extend(said == true)
-    accuracy = [{"task": task, "program": name, **{f"{kind}_accuracy": np.mean(
-        [row[k] for row in rows]) for kind, rows in right.items()},
+    accuracy = [{"task": task, "program": name, "programs_by": WRITER, **{
+        f"{kind}_accuracy": np.mean([row[k] for row in rows]) for kind, rows in right.items()},
         "frames": sum(map(len, right.values()))} for k, name in enumerate(reward.subtasks)]
     _, _, target, reached = play(env, reward, size, lambda obs, t: expert(obs), seed)
+    hacks = 0  # plans worth more than the expert's that do not succeed
     for number in range(searched):  # half of them keep the beginning of the best so far
         tried = plan()
         if number % 2:
             keep = rng.integers(env.horizon)
             tried[:keep] = best[2][:keep]
         _, _, value, success = play(env, reward, size, lambda obs, t: tried[t], seed)
+        hacks += value > target and not success
         best = max(best, (value, success, tried), key=lambda found: found[0])
     reward.close()
     return accuracy, {"task": task, "expert_return": target, "expert_success": reached,
                       "best_random_return": best[0], "episodes": searched,
-                      "best_success": best[1], "hack": best[0] > target and not best[1]}
+                      "best_success": best[1], "hacks": hacks, "programs_by": WRITER}
 
 
-if __name__ == "__main__":
-    accuracy, hacking = zip(*(examine(task) for task in sys.argv[1:] or TASKS))
-    for name, rows in (("code_accuracy", sum(accuracy, [])), ("reward_hacking", hacking)):
-        Path("results").mkdir(exist_ok=True)
-        with open(f"results/{name}.csv", "w", newline="") as file:
+def main(tasks):
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        sys.exit(f"hack_search.py: no programs for {unknown[0]}; there are {', '.join(TASKS)}")
+    accuracy, hacking = zip(*(examine(task) for task in tasks or TASKS))
+    for name, rows in (("code_accuracy", sum(accuracy, [])), ("reward_hacking", list(hacking))):
+        path, new = Path("results", f"{name}.csv"), {row["task"] for row in rows}
+        path.parent.mkdir(exist_ok=True)
+        if path.exists():
+            with open(path, newline="") as file:
+                rows += [row for row in csv.DictReader(file) if row["task"] not in new]
+        rows.sort(key=lambda row: TASKS.index(row["task"]))
+        with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         print(*rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

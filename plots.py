@@ -34,7 +34,7 @@ from scipy import stats
 COLOURS = ("#3b8ad0", "#dd7a2b", "#2f9e77", "#b06fc4", "#c9535b", "#a58a2a", "#4aa3ad", "#8a7f78")
 MARKS, INK = "osD^vPX*", "#868b93"
 NOT_SETTINGS = ("task", "method", "setting", "seed", "steps", "pairs_asked", "labels", "label_accuracy",
-                "reward_accuracy", "spearman", "eval_return", "eval_success", "eval_success_any",
+                "reward_accuracy", "spearman", "spearman_expert", "eval_return", "eval_success", "eval_success_any",
                 "eval_success_frames", "success_last_third", "solved_step", "seconds_until_solved",
                 "seconds", "labeler", "command", "error")
 MOST_LINES = 8
@@ -272,8 +272,35 @@ def draw_run(folder, path):
     return str(path)
 
 
+def draw_alignment(folders, path):
+    """Learned reward and progress along an expert's episode, each from 0 to 1: a panel a task, a line a run.
+
+    Runs of one method, whatever their seed, have one colour.
+    """
+    runs = [(json.loads((Path(folder) / "config.json").read_text()), folder) for folder in folders]
+    for config, _ in runs:
+        config["method"] = config["labels"] if config["labels"] == "oracle" else config["reward"]
+    tasks = groups([{**config, "folder": folder} for config, folder in runs], "env")
+    methods = list(dict.fromkeys(config["method"] for config, _ in runs))
+    columns = min(4, len(tasks))
+    figure, panels = canvas(columns, -(-len(tasks) // columns), "Reward along an episode of the expert",
+                            "; ".join(dict.fromkeys(config["labeler"] for config, _ in runs)))
+    for ax in panels.flat[len(tasks):]:
+        ax.set_visible(False)
+    for ax, ((task,), its) in zip(panels.flat, tasks.items()):
+        for config in its:
+            rows = [row for row in read(Path(config["folder"]) / "episodes.csv") if row["kind"] == "expert"]
+            for name, column in {"true progress": "progress", f"{config['method']} reward": "learned_reward"}.items():
+                values = np.array([number(row[column]) for row in rows])
+                colour = INK if column == "progress" else COLOURS[methods.index(config["method"]) % len(COLOURS)]
+                ax.plot((values - values.min()) / max(np.ptp(values), 1e-9), label=name, color=colour, linewidth=1.8)
+        dress(ax, task, "step", None)
+    return finish(figure, panels, path)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and Path(sys.argv[1]).is_dir():
-        print(draw_run(*sys.argv[1:]))  # python plots.py RUN_FOLDER PICTURE.png
+    if len(sys.argv) > 2 and all(map(Path.is_dir, map(Path, sys.argv[1:-1]))):
+        # python plots.py RUN_FOLDER PICTURE.png; with several folders: their rewards along the expert's episode
+        print(draw_run(*sys.argv[1:]) if len(sys.argv) == 3 else draw_alignment(sys.argv[1:-1], sys.argv[-1]))
     else:
         print("\n".join(plot(*sys.argv[1:3])))

@@ -397,7 +397,7 @@ def gallery(run):
     sides, cards = {0: "left", 1: "right", -1: "neither", -2: "none"}, ""
     for row in choose_pairs([row for row in run.labels if file_of(row).exists()] or run.labels):
         label, truth = (sides.get(number(row.get(key)), "?") for key in ("label", "true_label"))
-        label = f"{row['score']}" if "score" in row else label
+        label = safe(words(row["score"])) if "score" in row else label
         said = row.get("answers")
         said = "".join(
             f"<details><summary>{safe(textwrap.shorten(words(answer), 130, placeholder=' ...'))}"

@@ -5,14 +5,13 @@ or "the second" (1) with the Bradley-Terry model, and the choice of the pairs wo
 Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
     P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[the image picked]
 
-Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) fits its way:
+Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) drops 3 to 5:
   1. One answer in eight is held out; a fit ends when these have not become less surprising for
-     more than three epochs, and goes back to the best: wrong answers can be learned by heart.
+     more than three epochs, and goes back to the best (paper=True: they are only reported).
   2. The networks see 64 to 100 pixels, the VLM 200 to 300. Pairs are drawn from all candidates.
   3. Rewards are sharpened tenfold in P. Unsharpened, P cannot leave [0.12, 0.88]: the fit drives
      the tanh flat, and with it every difference between pictures near the goal.
-  4. Normalisation after each convolution, and fresh networks at every fit (1910.08475): without,
-     members die or stay in the first fit's valley, and 100 answers are never fitted.
+  4. Normalisation after each convolution, and fresh networks at every fit (1910.08475).
   5. predict() is standardised over the fitted pictures (mean 0, deviation 1; 1706.03741).
   6. Each fit moves pictures by a few random pixels (shift; 2004.13649). One CNN for all tasks.
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
@@ -74,7 +73,8 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
     if how in ("disagreement", "entropy"):
         rewards = model.member_rewards(images)  # (members, N)
         # P[second is better]: (members, tries)
-        p_second = 1 / (1 + np.exp(rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]))
+        p_second = 1 / (1 + np.exp(
+            model.sharpness * (rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]])))
         worth = p_second.std(0) if how == "disagreement" else -np.abs(p_second.mean(0) - 0.5)
     same = np.array([np.array_equal(images[a], images[b]) for a, b in pairs])
     worth[same] = -np.inf  # two equal pictures teach nothing: only when there is nothing else
@@ -129,45 +129,41 @@ class PreferenceDataset:
     """A ring of answered pairs: first, second (N, H, W, 3) uint8; label (N,) 0 or 1.
 
     held_out (N,) bool: these only measure.
-    confidence (N,) in (0, 1]: the weight of an answer in the loss; 1 where the labeler gave none.
     """
 
-    ARRAYS = ("first", "second", "label", "confidence", "held_out")
+    ARRAYS = ("first", "second", "label", "held_out")
 
     def __init__(self, capacity, image_shape):
         self.capacity, self.added = int(capacity), 0
         self.first = np.zeros((self.capacity, *image_shape), np.uint8)
         self.second = np.zeros((self.capacity, *image_shape), np.uint8)
         self.label = np.zeros(self.capacity, np.int64)
-        self.confidence = np.ones(self.capacity, np.float32)
         self.held_out = np.zeros(self.capacity, bool)
 
     def __len__(self):
         return min(self.added, self.capacity)
 
-    def add(self, first, second, label, confidence=None):
+    def add(self, first, second, label):
         """Store M sure answers: first, second (M, H, W, 3) uint8, label (M,) in {0, 1}."""
         label = np.asarray(label)
         if not np.isin(label, (0, 1)).all():
             raise ValueError(f"labels must be 0 or 1, got {sorted(set(label.tolist()))}; "
                              "leave out what is unsure")
-        confidence = np.ones(len(label)) if confidence is None else confidence
-        for one, two, answer, weight in zip(first, second, label, confidence):
+        for one, two, answer in zip(first, second, label):
             row = self.added % self.capacity
             self.first[row], self.second[row], self.label[row] = one, two, answer
-            self.confidence[row], self.held_out[row] = (
-                weight, self.added % HOLD_OUT == HOLD_OUT - 1)
+            self.held_out[row] = self.added % HOLD_OUT == HOLD_OUT - 1
             self.added += 1
 
     def rows(self, held_out=False):
         return np.flatnonzero(self.held_out[: len(self)] == held_out)
 
     def batches(self, size, rng, held_out=False):
-        """All rows once, in random order: (first (B, H, W, 3), second, label, confidence (B,))."""
+        """All rows once, in random order: (first (B, H, W, 3), second, label (B,))."""
         rows = rng.permutation(self.rows(held_out))
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            yield self.first[part], self.second[part], self.label[part], self.confidence[part]
+            yield self.first[part], self.second[part], self.label[part]
 
     def state_dict(self):
         n = len(self)
@@ -182,22 +178,19 @@ class PreferenceDataset:
 
 
 # ---- STEP 4: fit the reward model to the answers ----
-def preference_loss(r0, r1, label, weight=None):
+def preference_loss(r0, r1, label):
     """Bradley-Terry cross-entropy: how surprised the reward model is by the VLM's answers.
 
         P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[image picked]
 
     r0, r1: (B,) rewards of the first and second image.
     label: (B,) int64, 0 = first better, 1 = second better.
-    weight: (B,) how much each answer counts, or None for all alike.
     Example: r0 == r1 -> log 2 = 0.693, whatever the labels.
     """
     assert r0.ndim == 1 and r0.shape == r1.shape == label.shape, (r0.shape, r1.shape, label.shape)
     logits = torch.stack([r0, r1], dim=-1)  # (B, 2); the column is the label: no sign to get wrong
     # trap: tanh rewards differ by at most 2: unsharpened, a perfect fit costs log(1 + e^-2) = 0.127
-    if weight is None:
-        return F.cross_entropy(logits, label)
-    return (weight * F.cross_entropy(logits, label, reduction="none")).sum() / weight.sum()
+    return F.cross_entropy(logits, label)
 
 
 def as_input(images, device):
@@ -265,6 +258,7 @@ class RewardModel:
         self.image_shape, self.members, self.lr = image_shape, members, lr
         self.patience, self.shift, self.paper = patience, shift, paper
         self.device, self.batch = torch.device(device), batch
+        self.sharpness = 1.0 if paper else SHARPNESS  # of the rewards in P
         self.rng = np.random.default_rng(seed)
         self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted pictures
         self.fresh_networks()
@@ -296,17 +290,18 @@ class RewardModel:
             raise ValueError("no answers to fit: every pair was unsure, unreadable or unanswered")
         if not self.paper:
             self.fresh_networks()
-        least, least_epoch, kept = np.inf, 0, None
+        least, best = np.inf, 0  # best: the epoch in which the held-out answers surprised least
         judges = self.patience and not self.paper and len(data.rows(held_out=True)) >= 4
         for epoch in range(1, epochs + 1):
             loss, accuracy = self.one_epoch(data)
-            surprise = self.surprise(data) if judges else -epoch  # no judge: the last is the best
-            if surprise < least:
-                least, least_epoch, kept = surprise, epoch, copy.deepcopy(self.nets.state_dict())
-            if accuracy > stop_accuracy or epoch - least_epoch > self.patience:
+            if judges and (surprise := self.surprise(data)) < least:
+                least, best, kept = surprise, epoch, copy.deepcopy(self.nets.state_dict())
+                of_best = loss, accuracy
+            if accuracy > stop_accuracy or (judges and epoch - best > self.patience):
                 break
         if judges:
             self.nets.load_state_dict(kept)
+            loss, accuracy = of_best
         if not self.paper:
             self.standardise(np.concatenate([data.first[: len(data)], data.second[: len(data)]]))
         return {"loss": loss, "train_accuracy": accuracy, "epochs": epoch,
@@ -314,16 +309,15 @@ class RewardModel:
 
     def one_epoch(self, data):
         """Each member once over all training answers -> mean loss, share it had in order."""
-        sharpness, losses, right = 1.0 if self.paper else SHARPNESS, [], []
+        losses, right = [], []
         for batches in zip(*(data.batches(self.batch, self.rng) for _ in self.nets)):
             self.optimizer.zero_grad(set_to_none=True)
-            for net, (first, second, label, confidence) in zip(self.nets, batches):
+            for net, (first, second, label) in zip(self.nets, batches):
                 # one pass, not two: (2 B, 3, H, W)
                 images = shifted(np.concatenate([first, second]), self.shift, self.rng)
                 r0, r1 = net(as_input(images, self.device)).chunk(2)
                 answer = torch.from_numpy(label).to(self.device)  # (B,)
-                weight = torch.from_numpy(confidence).to(self.device)
-                loss = preference_loss(sharpness * r0, sharpness * r1, answer, weight)
+                loss = preference_loss(self.sharpness * r0, self.sharpness * r1, answer)
                 loss.backward()  # at once: one member's activations at a time stay in the cache
                 losses.append(float(loss.detach()))
                 right.extend(((r1 > r0) == answer.bool()).tolist())
@@ -333,7 +327,7 @@ class RewardModel:
     def surprise(self, data):
         """Mean loss of the members on the held-out answers."""
         rows = data.rows(held_out=True)
-        r0, r1 = (torch.from_numpy(SHARPNESS * self.member_rewards(images[rows]))
+        r0, r1 = (torch.from_numpy(self.sharpness * self.member_rewards(images[rows]))
                   for images in (data.first, data.second))  # (members, H)
         label = torch.from_numpy(data.label[rows])
         return float(np.mean([preference_loss(one, two, label) for one, two in zip(r0, r1)]))
@@ -346,8 +340,7 @@ class RewardModel:
     def accuracy(self, data, held_out):
         """Share of the answers on which the ensemble's order agrees; nan when there are none."""
         agree = [(self.predict(second) > self.predict(first)) == (label == 1)
-                 for first, second, label, _
-                 in data.batches(256, np.random.default_rng(0), held_out)]
+                 for first, second, label in data.batches(256, np.random.default_rng(0), held_out)]
         return float(np.concatenate(agree).mean()) if agree else float("nan")
 
     @torch.no_grad()

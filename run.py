@@ -10,11 +10,11 @@ The run folder:
   timing.csv     the clock
   labels.jsonl   a line per pair asked, on disk before it is used: answers in full, label, true
                  label, tokens, seconds
-  pairs/*.png    what was asked, first image left, second right (small/: for the reward model)
+  pairs/*.png    what was asked, first image left, second right
   checkpoint/    state.pt: everything that `--resume` needs and that is in no other file
   buffer/        the pictures
   episodes.csv   learned reward beside true progress, step by step, at the end
-  eval_*.gif, report.html
+  eval_*.gif, summary.json, report.html; code_as_reward/: the programs of --reward code
 
 The same run, byte for byte, after `kill -9`: all numbers are drawn from seeded generators whose
 state is in the checkpoint, every episode starts from a seed of its own, and answers that were paid
@@ -48,7 +48,7 @@ class Config:
     env: str = "CartPole"  # a built-in task or any Gymnasium id (then with --goal)
     goal: str | None = None  # what to achieve, in words
     reward: str = "preference"  # preference (RL-VLM-F), code (VLM-CaR); or a baseline
-    labels: str = "vlm"  # who compares the pictures: vlm; to compare: oracle (from true progress)
+    labels: str = "vlm"  # who compares the pictures: vlm, or oracle (true progress, to compare)
     seed: int = 0  # the one seed of everything
     schedule: str = "ours"  # the task's schedule and fits: ours, or paper
     # The VLM
@@ -66,7 +66,7 @@ class Config:
     clip_alpha: float = 0.0  # and how much of what is beside the line between them is left out
     clip_model: str = "openai/clip-vit-base-patch32"  # on the Hugging Face hub, or a folder
     potential: str = "level"  # for --reward code: Phi - 1 (level), or its difference over a step
-    unverified: str = "stop"  # a sub-task, not the last, no program of which passes: stop, or skip
+    unverified: str = "stop"  # if no program passes for a sub-task (but the last): stop, or skip it
     rounds: int = 3  # for --reward code: how many programs the VLM may write for a sub-task
     workers: int = 8  # questions asked at the same time
     max_calls: int | None = None  # stop asking after so many answered calls, cached ones included
@@ -74,9 +74,9 @@ class Config:
     usd_per_mtok: str | None = None  # price of a million tokens, IN,OUT
     # The schedule
     total_steps: int | None = None  # environment steps in all
-    seed_steps: int | None = None  # of them, with random actions at first
-    hold: int | None = None  # steps that each of these random actions is held
-    explore_steps: int | None = None  # of them, before the first question (random, then novelty)
+    seed_steps: int | None = None  # environment steps with random actions, at the start
+    hold: int | None = None  # steps for which one random action is repeated
+    explore_steps: int | None = None  # steps before the first question (random, then novelty)
     feedback_every: int | None = None  # environment steps between two sessions of questions
     pairs_per_session: int | None = None  # pairs asked in one session
     max_pairs: int | None = None  # pairs asked in all
@@ -90,7 +90,7 @@ class Config:
     reward_epochs: int | None = None  # passes over all answers in one session, at most
     query_size: int | None = None  # pixels of the picture the VLM sees
     reward_size: int | None = None  # pixels of the picture the reward model sees
-    reward_shift: int | None = None  # pixels by which it is moved at random in a fit, at most
+    reward_shift: int | None = None  # pixels by which a fit moves it at random, at most
     # SAC
     sac_lr: float | None = None  # learning rate of actor, critics and temperature
     batch_size: int | None = None  # transitions in one update
@@ -115,6 +115,7 @@ CHOICES = {
     "potential": ("level", "difference"),
     "stages": (1, 2),
     "without": ("nothing", "novelty", "relabelling", "critic-reset"),
+    "device": ("auto", "cpu", "cuda"),
 }
 # The least and the most that a number may be; None: no most. Every other int is 0 or more, and
 # every other float above 0.
@@ -135,7 +136,8 @@ DEFAULTS = dict(
     discount=0.99, eval_every=5000, eval_episodes=10,
 )
 MAY_CHANGE = (  # on resume
-    "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_latency", "workers",
+    "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "vlm_latency",
+    "workers",
 )
 METRICS = (
     "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical",
@@ -159,8 +161,11 @@ def resolve(config):
             raise UserError(f"--{name} {getattr(config, name)}: "
                             f"there are {', '.join(map(str, allowed))}")
     price_of(config)
-    if config.reward == "score" and (config.labels != "vlm" or config.labels_from):
-        raise UserError("--reward score asks a VLM for numbers; there are no other labels for it")
+    if config.reward != "preference" and (config.labels != "vlm" or config.labels_from):
+        raise UserError(f"--reward {config.reward} compares no pictures: leave out --labels and "
+                        "--labels-from")
+    if config.reward == "score" and config.vlm_mistakes:
+        raise UserError("--vlm-mistakes exchanges two pictures, and --reward score shows only one")
     try:
         if not isinstance(json.loads(config.vlm_extra), dict):
             raise ValueError("not an object in braces")
@@ -178,10 +183,13 @@ def resolve(config):
     open_fields = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **open_fields)
     check_ranges(config)
-    if config.device == "auto":
+    if config.device != "cpu":
         import torch
 
-        config = dataclasses.replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
+        there = torch.cuda.is_available()
+        if config.device == "cuda" and not there:
+            raise UserError("--device cuda: torch finds no such GPU here; there are cpu, auto")
+        config = dataclasses.replace(config, device="cuda" if there else "cpu")
     return config
 
 
@@ -224,11 +232,21 @@ def who_labels(config):
     if config.programs:
         return f"nobody (programs from {config.programs})"
     if config.labels_from:
-        return f"answers read from {config.labels_from}"
+        return f"answers read from {config.labels_from}{origin(config.labels_from)}"
     mistakes = f", wrong on purpose in {config.vlm_mistakes:.0%}" if config.vlm_mistakes else ""
     if config.labels == "oracle" and config.reward == "preference":
         return f"oracle (labels from true progress, not a VLM{mistakes})"
     return f"offline stand-in (not a VLM{mistakes})" if config.vlm == "offline" else config.vlm
+
+
+def origin(path):
+    """" (LABELER)" of the run that kept these answers, or "": a stand-in stays a stand-in."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            return f" ({json.load(file)['labeler']})"
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 # ---- the command line ----
@@ -409,8 +427,11 @@ def closing_text(config, run, finished, at, labeler, spearman):
                      f"{at['fit']['reward_accuracy']:.0%} of picture pairs; "
                      f"Spearman with the true reward over fresh random episodes: {spearman:.2f}."]
     elif config.reward == "code":
-        text += [f"The reward is {len(labeler.subtasks)} verified programs "
-                 f"({'; '.join(labeler.subtasks)}), written by {who_labels(config)}."]
+        programs = labeler.programs
+        text += [f"The reward is {len(programs.subtasks)} verified programs "
+                 f"({'; '.join(programs.subtasks)}), written by {who_labels(config)}."]
+        if programs.failed_frames:
+            text += [f"They failed on {programs.failed_frames} pictures, which earned nothing."]
     else:
         text += [f"Learned from the {config.reward} reward; labels: {who_labels(config)}."]
     if labeler.vlm:

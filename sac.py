@@ -11,8 +11,9 @@ Which STEPs: 0 explore without any reward, 1 act and store, 5 relabel, 6 improve
 Differs from the paper (RL-VLM-F, 2402.03681):
   1. New rows have no reward (NaN), and are not sampled, until their episode is priced as one batch.
   2. relabel() covers every stored row, also after the ring wrapped; theirs then misses most.
-  3. Novelty is measured against at most 1,024 random stored states: all cost 10 times as much.
-  4. Targets follow at every update (theirs: every second), alpha at the critics' rate: simpler.
+  3. Novelty is measured against at most 1,024 random stored states, for speed.
+  4. Targets follow at every update (theirs: every second), alpha at the critics' rate, and there
+     are two hidden layers (theirs: three for Meta-World, rope and water): simpler.
   5. Observations are seen in units of their spread over the first, random steps (standardise).
 Shapes: O observation, A action numbers, B batch, N stored rows, H and W pixels. Only numpy, torch.
   ReplayBuffer.add/relabel/price/sample, novelty_bonus, SAC.act/update/reset_critic.

@@ -5,7 +5,8 @@ picture, not two, and writes a number; the same ensemble of CNNs is fitted to th
 Which STEPs: 4 fit the reward model to the answers, in its place:
     loss = mean of (r - (2 score - 1))^2          r in (-1, 1), score in [0, 1]
 
-Differs from the paper: it gives no details; networks, epochs and early stop are RL-VLM-F's here.
+Differs from the paper: it gives no details; networks and epochs are RL-VLM-F's here; a fit
+also ends at a mean loss below 0.01.
 
 Shapes: B batch, M pictures (M, H, W, 3) uint8, scores (M,) in [0, 1]. Needs reward_model.py.
   score_loss, ScoreDataset, fit(model, data, epochs). model: the RewardModel of reward_model.py.

@@ -110,8 +110,8 @@ SWEEPS = {
 SMALL = ("config.json", "summary.json", "metrics.csv", "timing.csv", "labels.jsonl", "episodes.csv", "report.html",
          "train.log")  # what comes back from another machine; pictures and checkpoints stay there
 KEY = ("task", "method", "setting", "seed")  # what makes two rows the same run
-MEASURES = ("steps", "pairs_asked", "labels", "label_accuracy", "reward_accuracy", "spearman", "eval_return",
-            "eval_success", "eval_success_any", "eval_success_frames", "success_last_third",
+MEASURES = ("steps", "pairs_asked", "labels", "label_accuracy", "reward_accuracy", "spearman", "spearman_expert",
+            "eval_return", "eval_success", "eval_success_any", "eval_success_frames", "success_last_third",
             "solved_step", "seconds_until_solved", "seconds", "labeler", "command", "error")
 CURVES = (*KEY, "step", "eval_return", "eval_success", "pairs_asked")
 
@@ -337,6 +337,14 @@ def cell(value):
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def aligned(path):
+    """episodes.csv of a run -> rank correlation of learned reward and progress along the expert's episode, or NaN."""
+    from scipy.stats import spearmanr
+
+    rows = [(float(row["learned_reward"]), float(row["progress"])) for row in read_csv(path) if row["kind"] == "expert"]
+    return float(spearmanr(*zip(*rows)).statistic) if len(rows) > 2 else float("nan")
+
+
 class Table:
     """results/NAME.csv and NAME_curves.csv: what is in them, changed by the rows of this call."""
 
@@ -356,7 +364,7 @@ class Table:
             # a field that this run did not change has the task's own value in config.json
             row.update((field, config.get(field)) for field in job.varied)
             row.update(summary, pairs_asked=summary["asked"], reward_accuracy=metrics[-1]["reward_accuracy"],
-                       command=config["command"])
+                       spearman_expert=aligned(Path(job.folder, "episodes.csv")), command=config["command"])
         self.rows[key] = {name: cell(row.get(name)) for name in (*KEY, *job.varied, *MEASURES)}
         self.curves[key] = [{**each, **dict(zip(KEY, key))} for each in metrics]
         return self.rows[key]
@@ -372,7 +380,8 @@ class Table:
             curves.setdefault(tuple(row[name] for name in KEY), []).append(row)
         rows.update(self.rows)
         curves.update(self.curves)
-        columns = (*KEY, *dict.fromkeys([*self.varied, *middle]), *MEASURES)
+        # trap: `labels` is a setting and a measure; it may stand in the table but once
+        columns = tuple(dict.fromkeys([*KEY, *self.varied, *middle, *MEASURES]))
         os.makedirs(self.path.parent, exist_ok=True)
         keys = sorted(rows, key=lambda key: self.rank.get(key, len(self.rank)))  # stable: others stay as they were
         for path, names, lines in ((self.path, columns, [rows[key] for key in keys]),

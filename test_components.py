@@ -56,6 +56,7 @@ import clip_reward
 import code_as_reward
 import deformables
 import envs
+import hack_search
 import offline_vlm
 import plots
 import report
@@ -377,6 +378,8 @@ def test_every_image_can_be_asked_about_and_none_against_itself(how):
 class TwoMinds:
     """Two members that agree on dark pictures and contradict each other on bright ones."""
 
+    sharpness = 1.0
+
     def member_rewards(self, images):
         brightness = images[:, 0, 0, 0].astype(np.float32)
         disputed = (brightness > 5) * 0.1 * (brightness - 8.5)
@@ -489,6 +492,18 @@ def test_wrong_answers_are_not_learned_by_heart():
     unseen, angle = reward_model.demo_pictures(300, rng)
     listened, did_not = (spearmanr(model.predict(unseen), -np.abs(angle)).statistic for model in models)
     assert epochs[0] < epochs[1] - 5 and listened > 0.75 and listened > did_not + 0.05
+
+
+def test_a_fit_reports_the_epoch_whose_networks_it_keeps(monkeypatch):
+    """Where the second epoch surprises the held-out answers least, its loss and accuracy must be reported, not the last's."""
+    model = reward_model.RewardModel((48, 48, 3), members=1, patience=1)
+    data = reward_model.PreferenceDataset(40, (48, 48, 3))
+    data.add(np.zeros((40, 48, 48, 3), np.uint8), np.zeros((40, 48, 48, 3), np.uint8), [0, 1] * 20)
+    epochs, surprises = iter([(0.3, 0.6), (0.2, 0.7), (0.1, 0.8), (0.05, 0.9)]), iter([2.0, 1.0, 1.5, 1.6])
+    monkeypatch.setattr(model, "one_epoch", lambda data: next(epochs))
+    monkeypatch.setattr(model, "surprise", lambda data: next(surprises))
+    fit = model.fit(data, 9)
+    assert (fit["loss"], fit["train_accuracy"], fit["epochs"]) == (0.2, 0.7, 4)
 
 
 @pytest.mark.parametrize("paper", (False, True))
@@ -781,7 +796,7 @@ def test_an_answer_is_on_disk_and_in_the_log_before_its_label_is_used(tmp_path, 
 def test_keys_are_in_no_file_log_message_or_traceback(tmp_path, capfd, monkeypatch):
     """The key must not leave the request's header, even where the provider quotes it."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setitem(offline_vlm.HOPELESS, "wrong key", (401, "authentication_error", f"bad key {KEY}"))
+    monkeypatch.setitem(offline_vlm.HOPELESS, "wrong key", (401, "authentication_error", f"bad key {'x' * 280}{KEY}"))
     said = []
     with OfflineVLM(key="another") as url:
         log = LabelLog(tmp_path / "labels.jsonl")
@@ -1020,6 +1035,16 @@ def test_the_spend_limit_holds_in_pair_order():
             assert label_pairs(vlm.ask, first, second, BRIGHT)[1]["asked"] == 0
     per_pair = vlm.usd / counts["asked"]
     assert ends[0] == ends[1] == ends[2] > 0 and 0.002 <= vlm.usd <= 0.002 + 4 * per_pair
+
+
+def test_the_sight_check_is_asked_at_every_start(tmp_path):
+    """Neither a right nor a wrong answer may come from the cache: the server may be another one, or cured, by now."""
+    with OfflineVLM() as url:
+        for _ in range(2):
+            vlm = quick(url, cache=tmp_path)
+            vlm.check_sight()
+            assert (vlm.calls, vlm.cached_calls) == (2, 0) and vlm.cache == tmp_path
+    assert not list(tmp_path.iterdir())
 
 
 def test_totals_survive_a_checkpoint():
@@ -1428,6 +1453,17 @@ def test_any_gymnasium_id_gets_the_same_face():
     assert env.unwrapped.got == 4.0 and info["progress"] == 7.0 and info["success"] == 1.0
     for size in (16, 40, 90):
         assert np.array_equal(env.picture(size), np.full((size, size, 3), 200, np.uint8))
+
+
+def test_an_environment_without_a_limit_of_its_own_gets_one(tmp_path, monkeypatch):
+    """Named by its module, an id is not registered before it is made; its episodes must end all the same."""
+    (tmp_path / "odd_module.py").write_text("import gymnasium\ngymnasium.register('Endless-v0', "
+                                            "entry_point='gymnasium.envs.classic_control:PendulumEnv')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert envs.make("odd_module:Endless-v0", goal="g").horizon == 1000
+    env = envs.make("odd_module:Endless-v0", goal="g", horizon=2)
+    env.reset(seed=0)
+    assert [env.step(env.action_space.sample())[3] for _ in range(2)] == [False, True] and env.horizon == 2
 
 
 def test_the_horizon_can_be_set(env_of):
@@ -2167,6 +2203,19 @@ def test_the_stand_in_knows_the_sub_tasks_of_every_goal_it_can_read():
             code_as_reward.check_source(offline_vlm.write_code(goal, sentence, wrong=False))
 
 
+def test_the_search_for_hacks_keeps_the_rows_of_other_tasks(tmp_path, monkeypatch):
+    """Examining one task again must leave the other's rows; an unknown task must be named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hack_search, "examine", lambda task: ([{"task": task, "frames": 1}], {"task": task, "hacks": 0}))
+    hack_search.main(["DrawerOpen", "CartPole"])
+    monkeypatch.setattr(hack_search, "examine", lambda task: ([{"task": task, "frames": 2}], {"task": task, "hacks": 3}))
+    hack_search.main(["DrawerOpen"])
+    for name, rows in (("code_accuracy", ["CartPole,1", "DrawerOpen,2"]), ("reward_hacking", ["CartPole,0", "DrawerOpen,3"])):
+        assert open(f"results/{name}.csv").read().split()[1:] == rows
+    with pytest.raises(SystemExit, match="no programs for Chess"):
+        hack_search.main(["Chess"])
+
+
 # ==== offline_vlm.py ====
 def draw_pole(degrees, size=200):
     """A brown pole on a black cart, leaning by so many degrees to the right -> (size, size, 3) uint8."""
@@ -2822,11 +2871,15 @@ def train(config):
     if config.seed == 9:
         open(config.out + "/pid", "w").write(str(os.getpid()))
         time.sleep(60)
-    json.dump({**dataclasses.asdict(config), "resume": None, "members": 3, "command": "python train.py"},
+    json.dump({**dataclasses.asdict(config), "resume": None, "members": 3, "command": "python train.py",
+               "labeler": "offline stand-in (not a VLM)"},
               open(config.out + "/config.json", "w"))
     with open(config.out + "/metrics.csv", "w") as file:
         file.write("step,pairs_asked,reward_accuracy,eval_return,eval_success\\n0,0,,-9,0\\n100,5,0.75,-1,0.5\\n")
     print("trained", config.seed, "resumed" if config.resume else "afresh")
+    with open(config.out + "/episodes.csv", "w") as file:
+        file.write("kind,t,learned_reward,progress\\nrandom,0,9,0\\n" + "".join(
+            f"expert,{t},{'0123'[t]},{'0213'[t]}\\n" for t in range(4)))
     json.dump({"finished": config.max_pairs != 13 or bool(config.resume), "steps": 100, "asked": 5, "labels": 4,
                "label_accuracy": float("nan"), "eval_success": 0.5, "labeler": "offline stand-in (not a VLM)"},
               open(config.out + "/summary.json", "w"))
@@ -2922,6 +2975,13 @@ def test_rows_of_earlier_calls_stay_and_a_changed_table_is_noticed(here):
         sweep.sweep(changed, "mine")
 
 
+def test_a_setting_that_is_a_measure_too_has_one_column(here):
+    """`labels` is a setting (oracle) and a measure (how many): the table must not have it twice."""
+    sweep.sweep(sweep.plan_grid(["env=CartPole", "labels=vlm,oracle"]), "mine")
+    header = open("results/mine.csv").readline().strip().split(",")
+    assert header.count("labels") == 1 and len(set(header)) == len(header)
+
+
 def test_a_killed_sweep_leaves_no_run_behind(stub_train):
     """When the sweep is killed, its runs must end too: its successor would write beside them."""
     command = "import sweep\nif __name__ == '__main__':\n    sweep.sweep(sweep.plan_grid(['seed=9']), 'mine')"
@@ -2985,6 +3045,10 @@ def test_a_results_file_becomes_pictures_that_name_the_labeler(here):
     assert drawn == ["results/mine.png", "results/mine_curves.png"]
     pixels = np.asarray(Image.open(drawn[0]))
     assert pixels[0, 0, 3] == 0 and (pixels[..., 3] > 0).mean() > 0.01  # transparent paper, and something on it
+    # 1 - 6 (0 + 1 + 1 + 0) / (4 * 15), of the expert's rows alone
+    assert {row["spearman_expert"] for row in result()} == {"0.8"}
+    folders = [str(path) for path in pathlib.Path("runs/sweeps/mine").iterdir()]
+    assert Image.open(plots.draw_alignment(folders[:2], "both.png")).size[0] > 500
     wrong = [{"method": m, "labeler": f"{m} (not a VLM, wrong on purpose in {n}%)"} for m in "ab" for n in (10, 20)]
     assert plots.labelers(wrong) == "a (not a VLM) (a); b (not a VLM) (b)"
 
@@ -3293,6 +3357,67 @@ def test_clip_prices_episodes_without_being_asked(tmp_path, monkeypatch):
         assert all(100 < float(row["learned_reward"]) < 255 for row in csv.DictReader(file))
 
 
+def test_a_raised_limit_lets_the_questions_go_on(tmp_path):
+    """A run that had reached --max-calls must ask again when it is resumed with more, and with as many must not."""
+    for more, asks in ((6, False), (60, True)):
+        labeler = train.Labeler(run.resolve(tiny(tmp_path, max_calls=more)))
+        try:
+            labeler.load_state_dict({"counts": labeler.counts, "exhausted": True,
+                                     "vlm": {**labeler.vlm.state_dict(), "calls": 6}})
+            assert labeler.may_ask() == asks
+        finally:
+            labeler.close()
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_resumed_run_may_ask_for_less_than_it_has(tmp_path, monkeypatch):
+    """--max-pairs below the number of labels there are must keep these, and ask no more."""
+    add, count = sac.ReplayBuffer.add, []
+    monkeypatch.setattr(sac.ReplayBuffer, "add", lambda *a: count.append(1) or (add(*a) if len(count) < 260 else 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        train.train(tiny(tmp_path, labels="oracle", max_pairs=30))
+    monkeypatch.setattr(sac.ReplayBuffer, "add", add)
+    kept = run.resumed({"resume": str(tmp_path / "run"), "max_pairs": 2})
+    assert train.train(kept)[-1]["pairs_asked"] >= 6
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"device": "cuda"}, "torch finds no such GPU"), ({"device": "gpu"}, "there are auto, cpu, cuda"),
+    ({"reward": "true", "labels": "oracle"}, "--reward true compares no pictures"),
+    ({"reward": "score", "vlm_mistakes": 0.2}, "shows only one"),
+    ({"env": "Pendulum-v1", "goal": "up", "reward": "code"}, "no scripted expert"),
+    ({"horizon": 9, "goal": "without OpenGL"}, "apt-get"), ({"horizon": 9, "goal": "on a full disk"}, "0 are free")])
+def test_what_cannot_work_here_is_said_before_anything_is_made(tmp_path, monkeypatch, changes, says):
+    """A missing GPU, expert, OpenGL or disk must end in one line and leave no run folder."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "OpenGL" in changes.get("goal", ""):
+        monkeypatch.setattr(envs, "draw_pole", lambda *_: (_ for _ in ()).throw(RuntimeError("EGL is not there")))
+    if "disk" in changes.get("goal", ""):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(run.UserError, match=says):
+        train.train(tiny(tmp_path, **changes))
+    assert not os.listdir(tmp_path)
+
+
+def test_a_film_has_at_most_a_hundred_pictures(tmp_path, monkeypatch):
+    """An episode of 150 steps must be thinned to every second picture, not cut."""
+    import imageio as films
+
+    shown = []
+    monkeypatch.setattr(films, "mimsave", lambda path, images, **_: shown.append(len(images)))
+    config = run.resolve(tiny(tmp_path, horizon=150, query_size=48))
+    env = envs.make("CartPole", horizon=150)
+    train.write_gif("film.gif", env, lambda obs: env.action_space.sample(), config)
+    assert shown == [75]
+
+
+def test_an_answer_that_did_not_come_is_no_program(tmp_path, monkeypatch, capsys):
+    """A refusal or an outage in C1 must be named as what it is, not read as an empty list of sub-tasks."""
+    monkeypatch.setattr(vlm_query.VLM, "ask", lambda *_: vlm_query.Reply("", "refused", 0, 0, False))
+    with pytest.raises(run.UserError, match="wrote no program: refused"):
+        train.train(tiny(tmp_path, reward="code"))
+
+
 @pytest.mark.usefixtures("unreported")
 def test_kept_answers_train_without_asking(tmp_path):
     """--labels-from a finished run's labels.jsonl must fit the same number of labels and ask nobody."""
@@ -3300,6 +3425,8 @@ def test_kept_answers_train_without_asking(tmp_path):
     after = train.train(tiny(tmp_path, "kept", labels_from=str(tmp_path / "asked" / "labels.jsonl")))
     assert after[-1]["labels"] == before[-1]["labels"] > 0 and not os.listdir(tmp_path / "kept" / "pairs")
     assert math.isfinite(after[-1]["reward_accuracy"])
+    config = run.resolve(run.Config(labels_from=str(tmp_path / "asked")))
+    assert "offline stand-in (not a VLM)" in run.who_labels(config) and "-kept-" in train.prepare(config)[0].out
 
 
 @pytest.mark.parametrize("arguments, said", [

@@ -39,7 +39,7 @@ import numpy as np
 from run import (Run, UserError, closing_text, parse_args, price_of, resolve, status, who_labels,
                  write_json)
 
-EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000  # episodes no training episode shares a seed with
+EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000  # no training episode has these seeds (--seed below 10)
 SOLVED = 0.99  # share of evaluation steps with success at which the run's clock of "seconds until solved" stops
 RESET_UPDATES = 100  # updates of the fresh critics at once, as in the paper
 
@@ -50,6 +50,7 @@ def train(config):
     import torch
     from tqdm import tqdm
 
+    import code_as_reward
     import reward_model
     import sac
     import score_reward
@@ -73,10 +74,11 @@ def train(config):
     dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
     if config.reward == "score":
         dataset, fit = score_reward.ScoreDataset, score_reward.fit
-    data = dataset(max(config.max_pairs, len(labeler.kept[2])), small)
+    stored = run.state["data"]["added"] if run.state else len(labeler.kept[2])
+    data = dataset(max(config.max_pairs, stored), small)
     parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler}
     candidate_share = max(0.1, config.candidates / config.total_steps)  # as many as there is room for, or one in ten
-    learned = labeler.compares  # otherwise an episode is priced as it ends, and nobody is asked
+    learned = labeler.compares  # otherwise an episode is priced as it ends, and no pictures are compared
     price = model if learned else ready_reward(config, run, eval_env, labeler)
     # priced: some rows have rewards.  explores: the critics still know nothing but novelty.
     at = {"step": 0, "episode": 0, "sessions": 0, "priced": False, "explores": True, "fit": {}, "solved": None}
@@ -93,7 +95,7 @@ def train(config):
         for step in bar:
             # ---- STEP 0: explore without any reward ----
             if step == config.seed_steps > 1 and config.schedule != "paper" and not env.observation_space.is_bounded():
-                agent.standardise(buffer.obs[:step])  # a bounded space is in good units already
+                agent.standardise(buffer.obs[:step])  # bounded ones (one-hot states, unit boxes) stay
             exploring = step < config.explore_steps or not at["priced"]  # random, then SAC on state novelty
             blind = step < config.seed_steps or (exploring and config.without == "novelty")
             if not blind:
@@ -166,7 +168,7 @@ def train(config):
         finished = True
     except KeyboardInterrupt:
         finished = False
-    except vlm_query.VLMError as error:
+    except (vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
         raise UserError(f"{error} [nothing is lost; go on with: python train.py --resume {run.folder}]") from None
     finally:
         bar.close()
@@ -235,7 +237,7 @@ class Labeler:
         self.config, self.server, self.vlm = config, None, None
         self.counts = dict.fromkeys(self.COUNTS, 0)
         self.exhausted = False  # a limit on calls or money was reached: go on with the reward there is
-        self.subtasks = []  # VLM-CaR's, once there are programs for them
+        self.programs = None  # VLM-CaR's ProgramReward, once there is one
         self.kept = [], [], []  # first, second, label of --labels-from
         if config.labels_from:
             import cached_labels
@@ -355,9 +357,11 @@ class Labeler:
         return {"counts": dict(self.counts), "exhausted": self.exhausted, "vlm": self.vlm and self.vlm.state_dict()}
 
     def load_state_dict(self, state):
-        self.counts, self.exhausted = state["counts"], state["exhausted"]
+        self.counts = state["counts"]
         if self.vlm:
             self.vlm.load_state_dict(state["vlm"])
+        # a limit may have been raised since
+        self.exhausted = state["exhausted"] and not (self.vlm and self.vlm.room(self.config.stages))
 
     def close(self):
         if self.server:
@@ -399,7 +403,7 @@ def write_gif(path, env, act, config):
     import imageio
 
     images = run_episode(env, act, EVAL_SEED + 1000 * config.seed, config.query_size)[0]
-    images = images[:: max(1, len(images) // 100)]
+    images = images[:: -(-len(images) // 100)]
     imageio.mimsave(path, list(images), duration=4000 / max(len(images), 4), loop=0)
 
 
@@ -442,13 +446,20 @@ def learn_programs(config, run, env, labeler):
         episodes = code_as_reward.collect_episodes(env, expert, config.reward_size, seed=FRESH_SEED)
         other = envs.make("CartPole" if config.env != "CartPole" else "DoorKey-5x5")
         others = [run_episode(other, envs.expert(other), seed, config.reward_size)[0] for seed in range(3)]
+
+        def ask(parts):
+            reply = labeler.vlm.ask(parts)
+            if reply.end != "complete":
+                raise UserError(f"{labeler.vlm.name} wrote no program: {reply.end}")
+            return reply
+
         programs, reports = code_as_reward.learn_programs(
-            labeler.vlm.ask, start_image, goal_image, config.goal, episodes["expert_episodes"],
+            ask, start_image, goal_image, config.goal, episodes["expert_episodes"],
             episodes["random_episodes"], others, episodes["success"], config.rounds,
             go_on=config.unverified == "skip", folder=folder, save_picture=imageio.imwrite)
         open(os.path.join(folder, "programs", "complete"), "w").close()
         print(code_as_reward.verification_table(reports), flush=True)
-    labeler.subtasks = programs.subtasks
+    labeler.programs = programs
     return programs
 
 
@@ -510,6 +521,10 @@ def prepare(config):
     config = resolve(config)
     try:
         env, eval_env = (envs.make(config.env, config.seed, config.goal, config.horizon) for _ in range(2))
+        eval_env.reset(seed=config.seed)
+        eval_env.picture(config.reward_size)  # now, not later, if there is no OpenGL
+        if config.reward == "code" and not config.programs:
+            envs.expert(env)  # programs are verified on its episodes
     except ValueError as error:
         raise UserError(str(error)) from None
     if config.programs:
@@ -517,13 +532,26 @@ def prepare(config):
 
         code_as_reward.load_programs(config.programs).close()  # a wrong folder should leave nothing behind
     who = "offline_stand-in" if config.vlm == "offline" else config.vlm.replace("/", "_")
-    who = config.labels if config.labels == "oracle" else who
+    who = "kept" if config.labels_from or config.programs else "oracle" if config.labels == "oracle" else who
     kind = f"{config.reward}-{who}" if config.reward in ("preference", "score", "code") else config.reward
     name = f"{config.env}-{kind}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = config.resume or config.out or os.path.join("runs", name.replace(":", "_"))
     if os.path.exists(out) and not config.resume:
         raise UserError(f"{out} exists already; choose another --out, or go on with it: --resume {out}")
+    if not config.resume:
+        check_disk(config, out)
     return dataclasses.replace(config, goal=env.goal, horizon=env.horizon, out=out), env, eval_env
+
+
+def check_disk(config, out):
+    """Room for the picture of every step?  UserError if not."""
+    place = os.path.abspath(out)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    needed, free = config.total_steps * config.reward_size**2 * 3, shutil.disk_usage(place).free
+    if needed > free:  # trap: the file is sparse at first; a disk that fills up later kills the run without a word
+        raise UserError(f"{config.total_steps:,} pictures of {config.reward_size} px need {needed / 2**30:,.0f} GiB of "
+                        f"disk, and {free / 2**30:,.0f} are free: fewer --total-steps, or a smaller --reward-size")
 
 
 def finish(config, run, finished, at, labeler, agent, price, env):
@@ -548,7 +576,8 @@ def finish(config, run, finished, at, labeler, agent, price, env):
 
 
 def write_episodes(path, env, policy, price, config, random_episodes=5):
-    """Learned reward beside true progress, step by step -> episodes.csv; their rank correlation on random episodes.
+    """Learned reward, true progress, true reward at each step -> episodes.csv; the rank correlation of learned and true
+    reward on random episodes. (Of --reward code: the programs' part, without what success adds.)
 
     For the correlation each different picture counts once: half of CartPole's random steps lie still at the clamp.
     """

@@ -432,9 +432,11 @@ class VLM:
         filtered = status == 400 and code.startswith(("content_filter", "content_policy"))
         if filtered or (status == 200 and not error):  # filtered: a refusal dressed as a 400
             return "", None
-        said = " ".join(str(error.get("message", "")).split())[:300]
+        said = " ".join(str(error.get("message", "")).split())
         if self._key:  # some providers quote the key they did not like
+            # trap: cut first, and a key across the cut would be shown in part
             said = said.replace(self._key, "[key]")
+        said = said[:300]
         if status == 200 and raw.lstrip().startswith("<"):
             raise VLMError(f"{self.url} answered with a web page ({said}): check the URL")
         if status == 200:
@@ -450,8 +452,16 @@ class VLM:
         """Black against white, in both orders: did both pictures arrive, in that order?
 
         A server that drops pictures, a text-only model, a truncated context: all answer something.
-        Two calls. On resume, call it before load_state_dict(): the totals loaded include it.
+        Two calls at each start, never from the cache: the server may be another one, or cured.
+        On resume, call it before load_state_dict(): the totals loaded include it.
         """
+        cache, self.cache = self.cache, None
+        try:
+            self._check_sight()
+        finally:
+            self.cache = cache
+
+    def _check_sight(self):
         black, white = np.zeros((200, 200, 3), np.uint8), np.full((200, 200, 3), 255, np.uint8)
         for first, second, right in ((black, white, 1), (white, black, 0)):
             parts = ["Image 1:", first, "Image 2:", second, ONE_CALL.format(goal=SIGHT_GOAL)]
@@ -565,7 +575,8 @@ def count(records):
         ends = [r["ends"][-1] if r["kind"] == "no answer" else "unreadable, such as "
                 + repr(" ".join(r["answers"][-1].split())[-80:]) for r in lost]
         raise VLMError(f"{len(lost)} of {len(asked)} questions got no usable answer (mostly: "
-                       f"{max(ends, key=ends.count)}); answers are kept: resume when cured")
+                       f"{max(ends, key=ends.count)}); answers are kept: resume when the server "
+                       "answers again, or with another --vlm-extra")
     names = ("unsure", "unreadable", "no_answer", "identical", "limit")
     return {"asked": len(asked), **{name: kinds.count(name.replace("_", " ")) for name in names},
             **{key: sum(r[key] for r in records) for key in ("cached", "tokens_in", "tokens_out")}}
