@@ -48,7 +48,8 @@ class KeyAndDoor(gymnasium.Env):
     whether the key ever was, the door's state and whether it ever was open, and what the agent
     faces.
     info: success; subtasks: key ever taken, door open, target reached (bool); progress: the stage
-    (0 fetch the key, 1 open the door, 2 reach the target, 3 there) + closeness to its object.
+    (0 fetch the key, 1 open the door, 2 reach the target, 3 there) + closeness to its object,
+    where the way from one room to the other leads through the door.
     """
 
     LEFT, RIGHT, FORWARD, PICKUP, DROP, TOGGLE = range(6)
@@ -131,9 +132,12 @@ class KeyAndDoor(gymnasium.Env):
         done = [self.key_taken, self._door().is_open] + ([self.success] if self.target else [])
         # An open door stays passed wherever the key lies; a key dropped before that does not.
         stage = 3 if self.success and self.target else 2 if done[1] else int(self._carries("key"))
-        to = places[min(1 + stage, 3)]
-        distance = abs(to[0] - places[0][0]) + abs(to[1] - places[0][1])
-        near = 0.0 if stage == len(done) else 1 - distance / (self.inner.width + self.inner.height)
+        way = [places[0], places[min(1 + stage, 3)]]
+        if (way[0][0] - places[2][0]) * (way[1][0] - places[2][0]) < 0:  # in different rooms:
+            way.insert(1, places[2])  # through the door
+        distance = sum(abs(b[0] - a[0]) + abs(b[1] - a[1]) for a, b in zip(way, way[1:]))
+        longest = 2 * (self.inner.width + self.inner.height)
+        near = 0.0 if stage == len(done) else 1 - distance / longest
         return {"success": float(self.success), "progress": stage + near,
                 "subtasks": np.array(done)}
 

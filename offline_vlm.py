@@ -214,10 +214,12 @@ def read_rooms(image):
             return 3.0
     else:
         stage, target = (0, key) if key.any() else (1, door)
-    y, x = np.nonzero(target)
-    y0, x0 = np.nonzero(agent)
-    away = abs(y.mean() - y0.mean()) + abs(x.mean() - x0.mean())
-    return float(stage + 1 - away / (2 * image.shape[1]))
+    spots = [np.argwhere(mask).mean(axis=0) for mask in (agent, target)]  # (row, column) each
+    middle = np.argwhere(door).mean(axis=0)
+    if (spots[0][1] - middle[1]) * (spots[1][1] - middle[1]) < 0:  # in different rooms
+        spots.insert(1, middle)  # the way leads through the door
+    away = sum(abs(b - a).sum() for a, b in zip(spots, spots[1:]))
+    return float(stage + 1 - away / (4 * image.shape[1]))
 
 
 # read: the function; says: the sentence; merit(value): larger is closer to the goal; worst, best:
@@ -337,14 +339,16 @@ def door(first_image):
     square = len(rows) < 1.5 * len(columns) and len(columns) > 0.04 * mask.shape[1]
     return box if square and mask[box[0]:box[1], box[2]:box[3]].mean() > 0.6 else None
 
-def near(images, y, x):
-    """(N,) 0.9 where the red agent is at (y, x), less with the distance; 0 where none is seen."""
+def near(images, y, x, door_y, door_x):
+    """(N,) 0.9 where the red agent is at (y, x), less the longer the way; 0 where none is seen."""
     agent = red(images)
     count = agent.sum(axis=(1, 2))
     ys = agent.sum(axis=2) @ np.arange(agent.shape[1]) / np.maximum(count, 1)
     xs = agent.sum(axis=1) @ np.arange(agent.shape[2]) / np.maximum(count, 1)
-    away = np.abs(ys - y) / agent.shape[1] + np.abs(xs - x) / agent.shape[2]
-    return np.where(count < 4, 0.0, np.maximum(0.0, 0.9 - 0.45 * away))
+    apart = (xs - door_x) * (x - door_x) < 0  # in different rooms: the way leads through the door
+    via_y, via_x = np.where(apart, door_y, y), np.where(apart, door_x, x)
+    away = np.abs(ys - via_y) + np.abs(xs - via_x) + np.abs(via_y - y) + np.abs(via_x - x)
+    return np.where(count < 4, 0.0, np.maximum(0.0, 0.9 - 0.4 * away / agent.shape[1]))
 
 def progress(images, first_image):
     box = door(first_image)
@@ -355,7 +359,7 @@ def progress(images, first_image):
     ys, xs = np.nonzero({thing})  # where to go
     if len(ys) == 0:
         return np.zeros(len(images))
-    agent = near(images, ys.mean(), xs.mean())
+    agent = near(images, ys.mean(), xs.mean(), (top + bottom) / 2, (left + right) / 2)
     finished = {finished}
     return np.where(agent == 0, 0.0, np.where(finished, {done}, {undone}))
 '''
