@@ -1523,6 +1523,22 @@ def test_a_grid_state_says_which_sub_tasks_were_completed():
     assert action == env.PICKUP and np.flatnonzero(after != before).size == 1
 
 
+def test_the_way_to_the_other_room_leads_through_the_door(env_of):
+    """Behind the wall next to the target must be further than in the door, for progress, the reader and the program."""
+    env = env_of("DoorKey-8x8")
+    env.reset(seed=0)
+    first, grid, said = env.picture(80), env.unwrapped, []
+    grid._door().is_open, grid._door().is_locked = True, False
+    grid.inner.grid.set(*grid._places()[1], None)  # the key has been taken
+    source = offline_vlm.write_code(env.goal, "the red agent is on the green square", False)
+    with contextlib.closing(code_as_reward.Program(source)) as program:
+        for cell in ((4, 6), (4, 2), (6, 2), (6, 5)):  # behind the wall, before the door at (5, 2), past it, at the target
+            grid.inner.agent_pos = cell
+            said.append((grid._info()["progress"], offline_vlm.read_rooms(env.picture(300)),
+                         program(env.picture(80)[None], first)[0]))
+    assert (np.diff(said, axis=0) > 0.03).all()
+
+
 # ==== deformables.py ====
 SOFT_TASKS = ["FoldCloth", "StraightenRope", "PassWater"]
 
