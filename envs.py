@@ -11,7 +11,7 @@ Differs from the paper (RL-VLM-F, 2402.03681):
   2. Its episodes last 150 steps (theirs: 500): the experts are done after 38 to 46. In Soccer and
      SweepInto the hand starts 5 cm lower, or 150 random steps seldom touch the object.
   3. Its pictures have no shadows, reflections, multisampling, goal markers: much faster.
-  4. The reward model sees 64 to 100 px, the VLM 200 to 300 px (theirs: both see 200 to 360 px).
+  4. The reward model sees 64 to 100 px, the VLM 200 to 308 px (theirs: both see 200 to 360 px).
 
 Shapes: O observation, A action numbers; pictures (size, size, 3) uint8.
   make(name) -> env with .goal, .horizon, .picture(size), .render() = picture(300); obs (O,)

@@ -3555,6 +3555,13 @@ def test_numbers_on_the_command_line_may_be_written_as_floats():
 
 
 # ==== the repository ====
+def test_the_readme_knows_how_long_the_files_are():
+    """Each number of lines in its table must be within ten of the file's."""
+    table = re.findall(r"\| `(\w+\.py)` \| (\d+) \|", Path("README.md").read_text())
+    lines = {name: len(Path(name).read_text().splitlines()) for name, _ in table}
+    assert len(table) == 11 and {name: n for name, n in table if abs(int(n) - lines[name]) > 10} == {}
+
+
 COMPONENTS = ("sac", "reward_model", "vlm_query", "envs", "deformables", "gridworlds", "code_as_reward", "offline_vlm",
               "report", "cached_labels", "clip_reward")
 STEPS = ("explore without any reward", "act, and store the transition with the image seen after it",
