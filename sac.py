@@ -320,7 +320,7 @@ class SAC:
         if not self.discrete:
             if not explore:
                 return torch.tanh(self.actor(obs)[: self.action_dim]).cpu().numpy()
-            mean, log_std, noise = self._gaussian(obs)  # its density is not needed: a third faster
+            mean, log_std, noise = self._gaussian(obs)  # its density is not needed
             return torch.tanh(mean + log_std.exp() * noise).cpu().numpy()
         logits = self.actor(obs)
         if explore:
