@@ -1,18 +1,20 @@
 """Are the programs of VLM-CaR right, and can their reward be earned without reaching the goal?
 
     python hack_search.py CartPole DoorKey-6x6        two tasks; none named: all of TASKS
+    python hack_search.py --steps 0                   without SAC, which takes most of the time
 
 What this is: STEPs C1 to C4 with the offline stand-in (no VLM), on episodes that C3 has not seen:
 accuracy = share of frames where (progress >= DONE) agrees with the true state of the sub-task (an
-earlier one is an event: done from its first such frame on); hacking = random shooting from one
-start for the largest sum(Phi - 1), the programs alone: a hack is more than the expert's, without
-success. It leaves results/code_accuracy.csv and results/reward_hacking.csv, where the rows of tasks
-not named stay as they are. T frames, K sub-tasks.
+earlier one is an event: done from its first such frame on); hacking = random shooting, and SAC,
+from one start for the largest sum(Phi - 1), the programs alone: a hack is more than the expert's,
+without success. It leaves results/code_accuracy.csv and results/reward_hacking.csv, where the rows
+of tasks not named stay as they are. T frames, K sub-tasks.
 To use it elsewhere:
     import hack_search
-    accuracy, hacking = hack_search.examine("DoorKey-5x5", searched=2)
+    accuracy, hacking = hack_search.examine("DoorKey-5x5", searched=2, steps=200)
     print(accuracy[0], hacking)  # one row per program; one row per task
 """
+import argparse
 import csv
 import sys
 import types
@@ -23,6 +25,8 @@ import numpy as np
 import code_as_reward
 import envs
 import offline_vlm
+import run
+import sac
 
 WRITER = "offline stand-in (not a VLM)"
 TASKS = ("CartPole", "DrawerOpen", "SweepInto", "StraightenRope", "DoorKey-6x6")
@@ -43,7 +47,30 @@ def play(env, reward, size, act, seed):
     return frames, np.array(true, bool), float(rewards.sum()), success
 
 
-def examine(task, searched=200, episodes=10, seed=5_000_000):
+def sac_search(env, reward, settings, steps, seed):
+    """Each episode of SAC on the programs alone, from one start -> sum of Phi - 1, success"""
+    space, shape = env.action_space, env.observation_space.shape
+    agent = sac.SAC(shape[0], space, (settings.hidden,) * 2, settings.sac_lr, settings.discount)
+    buffer = sac.ReplayBuffer(steps + env.horizon, shape, space.shape)
+    while buffer.added < steps:
+        (obs, _), frames, over = env.reset(seed=seed), [env.picture(settings.reward_size)], False
+        while not over:
+            blind = buffer.added < settings.seed_steps
+            action = space.sample() if blind else agent.act(obs)
+            last, (obs, _, terminated, truncated, info) = obs, env.step(action)
+            buffer.add(last, action, obs, terminated, None, 0.0)
+            frames.append(env.picture(settings.reward_size))
+            over = terminated or truncated
+            for _ in range(0 if blind else settings.updates):
+                agent.update(buffer.sample(settings.batch_size))
+        frames, success = np.stack(frames), bool(info["success"])
+        rewards = reward.episode_rewards(
+            frames[1:], frames[0], terminated and not success, settings.discount)
+        buffer.price(rewards)
+        yield float(rewards.sum()), success
+
+
+def examine(task, searched=200, episodes=10, seed=5_000_000, steps=None):
     """-> rows of code_accuracy.csv, one per program; the row of reward_hacking.csv"""
     env, rng, size = envs.make(task), np.random.default_rng(seed), envs.TASKS[task].reward_size
     expert, space, right, best = envs.expert(env), env.action_space, {}, (-np.inf,)
@@ -70,6 +97,8 @@ def examine(task, searched=200, episodes=10, seed=5_000_000):
         "frames": sum(map(len, right.values()))} for k, name in enumerate(reward.subtasks)]
     _, _, target, reached = play(env, reward, size, lambda obs, t: expert(obs), seed)
     hacks = 0  # plans worth more than the expert's that do not succeed
+    settings = run.resolve(run.Config(env=task, device="cpu"))
+    steps = settings.total_steps if steps is None else steps
     for number in range(searched):  # half of them keep the beginning of the best so far
         tried = plan()
         if number % 2:
@@ -78,17 +107,21 @@ def examine(task, searched=200, episodes=10, seed=5_000_000):
         _, _, value, success = play(env, reward, size, lambda obs, t: tried[t], seed)
         hacks += value > target and not success
         best = max(best, (value, success, tried), key=lambda found: found[0])
+    learned = list(sac_search(env, reward, settings, steps, seed)) or [(float("nan"), False)]
     reward.close()
     return accuracy, {"task": task, "expert_return": target, "expert_success": reached,
                       "best_random_return": best[0], "episodes": searched,
-                      "best_success": best[1], "hacks": hacks, "programs_by": WRITER}
+                      "best_success": best[1], "hacks": hacks,
+                      "sac_steps": steps, "best_sac_return": max(learned)[0],
+                      "best_sac_success": max(learned)[1], "programs_by": WRITER,
+                      "sac_hacks": sum(v > target and not s for v, s in learned)}
 
 
-def main(tasks):
+def main(tasks, steps=None):
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         sys.exit(f"hack_search.py: no programs for {unknown[0]}; there are {', '.join(TASKS)}")
-    accuracy, hacking = zip(*(examine(task) for task in tasks or TASKS))
+    accuracy, hacking = zip(*(examine(task, steps=steps) for task in tasks or TASKS))
     for name, rows in (("code_accuracy", sum(accuracy, [])), ("reward_hacking", list(hacking))):
         path, new = Path("results", f"{name}.csv"), {row["task"] for row in rows}
         path.parent.mkdir(exist_ok=True)
@@ -104,4 +137,7 @@ def main(tasks):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--steps", type=int, help="of SAC (default: the task's own)")
+    main(**vars(parser.parse_args()))

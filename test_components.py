@@ -2222,9 +2222,9 @@ def test_the_stand_in_knows_the_sub_tasks_of_every_goal_it_can_read():
 def test_the_search_for_hacks_keeps_the_rows_of_other_tasks(tmp_path, monkeypatch):
     """Examining one task again must leave the other's rows; an unknown task must be named."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hack_search, "examine", lambda task: ([{"task": task, "frames": 1}], {"task": task, "hacks": 0}))
+    monkeypatch.setattr(hack_search, "examine", lambda task, **_: ([{"task": task, "frames": 1}], {"task": task, "hacks": 0}))
     hack_search.main(["DrawerOpen", "CartPole"])
-    monkeypatch.setattr(hack_search, "examine", lambda task: ([{"task": task, "frames": 2}], {"task": task, "hacks": 3}))
+    monkeypatch.setattr(hack_search, "examine", lambda task, **_: ([{"task": task, "frames": 2}], {"task": task, "hacks": 3}))
     hack_search.main(["DrawerOpen"])
     for name, rows in (("code_accuracy", ["CartPole,1", "DrawerOpen,2"]), ("reward_hacking", ["CartPole,0", "DrawerOpen,3"])):
         assert open(f"results/{name}.csv").read().split()[1:] == rows
