@@ -84,7 +84,7 @@ SWEEPS = {
                             ("CartPole", "DrawerOpen", "SweepInto", "StraightenRope", "DoorKey-6x6"), {
         reward: {"reward": reward} for reward in ("code", "sparse", "true", "preference")}),
     "code_or_sparse": Sweep("Does it beat the sparse reward where that is rare?", ("DoorKey-8x8",), {
-        "code": {"reward": "code", "total_steps": 30_000}, "sparse": {"reward": "sparse", "total_steps": 30_000}}),
+        "code": {"reward": "code", "total_steps": 40_000}, "sparse": {"reward": "sparse", "total_steps": 40_000}}),
     "few_questions": Sweep("How few questions suffice?", TWO, {
         f"{sampler} {n}": asking(sampler, n)
         for sampler in ("uniform", "diverse") for n in (10, 20, 50, 100, 200, 500, 1000)
