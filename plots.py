@@ -224,7 +224,8 @@ def words(name):
     """A column's name for people."""
     return {"eval_success": "success at the end", "eval_success_any": "success at any time", "eval_return": "return",
             "success_last_third": "success in the last third of the run", "max_pairs": "pairs that may be asked",
-            "vlm_mistakes": "wrong labels", "vlm_unsure": "unsure answers"}.get(name, name.replace("_", " "))
+            "vlm_mistakes": "wrong labels", "vlm_unsure": "unsure answers",
+            "spearman": "Spearman, learned and true reward"}.get(name, name.replace("_", " "))
 
 
 def plot(path, measure="eval_success"):
@@ -235,11 +236,12 @@ def plot(path, measure="eval_success"):
         raise ValueError(f"{path} has no finished run")
     axes, varied = axes_of(rows)
     axes = axes if len(varied) <= 3 else []  # many things, each changed once: settings beside each other
-    names = {x: path.with_name(f"{path.stem}_{x}.png" if len(axes) > 1 else f"{path.stem}.png") for x in axes}
+    stem = path.stem if measure == "eval_success" else f"{path.stem}_{measure}"
+    names = {x: path.with_name(f"{stem}_{x}.png" if len(axes) > 1 else f"{stem}.png") for x in axes}
     drawn = [draw_axis(names[x], rows, x, axes, varied, measure) for x in axes]
-    drawn = drawn or [draw_dots(path.with_suffix(".png"), rows, measure)]
+    drawn = drawn or [draw_dots(path.with_name(f"{stem}.png"), rows, measure)]
     curves = path.with_name(f"{path.stem}_curves.csv")
-    if curves.exists() and len({row["setting"] for row in rows}) <= MOST_LINES:
+    if measure == "eval_success" and curves.exists() and len({row["setting"] for row in rows}) <= MOST_LINES:
         drawn.append(draw_curves(curves.with_suffix(".png"), read(curves), labelers(rows), measure))
     return drawn
 
