@@ -220,8 +220,7 @@ class MetaWorld(gymnasium.Env):
         model.geom_group[robot[model.geom_bodyid]] = 5  # groups 3 to 5 are not drawn
         for geom, colour in colours:
             model.geom(geom).rgba[:3], model.geom(geom).matid[:] = colour, -1
-        model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
-        model.mat_reflectance[:] = 0
+        draw_fast(model)
 
     def picture(self, size):
         if size not in self.renderers:
@@ -236,6 +235,12 @@ class MetaWorld(gymnasium.Env):
     def close(self):
         while self.renderers:
             self.renderers.popitem()[1].close()
+
+
+def draw_fast(model):
+    """No multisampling, shadows and reflections: software draws them slowly. model: MuJoCo's."""
+    model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
+    model.mat_reflectance[:] = 0
 
 
 def scripted(name):
@@ -520,6 +525,8 @@ def _from_gymnasium(name, horizon):
         raise ValueError(f"{name} cannot be made here: {str(error).splitlines()[0]}") from None
     if not env.spec.max_episode_steps:  # an episode has to end some time
         env = gymnasium.wrappers.TimeLimit(env, horizon or 1000)
+    if hasattr(getattr(env.unwrapped, "model", None), "vis"):
+        draw_fast(env.unwrapped.model)
     if not isinstance(env.observation_space, Box):
         raise ValueError(f"{name} observes {env.observation_space}; only Box observations will do")
     if len(env.observation_space.shape) != 1:
