@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # of the Gaussian before tanh; the paper's range
+RANDOM_SHARE = 0.05  # of discrete actions is uniform, whatever the policy says
 LOG_2 = float(np.log(2.0))
 
 
@@ -324,7 +325,9 @@ class SAC:
             return torch.tanh(mean + log_std.exp() * noise).cpu().numpy()
         logits = self.actor(obs)
         if explore:
-            return int(torch.multinomial(F.softmax(logits, dim=-1), 1, generator=self.rng))
+            # The target holds the entropy of the average state: it can vanish where it is needed.
+            chances = (1 - RANDOM_SHARE) * F.softmax(logits, dim=-1) + RANDOM_SHARE / self.actions
+            return int(torch.multinomial(chances, 1, generator=self.rng))
         return int(logits.argmax())
 
     def _soft_value(self, q, policy):
