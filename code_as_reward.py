@@ -8,15 +8,16 @@ stay completed until the episode ends but the last, the goal: leaving it stops t
 Why not the potential difference Phi' - Phi? Its sum is Phi(end) - Phi(start): balancing earns no
 more than ending upright. Phi - 1 pays most for arriving soon and staying.
 
-Differs from the paper (its published code cannot run): 1. programs see (images, first image), keep
-no state: no episode leaks into the next; 2. distinct sub-tasks in order count, not paid frames;
-3. more negatives: backwards, frozen, another task, too soon; 4. failures go back as text and
-pictures; 5. Phi - 1, for a bonus on every frame is earned by standing still.
+Differs from the paper (its published code cannot run): 1. programs see (images, first image), and
+no name they bind survives: no episode leaks into the next; 2. distinct sub-tasks in order count,
+not paid frames; 3. more negatives: backwards, frozen, another task, too soon; 4. failures go back
+as text and pictures; 5. Phi - 1, for a bonus on every frame is earned by standing still.
 
 Sandbox: an allow-list over the syntax tree; its own process without environment in an empty folder;
 limits on time, memory, files, processes; on Linux (x86-64, arm64) a system-call filter: no network.
-NOT covered: bugs of kernel, Python or numpy; one busy core until the limit; network and system
-calls on macOS; Windows (refuses); whether a program is *right*: C3 judges that on its episodes.
+NOT covered: bugs of kernel, Python or numpy; numbers left in uninitialised memory (where=); a busy
+core until the limit; network and system calls on macOS; Windows (refuses); whether a program is
+*right*: C3 judges that on its episodes.
 
 Shapes: T frames of an episode, N images, K sub-tasks. ask(list of str | (H,W,3)) -> has .text
 To use it elsewhere:
@@ -30,6 +31,7 @@ import ast
 import builtins
 import ctypes
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -85,17 +87,18 @@ BUILTINS = """abs all any bool dict divmod enumerate filter float frozenset int 
     ArithmeticError IndexError KeyError RuntimeError TypeError ValueError
     ZeroDivisionError""".split()
 # Attributes of anything: functions of math, numpy and numpy.linalg, methods of arrays and lists.
-# trap: numpy opens files (load, tofile, memmap, ...), unpickles, reaches raw memory (ctypeslib): a
-# deny-list misses the next such function. And "{0.__class__}".format(x) hides a name: no format.
+# trap: numpy opens files (load, tofile, memmap), unpickles, reaches raw memory (ctypeslib, and
+# ndarray(buffer=)): a deny-list misses the next such function. And "{0.__class__}".format(x) hides
+# a name: no format.
 ATTRIBUTES = {name for name in dir(math) if name[0] != "_"} | set("""
     abs add all allclose any append arange arctan arctan2 argmax argmin argsort argwhere array
     array_equal asarray astype average bincount ceil clip column_stack concatenate convolve copy
-    cos count count_nonzero cumprod cumsum diag diagonal diff digitize dot dtype einsum empty
-    empty_like errstate exp expand_dims extend eye fill flatnonzero flatten flip fliplr flipud
+    cos count count_nonzero cumprod cumsum diag diagonal diff digitize dot dtype einsum
+    errstate exp expand_dims extend eye fill flatnonzero flatten flip fliplr flipud
     float32 float64 floor full full_like get gradient histogram hstack hypot index inf int16 int32
     int64 interp isclose isfinite isin isinf isnan item items keys linalg linspace log log10 log1p
     log2 logical_and logical_not logical_or logical_xor matmul max maximum mean median meshgrid min
-    minimum nan nan_to_num nanmax nanmean nanmedian nanmin nansum ndarray ndim newaxis nonzero norm
+    minimum nan nan_to_num nanmax nanmean nanmedian nanmin nansum ndim newaxis nonzero norm
     ones ones_like outer pad percentile pi polyfit pop power prod quantile ravel repeat reshape
     roll rot90 round searchsorted shape sign sin size sort split sqrt square squeeze stack std sum
     swapaxes T take take_along_axis tan tanh tile tolist transpose uint16 uint32 uint8 unique
@@ -142,7 +145,7 @@ SYSTEM_CALLS = {  # machine: (its audit number, what is left: read, write, memor
 
 
 def _filter_system_calls(libc):
-    """seccomp: the kernel refuses every other call: no open, socket, fork, kill, sleep."""
+    """seccomp: the kernel refuses every other call: no open, socket, fork, kill."""
     audit, calls = SYSTEM_CALLS[os.uname().machine]
     load, jump_if_equal, back, refuse, allow = 0x20, 0x15, 0x06, 0x00050001, 0x7FFF0000
     # each step: (what, steps to skip if equal, steps to skip if not, operand)
@@ -178,6 +181,7 @@ def _serve(pipe):
     import numpy.ma  # noqa: F401  trap: numpy loads parts late (median: ma); soon no file opens
     np.seterr(all="ignore")
     active = _lock_down()
+    gc.freeze()  # what is there by now stays
     while True:
         message, pixels, answer, raw = json.loads(pipe.recv_bytes()), pipe.recv_bytes(), {}, b""
         try:
@@ -192,13 +196,14 @@ def _serve(pipe):
             lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
                      if frame.f_code.co_filename == "<program>"]
             text = f"error: {type(error).__name__}: {error} (line {lines[-1] if lines else '?'})"
-            answer["error"] = str(error if isinstance(error, ProgramError) else text)[:1000]
+            answer["error"] = str(error if isinstance(error, ProgramError) else text)[:800]
         pipe.send_bytes(json.dumps(answer).encode())
         pipe.send_bytes(raw)
+        gc.collect()  # trap: a batch's functions and arrays hold each other, up to the memory limit
 
 
 def _run_program(code, batch, images, first_image):
-    """Run the program afresh: nothing it stored in the last batch survives -> (N,) float64"""
+    """Run the program afresh: no name it bound in the last batch survives -> (N,) float64"""
     # trap: numpy's C code, too, imports its parts through the builtins of its caller.
     safe = {name: getattr(builtins, name) for name in [*BUILTINS, "__import__"]}
     space = {"__builtins__": safe, "np": np, "math": math}
@@ -272,9 +277,12 @@ class Program:
     def _batch(self, images, first_image):
         pixels = first_image.tobytes() + images.tobytes()
         message = {"shape": (1 + len(images), *first_image.shape)}
-        out = np.frombuffer(self._exchange(message, pixels, self.seconds)[1], np.float64)  # (N,)
+        raw = self._exchange(message, pixels, self.seconds)[1]
+        if len(raw) != 8 * len(images):
+            raise ProgramError("output", f"{len(raw)} bytes for {len(images)} images")
+        out = np.frombuffer(raw, np.float64)  # (N,)
         bad = int((~np.isfinite(out)).sum())
-        if bad or len(out) != len(images):
+        if bad:
             raise ProgramError("output", f"NaN or infinity on {bad} of {len(images)} images")
         if out.min() < -1e-6 or out.max() > 1 + 1e-6:
             raise ProgramError("output", f"not in [0, 1]: {out.min():.3g} to {out.max():.3g}")
@@ -296,6 +304,10 @@ class Program:
             if late:
                 raise ProgramError("timeout", f"no answer within {seconds:g} s") from None
             raise ProgramError("died", "it ended (a limit, or a crash) or garbled") from None
+        except BaseException:  # Ctrl-C
+            # trap: the answer that is under way would be taken for that of the next call
+            self.close()
+            raise
         finally:
             killer.cancel()
         self.busy += time.monotonic() - start
@@ -369,7 +381,7 @@ def write_program(ask, subtask, start_image, goal_image, goal, earlier=None, fee
 
 def extract_code(text):
     """The last fenced block that defines `progress`, or the bare text if that does."""
-    blocks = re.findall(r"```[a-zA-Z]*[ \t]*\r?\n(.*?)```", text or "", re.DOTALL) or [text or ""]
+    blocks = re.findall(r"```[\w+.-]*[ \t]*\r?\n(.*?)```", text or "", re.DOTALL) or [text or ""]
     blocks = [block for block in blocks if "def progress" in block]
     if not blocks:
         raise ProgramError("rejected", f"no code with def progress: {str(text)[:100]!r}")
@@ -429,6 +441,9 @@ def stages(progress):
 def verify(program, expert_episodes, random_episodes, other_episodes=None, success=None,
            earlier=(), last=True):
     """Does the program call the sub-task completed where it is, and nowhere else? -> Report
+
+    Of a random episode counts whether it is completed by the time the expert needs (for the last
+    sub-task: at that frame); frames beside that are not looked at.
 
     Episodes: (T,H,W,3) uint8, the start picture first. success: per expert episode (T,) bool, the
     environment's sparse success, if it has one. earlier: programs of the sub-tasks before.

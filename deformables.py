@@ -9,8 +9,8 @@ Differs from the original (SoftGym on PyFlex, which needs CUDA and a compiler):
 1. MuJoCo: pip installs it, a CPU runs it. Geometry, action scale, observation, reward, horizon,
    success rule are kept, cameras too but the rope's, which looks from afar; stiffness, friction,
    damping are ours, not compared with PyFlex.
-2. Particles 256, 41, 200, not 1600, 41, 4000: speed. Water is soft spheres in gravity 4: hard ones
-   in 9.81 lose their energy in collisions, a dash spills nothing, and there would be no task.
+2. Particles 256, 41, 200, not 1600, 41, 4000; crumpled ropes 300, not 1000: speed. Water is soft
+   spheres in gravity 4: hard ones in 9.81 lose their energy, a dash spills nothing: no task.
 3. The cloth is let go at the end (the original holds on), so the picture shows a finished fold.
 4. A rope move is dropped if a *hand* would leave the table (there: any particle, which deadlocks),
    or if the hands would be over 1.1 rope lengths apart (there the rope stretches at will).
@@ -352,7 +352,7 @@ class StraightenRope(SoftBodyEnv):
         return SCENE.format(
             # 5 ms is twice as fast, but then the ends lag 2 cm behind and the rope stretches.
             name="rope", option='timestep=".0025" iterations="40" integrator="implicitfast"',
-            # trap: from nearby, hands held high make a crumpled rope look as long as a straight one.
+            # trap: nearby, hands held high make a crumpled rope look as long as a straight one.
             camera='pos="0 0 3.4" fovy="11.8"', floor='friction=".8"',
             # Seen: the flex, a ball at each joint. Hidden: the smaller spheres of the physics.
             bodies=HAND.format(0) + HAND.format(1) + rope.replace("</body>", ball),

@@ -52,9 +52,9 @@ OPENGL_CURE = (
 class Task:
     """All that the other files need to know about a task."""
 
-    goal: str  # what the VLM is told, word for word from the paper
+    goal: str  # what the VLM is told; RL-VLM-F's seven word for word
     make: object  # a Gymnasium id, "module:id", or a callable that returns an environment
-    horizon: int  # steps until an episode is cut off (truncated, never terminated)
+    horizon: int  # steps until an episode is cut off (truncated)
     query_size: int  # side of the square picture the VLM sees, px
     reward_size: int  # side of the one the reward network sees, px
     train: dict = field(default_factory=dict)  # what train.py's Config takes for this task

@@ -435,7 +435,7 @@ def answer(parts, mistakes=0.0, unsure=0.0, seed=0):
     """parts: list of str | (H, W, 3) uint8 -> the text a model would have written."""
     text = "\n".join(part for part in parts if isinstance(part, str))
     images = [part for part in parts if not isinstance(part, str)]
-    goals = [goal for goal in READERS if goal in text]
+    goals = [goal for goal in READERS if re.search(rf"{re.escape(goal)}(?![^.\n])", text)]
     if not goals:
         known = "; ".join(f'"{goal}"' for goal in READERS if goal != SIGHT)
         raise BadQuestion(f"the offline stand-in is not a VLM and knows only these goals: {known}")
@@ -469,7 +469,7 @@ def picture(data, declared=None):
         raise BadQuestion(f"the image was said to be {declared} but appears to be {kind}")
     try:
         return np.ascontiguousarray(iio.imread(raw, mode="RGB"))
-    except (OSError, ValueError):
+    except Exception:  # every decoder has errors of its own
         raise BadQuestion("the image cannot be decoded") from None
 
 
@@ -618,7 +618,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise BadQuestion("streaming is not offered: leave stream out")
             parts = wire.read(body)
             text = answer(parts, vlm.mistakes, vlm.unsure, vlm.seed)
-        except (BadQuestion, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (BadQuestion, ValueError, KeyError, TypeError, AttributeError,
+                RecursionError) as error:
             why = str(error) if isinstance(error, BadQuestion) else f"not understood: {error!r}"
             return self.send(400, wire.fail(400, "invalid_request_error", why, None))
         end, change = STRANGE.get(fault, ("complete", str))
@@ -683,9 +684,9 @@ class Server(ThreadingHTTPServer):
 class OfflineVLM:
     """The stand-in as an object: with OfflineVLM(mistakes=0.1) as url: ...
 
-    port: 0 picks a free one.  mistakes, unsure: shares of the questions.  latency: seconds.
-    faults: share of tries that meet a transient fault, or the name of one of FAULTS, which then
-    meets the first try of every question.  key: what the caller's key must be, if anything.
+    port: 0 picks a free one.  mistakes (on two pictures), unsure: shares of the questions.
+    latency: seconds.  faults: share of tries that meet a transient fault, or the name of one of
+    FAULTS, which then meets the first try of every question.  key: what the caller's must be.
     requests, answers: Counters, hash of the body -> times asked, times answered without a fault.
     last: (path, headers, body) last received.  model: a name that tells its settings.
     """
