@@ -152,7 +152,7 @@ def line(ax, x, values, name, order):
 def draw_axis(path, rows, x, axes, varied, measure):
     """The measure against the values of x: a panel a task, a line for every combination of what else varies."""
     rows = others_at_rest(rows, x, axes)
-    tasks = groups(rows, "task")
+    tasks = {task: its for task, its in groups(rows, "task").items() if len({row[x] for row in its}) > 1}  # no lone dot
     others = ["method"] + [name for name in varied if name != x and name not in ("reward", "labels")]
     others = [name for name in others if len({row[name] for row in rows}) > 1]
     figure, panels = canvas(len(tasks), 1, f"{words(measure)} by {words(x)} (IQM, 95 % interval)", labelers(rows))
@@ -161,7 +161,9 @@ def draw_axis(path, rows, x, axes, varied, measure):
             at = {number(value): np.array([number(row[measure]) for row in seeds])
                   for (value,), seeds in groups(cells, x).items()}
             points = sorted(at)
-            line(ax, points, [at[point] for point in points], " ".join(map(words, key)) or measure, order)
+            name = " ".join(words(each) if np.isnan(number(each)) else f"{words(what)} {each}"
+                            for what, each in zip(others, key))
+            line(ax, points, [at[point] for point in points], name or measure, order)
         if min(points) > 0 and max(points) / min(points) >= 20:
             ax.set_xscale("log")
         ax.set_xticks(points, [f"{point:g}" for point in points])
