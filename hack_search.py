@@ -124,13 +124,14 @@ def main(tasks, steps=None):
     accuracy, hacking = zip(*(examine(task, steps=steps) for task in tasks or TASKS))
     for name, rows in (("code_accuracy", sum(accuracy, [])), ("reward_hacking", list(hacking))):
         path, new = Path("results", f"{name}.csv"), {row["task"] for row in rows}
+        columns = list(rows[0])
         path.parent.mkdir(exist_ok=True)
         if path.exists():
             with open(path, newline="") as file:
                 rows += [row for row in csv.DictReader(file) if row["task"] not in new]
         rows.sort(key=lambda row: TASKS.index(row["task"]))
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer = csv.DictWriter(file, columns, "", "ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         print(*rows, sep="\n")
