@@ -3506,7 +3506,7 @@ def test_kept_answers_train_without_asking(tmp_path):
     (["--labels-from", "nowhere"], "--labels-from nowhere"),
     (["--env", "Cartpole"], "there are CartPole"),
     (["--env", "Pendulum-v1"], "needs a goal"),
-    (["--reward", "score", "--labels", "oracle"], "there are no other labels for it"),
+    (["--reward", "score", "--labels", "oracle"], "compares no pictures"),
     (["--vlm", "openai/x"], "OPENAI_API_KEY"),
     (["--env", "Pendulum-v1", "--goal", "to swing up"], "knows only these goals"),
     (["--reward", "nothing"], "preference"),
