@@ -1,11 +1,12 @@
 """Pictures of a sweep: results/NAME.csv -> results/NAME.png, and the learning curves beside it.
 
+    python plots.py results/NAME.csv [MEASURE]       python plots.py RUN_FOLDER [RUN_FOLDER ...] PICTURE.png
+
 What this is: how the plots of the README were made. Which STEPs: none. The number that stands for a few seeds is the
 interquartile mean with a 95 % bootstrap interval (Agarwal et al., NeurIPS 2021, arXiv 2108.13264):
     IQM(x_1 .. x_n) = mean of the x that are left without the n // 4 smallest and the n // 4 largest
     interval        = 2.5 % and 97.5 % quantile of the IQM of n seeds drawn from the n with replacement, 2000 times
 Three seeds leave nothing out: their IQM is the mean. One seed has no interval, and none is drawn.
-
 Which picture: a column that varies by number (max_pairs, vlm_mistakes, ...; three values or more) becomes the
 horizontal axis, what else varies becomes the lines; else (also where more than three columns vary) a setting is a dot.
 Learning curves are drawn for at most eight settings. Every title names the labeler, so that no stand-in and no oracle
@@ -304,7 +305,7 @@ def draw_alignment(folders, path):
 
 if __name__ == "__main__":
     if len(sys.argv) > 2 and all(map(Path.is_dir, map(Path, sys.argv[1:-1]))):
-        # python plots.py RUN_FOLDER PICTURE.png; with several folders: their rewards along the expert's episode
+        # several folders: their rewards along the expert's episode
         print(draw_run(*sys.argv[1:]) if len(sys.argv) == 3 else draw_alignment(sys.argv[1:-1], sys.argv[-1]))
     else:
         print("\n".join(plot(*sys.argv[1:3])))

@@ -21,7 +21,7 @@ state is in the checkpoint, every episode starts from a seed of its own, and ans
 for come from the cache.
 
 Shapes: none. Names: Config, resolve, parse_args, who_labels, Run, UserError. Needs torch (for
-checkpoints) and vlm_query (for the label log), both imported late, so that --help is instant.
+checkpoints), vlm_query and cached_labels (for labels), all imported late: --help is instant.
 
 To use it elsewhere:
     import run
@@ -232,21 +232,16 @@ def who_labels(config):
     if config.programs:
         return f"nobody (programs from {config.programs})"
     if config.labels_from:
-        return f"answers read from {config.labels_from}{origin(config.labels_from)}"
+        from cached_labels import labeler_of
+
+        kept = config.labels_from
+        log = os.path.join(kept, "labels.jsonl") if os.path.isdir(kept) else kept
+        # a stand-in stays a stand-in, whoever reads its answers
+        return f"answers of {labeler_of(log)}, read from {kept}"
     mistakes = f", wrong on purpose in {config.vlm_mistakes:.0%}" if config.vlm_mistakes else ""
     if config.labels == "oracle" and config.reward == "preference":
         return f"oracle (labels from true progress, not a VLM{mistakes})"
     return f"offline stand-in (not a VLM{mistakes})" if config.vlm == "offline" else config.vlm
-
-
-def origin(path):
-    """" (LABELER)" of the run that kept these answers, or "": a stand-in stays a stand-in."""
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    try:
-        with open(os.path.join(folder, "config.json")) as file:
-            return f" ({json.load(file)['labeler']})"
-    except (OSError, ValueError, KeyError):
-        return ""
 
 
 # ---- the command line ----

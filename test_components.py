@@ -236,6 +236,16 @@ def test_novelty_does_not_depend_on_units():
     assert torch.allclose(*bonus, rtol=1e-3) and float(bonus[0].mean()) == pytest.approx(1.0, rel=1e-3)
 
 
+def test_a_share_of_discrete_actions_is_uniform_however_sure_the_policy_is():
+    """With all probability on action 0, the other three of four must still be taken in 3.75 % of 4,000 steps."""
+    agent = sac.SAC(2, gymnasium.spaces.Discrete(4), hidden=(8, 8))
+    with torch.no_grad():
+        agent.actor[-1].bias += torch.tensor([100.0, 0, 0, 0])
+    taken = np.bincount([agent.act(np.zeros(2)) for _ in range(4000)], minlength=4) / 4000
+    assert taken[1:].sum() == pytest.approx(0.75 * sac.RANDOM_SHARE, abs=0.012) and taken[1:].min() > 0
+    assert {agent.act(np.zeros(2), explore=False) for _ in range(20)} == {0}
+
+
 def test_reset_critic_forgets_values_and_keeps_the_actor():
     """The critics must change and agree with their targets; the actor must stay as it was."""
     agent = sac.SAC(2, box(1), hidden=(8,))
