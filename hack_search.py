@@ -6,8 +6,9 @@
 What this is: STEPs C1 to C4 with the offline stand-in (no VLM), on episodes that C3 has not seen:
 accuracy = share of frames where (progress >= DONE) agrees with the true state of the sub-task (an
 earlier one is an event: done from its first such frame on); hacking = random shooting, and SAC,
-from one start for the largest sum(Phi - 1), the programs alone: a hack is more than the expert's,
-without success. It leaves results/code_accuracy.csv and results/reward_hacking.csv, where the rows
+from one start for the largest sum(Phi - 1), the programs alone: a hack is more than the expert's
+from an episode that is never at the goal; one that is there and leaves again is counted apart, as
+`left`. It leaves results/code_accuracy.csv and results/reward_hacking.csv, where the rows
 of tasks not named stay as they are. T frames, K sub-tasks.
 To use it elsewhere:
     import hack_search
@@ -32,42 +33,57 @@ WRITER = "offline stand-in (not a VLM)"
 TASKS = ("CartPole", "DrawerOpen", "SweepInto", "StraightenRope", "DoorKey-6x6")
 
 
+def at_goal(successes):
+    """(T+1,) bool -> at the goal when? at the "end" of the episode, only "before" it, or "never"."""
+    return "end" if successes[-1] else "before" if any(successes) else "never"
+
+
+def count(found, target):
+    """[(sum of Phi - 1, when at the goal)] -> how many beat the target: hacks; left again"""
+    better = [when for value, when in found if value > target]
+    return better.count("never"), better.count("before")
+
+
 def play(env, reward, size, act, seed):
-    """One episode -> frames (T+1,H,W,3), true states (T+1,K), sum of Phi - 1, success at the end"""
+    """One episode -> frames (T+1,H,W,3), true states (T+1,K), sum of Phi - 1, when at the goal"""
     (obs, info), frames, true, over = env.reset(seed=seed), [], [], False
+    successes = []
     while True:
         frames.append(env.picture(size))
         true.append(info.get("subtasks", [info["success"]]))
+        successes.append(bool(info["success"]))
         if over:
             break
         obs, _, terminated, truncated, info = env.step(act(obs, len(frames) - 1))
         over = terminated or truncated
-    frames, success = np.stack(frames), bool(info["success"])
-    rewards = reward.episode_rewards(frames[1:], frames[0], terminated and not success)
-    return frames, np.array(true, bool), float(rewards.sum()), success
+    frames = np.stack(frames)
+    rewards = reward.episode_rewards(frames[1:], frames[0], terminated and not successes[-1])
+    return frames, np.array(true, bool), float(rewards.sum()), at_goal(successes)
 
 
 def sac_search(env, reward, settings, steps, seed):
-    """Each episode of SAC on the programs alone, from one start -> sum of Phi - 1, success"""
+    """Each episode of SAC on the programs alone, from one start -> sum of Phi - 1, when at goal"""
     space, shape = env.action_space, env.observation_space.shape
     agent = sac.SAC(shape[0], space, (settings.hidden,) * 2, settings.sac_lr, settings.discount)
     buffer = sac.ReplayBuffer(steps + env.horizon, shape, space.shape)
     while buffer.added < steps:
         (obs, _), frames, over = env.reset(seed=seed), [env.picture(settings.reward_size)], False
+        successes = []
         while not over:
             blind = buffer.added < settings.seed_steps
             action = space.sample() if blind else agent.act(obs)
             last, (obs, _, terminated, truncated, info) = obs, env.step(action)
             buffer.add(last, action, obs, terminated, None, 0.0)
             frames.append(env.picture(settings.reward_size))
+            successes.append(bool(info["success"]))
             over = terminated or truncated
             for _ in range(0 if blind else settings.updates):
                 agent.update(buffer.sample(settings.batch_size))
-        frames, success = np.stack(frames), bool(info["success"])
+        frames = np.stack(frames)
         rewards = reward.episode_rewards(
-            frames[1:], frames[0], terminated and not success, settings.discount)
+            frames[1:], frames[0], terminated and not successes[-1], settings.discount)
         buffer.price(rewards)
-        yield float(rewards.sum()), success
+        yield float(rewards.sum()), at_goal(successes)
 
 
 def examine(task, searched=200, episodes=10, seed=5_000_000, steps=None):
@@ -96,25 +112,25 @@ def examine(task, searched=200, episodes=10, seed=5_000_000, steps=None):
         f"{kind}_accuracy": np.mean([row[k] for row in rows]) for kind, rows in right.items()},
         "frames": sum(map(len, right.values()))} for k, name in enumerate(reward.subtasks)]
     _, _, target, reached = play(env, reward, size, lambda obs, t: expert(obs), seed)
-    hacks = 0  # plans worth more than the expert's that do not succeed
     settings = run.resolve(run.Config(env=task, device="cpu"))
-    steps = settings.total_steps if steps is None else steps
+    steps, found = settings.total_steps if steps is None else steps, []
     for number in range(searched):  # half of them keep the beginning of the best so far
         tried = plan()
         if number % 2:
             keep = rng.integers(env.horizon)
-            tried[:keep] = best[2][:keep]
-        _, _, value, success = play(env, reward, size, lambda obs, t: tried[t], seed)
-        hacks += value > target and not success
-        best = max(best, (value, success, tried), key=lambda found: found[0])
-    learned = list(sac_search(env, reward, settings, steps, seed)) or [(float("nan"), False)]
+            tried[:keep] = best[1][:keep]
+        _, _, value, when = play(env, reward, size, lambda obs, t: tried[t], seed)
+        found.append((value, when))
+        best = max(best, (value, tried), key=lambda pair: pair[0])
+    learned = list(sac_search(env, reward, settings, steps, seed))
     reward.close()
-    return accuracy, {"task": task, "expert_return": target, "expert_success": reached,
-                      "best_random_return": best[0], "episodes": searched,
-                      "best_success": best[1], "hacks": hacks,
-                      "sac_steps": steps, "best_sac_return": max(learned)[0],
-                      "best_sac_success": max(learned)[1], "programs_by": WRITER,
-                      "sac_hacks": sum(v > target and not s for v, s in learned)}
+    row = {"task": task, "expert_return": target, "expert_at_goal": reached}
+    for name, tried in (("plan", found), ("sac", learned)):
+        value, when = max(tried, default=(float("nan"), ""))
+        hacks, left = count(tried, target)
+        row |= {f"{name}_episodes": len(tried), f"best_{name}_return": value,
+                f"best_{name}_at_goal": when, f"{name}_hacks": hacks, f"{name}_left": left}
+    return accuracy, row | {"sac_steps": steps, "programs_by": WRITER}
 
 
 def main(tasks, steps=None):

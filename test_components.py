@@ -2287,6 +2287,14 @@ def test_the_search_for_hacks_keeps_the_rows_of_other_tasks(tmp_path, monkeypatc
         hack_search.main(["Chess"])
 
 
+def test_a_hack_is_worth_more_than_the_expert_and_never_at_the_goal():
+    """An episode that was at the goal and left it earned its reward there: it is counted apart."""
+    assert [hack_search.at_goal(each) for each in ([0, 1, 1], [0, 1, 0], [0, 0, 0])] == ["end", "before", "never"]
+    found = [(-1.0, "never"), (-2.0, "before"), (-3.0, "end"), (-9.0, "never"), (-9.0, "before")]
+    assert hack_search.count(found, target=-5.0) == (1, 1)
+    assert hack_search.count([], target=-5.0) == (0, 0)
+
+
 # ==== offline_vlm.py ====
 def draw_pole(degrees, size=200):
     """A brown pole on a black cart, leaning by so many degrees to the right -> (size, size, 3) uint8."""
