@@ -344,9 +344,11 @@ def opengl_errors():
 
 
 def choose_opengl():
-    """Draw without a display where there is none. mujoco reads this when it is imported."""
+    """Draw without a display where there is none. Both libraries read this when they start."""
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
+    # trap: SDL, which draws Gymnasium's classic tasks, swallows SIGTERM: `kill` would do nothing
+    os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
 
 
 # ---- The table of tasks ----
@@ -385,7 +387,7 @@ TASKS = {
         make=CartPole,
         horizon=100, query_size=200, reward_size=64,
         train=dict(
-            total_steps=3_000, seed_steps=300, explore_steps=300, feedback_every=300,
+            total_steps=2_500, seed_steps=300, explore_steps=300, feedback_every=300,
             pairs_per_session=20, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
             reward_epochs=30, reward_shift=0, eval_every=500,
         ),

@@ -1469,6 +1469,16 @@ def test_an_environment_without_a_limit_of_its_own_gets_one(tmp_path, monkeypatc
     assert [env.step(env.action_space.sample())[3] for _ in range(2)] == [False, True] and env.horizon == 2
 
 
+def test_kill_ends_a_run_that_sdl_draws():
+    """SDL draws Gymnasium's classic tasks and would catch SIGTERM: kill, docker and Slurm would wait in vain."""
+    code = ("import envs, os, signal\nenv = envs.make('Pendulum-v1', goal='up')\nenv.reset(seed=0)\nenv.picture(50)\n"
+            "os.kill(os.getpid(), signal.SIGTERM)\nprint('still here')")
+    environment = {name: value for name, value in os.environ.items() if name != "SDL_NO_SIGNAL_HANDLERS"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100,
+                            cwd=Path(__file__).parent)
+    assert result.returncode == -signal.SIGTERM, result
+
+
 def test_the_horizon_can_be_set(env_of):
     """horizon= must cut episodes off there, for tasks of the table and for foreign ones."""
     for env in (envs.make("CartPole", horizon=3), envs.make("Odd-v0", goal="to be odd", horizon=3)):
