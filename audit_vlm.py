@@ -83,7 +83,8 @@ def trained_policy(folder, config, env):
         state = torch.load(os.path.join(folder, "checkpoint", "state.pt"), weights_only=True)
         if stored["env"] != config.env:
             raise ValueError(f"it was trained on {stored['env']}")
-        agent = sac.SAC(env.observation_space.shape[0], env.action_space, (stored["hidden"],) * 2, seed=config.seed)
+        agent = sac.SAC(env.observation_space.shape[0], env.action_space, (stored["hidden"],) * 2,
+                        device=stored["device"], seed=config.seed)  # where its random numbers can go on
         agent.load_state_dict(state["agent"])
     except Exception as error:  # unpickling a foreign file may raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__

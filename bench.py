@@ -130,8 +130,19 @@ def best_threads(rate):
     return (lambda: run_with(best)), best
 
 
+def python_spots(do, times=50):
+    """Prints which functions the time of do() goes to."""
+    import cProfile
+    import pstats
+
+    with cProfile.Profile() as profile:
+        for _ in range(times):
+            do()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(5)
+
+
 def hot_spots(do, times=10):
-    """Prints which operations the time of do() goes to."""
+    """Prints which operations of torch the time of do() goes to."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as run:
@@ -501,7 +512,7 @@ def drawing(size, device):
                       lambda side=side: per_second(lambda: ours.picture(side), 1, size["seconds"]),
                       lambda: per_second(shipped.render, 1, size["seconds"]),
                       size["runs"], target, "against env.render() as shipped at 300 px",
-                      lambda side=side: profile(lambda: ours.picture(side)))
+                      lambda side=side: python_spots(lambda: ours.picture(side)))
     ours.close()
     shipped.close()
 

@@ -333,7 +333,9 @@ def describe_subtasks(ask, start_image, goal_image, goal):
         " kind, held against the first picture of the episode. Use as few as possible and five"
         " at most; one is enough where no stage lies in between. The last is the goal itself.\n"
         "Answer with a numbered list, one short sentence per line, and nothing else."]).text
-    found = re.findall(r"^\s*(?:\d+[.):]|[-*])\s+(.+?)\s*$", answer or "", re.MULTILINE)
+    # trap: the thoughts of a model that thinks first may hold a list of their own
+    answer = (answer or "").rpartition("</think>")[2]
+    found = re.findall(r"^\s*(?:\d+[.):]|[-*])\s+(.+?)\s*$", answer, re.MULTILINE)
     if not 1 <= len(found) <= 5:
         raise CodeAsRewardError(f"the VLM was asked for 1 to 5 sub-tasks and gave {len(found)}: "
                                 f"{str(answer)[:200]!r}")

@@ -276,9 +276,9 @@ def sweep_expert(obs):
 class TaskEnv(gymnasium.Wrapper):
     """Adds the goal, square pictures of any size, and "success" and "progress" in every info."""
 
-    def __init__(self, env, goal, horizon, seed, task=None):
+    def __init__(self, env, goal, horizon, seed):
         super().__init__(env)
-        self.goal, self.horizon, self.task = goal, horizon, task
+        self.goal, self.horizon = goal, horizon
         self.first_seed = seed  # of the first reset that names none
         self.drawn = False
         self.action_space.seed(seed)
@@ -290,7 +290,9 @@ class TaskEnv(gymnasium.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return obs, float(reward), terminated, truncated, self._complete(info, reward)
+        # trap: many environments return numpy's bool, which a checkpoint would refuse to read back
+        over = bool(terminated), bool(truncated)
+        return obs, float(reward), *over, self._complete(info, reward)
 
     def _complete(self, info, reward):
         success = info.get("success", info.get("is_success", 0.0))
@@ -512,8 +514,10 @@ def make(name, seed=0, goal=None, horizon=None):
             env = gymnasium.wrappers.TimeLimit(source(), horizon)
         except ModuleNotFoundError as error:
             raise ValueError(f"{name} needs a package: pip install {error.name}") from None
-    horizon = horizon or env.spec.max_episode_steps
-    return TaskEnv(env, goal or task.goal, horizon, seed, task)
+    horizon, own = horizon or env.spec.max_episode_steps, getattr(env.unwrapped, "horizon", None)
+    if own and horizon > own:
+        raise ValueError(f"{name} ends after {own} steps; a horizon of {horizon} is too long")
+    return TaskEnv(env, goal or task.goal, horizon, seed)
 
 
 def _from_gymnasium(name, horizon):
@@ -537,8 +541,9 @@ def _from_gymnasium(name, horizon):
     space = Box(*(bound.astype(np.float32) for bound in bounds), dtype=np.float32)
     env = gymnasium.wrappers.TransformObservation(env, np.float32, space)
     actions = env.action_space
-    if isinstance(actions, Discrete):
-        return env
+    if isinstance(actions, Discrete):  # the learner counts from 0
+        return env if actions.start == 0 else gymnasium.wrappers.TransformAction(
+            env, lambda action: action + actions.start, Discrete(actions.n))
     if not isinstance(actions, Box) or len(actions.shape) != 1 or not actions.is_bounded():
         raise ValueError(f"{name} acts in {actions}; only bounded Box (A,) and Discrete will do")
     return gymnasium.wrappers.RescaleAction(env, *np.array([-1, 1], actions.dtype))

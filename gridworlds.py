@@ -57,22 +57,19 @@ class KeyAndDoor(gymnasium.Env):
     render_mode = "rgb_array"
     metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
 
-    def __init__(self, id, seed=0):
+    def __init__(self, id):
         import minigrid  # noqa: F401  (registers its ids with Gymnasium)
 
         self.inner = gymnasium.make(id).unwrapped
         self.goal = GOALS["DoorKey" if "DoorKey" in id else id.split("-")[1]]
         self.horizon = self.inner.max_steps
-        self._seed = seed  # of the first reset, if that brings none
         self.action_space = Discrete(6)
         self.target = "goal" if "DoorKey" in id else "box" if "Pickup" in id else None
         self.observation_space = Box(-1.0, 1.0, self.reset()[0].shape, np.float32)
-        self._seed = seed
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.inner.reset(seed=self._seed if seed is None else seed)
-        self._seed = None
+        self.inner.reset(seed=seed)
         # MiniGrid draws colours at random, red (the agent's) and grey (the walls') among them. One
         # sentence has to describe every episode, so key and door are yellow, as in DoorKey, and
         # the box is purple.

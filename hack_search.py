@@ -34,7 +34,7 @@ TASKS = ("CartPole", "DrawerOpen", "SweepInto", "StraightenRope", "DoorKey-6x6")
 
 
 def at_goal(successes):
-    """(T+1,) bool -> at the goal when? at the "end" of the episode, only "before" it, or "never"."""
+    """(T+1,) bool -> at the goal at the "end" of the episode, only "before" it, or "never"."""
     return "end" if successes[-1] else "before" if any(successes) else "never"
 
 
@@ -140,14 +140,15 @@ def main(tasks, steps=None):
     accuracy, hacking = zip(*(examine(task, steps=steps) for task in tasks or TASKS))
     for name, rows in (("code_accuracy", sum(accuracy, [])), ("reward_hacking", list(hacking))):
         path, new = Path("results", f"{name}.csv"), {row["task"] for row in rows}
-        columns = list(rows[0])
         path.parent.mkdir(exist_ok=True)
         if path.exists():
             with open(path, newline="") as file:
                 rows += [row for row in csv.DictReader(file) if row["task"] not in new]
+        # older rows may have columns of their own
+        columns = list(dict.fromkeys(name for row in rows for name in row))
         rows.sort(key=lambda row: TASKS.index(row["task"]))
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, "", "ignore", lineterminator="\n")
+            writer = csv.DictWriter(file, columns, "", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         print(*rows, sep="\n")

@@ -161,10 +161,10 @@ def draw_axis(path, rows, x, axes, varied, measure):
         for order, (key, cells) in enumerate(groups(its, *others).items()):
             at = {number(value): np.array([number(row[measure]) for row in seeds])
                   for (value,), seeds in groups(cells, x).items()}
-            points = sorted(at)
             name = " ".join(words(each) if np.isnan(number(each)) else f"{words(what)} {each}"
                             for what, each in zip(others, key))
-            line(ax, points, [at[point] for point in points], name or measure, order)
+            line(ax, sorted(at), [at[point] for point in sorted(at)], name or measure, order)
+        points = sorted({number(row[x]) for row in its})  # of all lines
         if min(points) > 0 and max(points) / min(points) >= 20:
             ax.set_xscale("log")
         ax.set_xticks(points, [f"{point:g}" for point in points])
@@ -234,7 +234,10 @@ def words(name):
 def plot(path, measure="eval_success"):
     """Draw a results file -> the paths of the pictures. Rows with an error are left out."""
     path = Path(path)
-    rows = [row for row in read(path) if not row["error"] and np.isfinite(number(row[measure]))]
+    table = read(path)
+    if not table or not {"setting", "error", measure} <= set(table[0]):
+        raise ValueError(f"{path} is no table of sweep.py with a column {measure}")
+    rows = [row for row in table if not row["error"] and np.isfinite(number(row[measure]))]
     if not rows:
         raise ValueError(f"{path} has no finished run")
     axes, varied = axes_of(rows)
@@ -303,9 +306,18 @@ def draw_alignment(folders, path):
     return finish(figure, panels, path)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) > 2 and all(map(Path.is_dir, map(Path, sys.argv[1:-1]))):
+def main(arguments):
+    if len(arguments) > 1 and all(map(Path.is_dir, map(Path, arguments[:-1]))):
         # several folders: their rewards along the expert's episode
-        print(draw_run(*sys.argv[1:]) if len(sys.argv) == 3 else draw_alignment(sys.argv[1:-1], sys.argv[-1]))
+        print(draw_run(*arguments) if len(arguments) == 2 else draw_alignment(arguments[:-1], arguments[-1]))
+    elif 1 <= len(arguments) <= 2:
+        print("\n".join(plot(*arguments)))
     else:
-        print("\n".join(plot(*sys.argv[1:3])))
+        raise ValueError("give a table of sweep.py, or run folders and the name of a picture; see the top of plots.py")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"plots.py: {error}")

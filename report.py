@@ -137,7 +137,7 @@ def number(value):
     """A finite float, or None: '' and 'nan' mean not known."""
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return found if math.isfinite(found) else None
 
@@ -285,10 +285,10 @@ def episode_charts(run):
     episode, t, learned, progress, true = (column(run.episodes, name) for name in (
         "episode", "t", "learned_reward", "progress", "true_reward"))
     kind = np.array(run.episodes.get("kind", ["?"] * len(t)))
-    for name, title in (("before", "before learning"), ("random", "random actions"),
-                        ("after", "after learning"), ("expert", "scripted expert")):
+    for name, title in (("random", "random actions"), ("after", "after learning"),
+                        ("expert", "scripted expert")):
         its = (kind == name) & np.isfinite(learned) & np.isfinite(progress)
-        if its.any() and not (name == "random" and "before" in kind):  # two of the same say no more
+        if its.any():
             its &= episode == episode[its.argmax()]  # the first episode of this kind
 
             def draw(axes, its=its):

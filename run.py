@@ -70,7 +70,7 @@ class Config:
     rounds: int = 3  # for --reward code: how many programs the VLM may write for a sub-task
     workers: int = 8  # questions asked at the same time
     max_calls: int | None = None  # stop asking after so many answered calls, cached ones included
-    max_usd: float | None = None  # stop asking after so many dollars; needs --usd-per-mtok
+    max_usd: float | None = None  # the same in dollars, cached ones included; needs --usd-per-mtok
     usd_per_mtok: str | None = None  # price of a million tokens, IN,OUT
     # The schedule
     total_steps: int | None = None  # environment steps in all
@@ -166,6 +166,14 @@ def resolve(config):
                         "--labels-from")
     if config.reward == "score" and config.vlm_mistakes:
         raise UserError("--vlm-mistakes exchanges two pictures, and --reward score shows only one")
+    if config.programs and config.reward != "code":
+        raise UserError(f"--programs is for --reward code, not for {config.reward}")
+    flaws = [f"--{name.replace('_', '-')}" for name in ("vlm_mistakes", "vlm_unsure", "vlm_latency")
+             if getattr(config, name) and (name, config.labels) != ("vlm_mistakes", "oracle")]
+    if flaws and (config.vlm != "offline" or config.labels == "oracle"):
+        raise UserError(f"{flaws[0]} is a flaw of the offline stand-in, which is not asked here")
+    if config.reward == "clip" and config.clip_alpha and not config.clip_baseline:
+        raise UserError("--clip-alpha needs --clip-baseline, a sentence for nothing achieved")
     try:
         if not isinstance(json.loads(config.vlm_extra), dict):
             raise ValueError("not an object in braces")
@@ -431,7 +439,7 @@ def closing_text(config, run, finished, at, labeler, spearman):
         text += [f"Learned from the {config.reward} reward; labels: {who_labels(config)}."]
     if labeler.vlm:
         cost = "" if labeler.vlm.usd is None else f", ${labeler.vlm.usd:.2f}"
-        text += [f"{labeler.vlm.calls} calls, "
+        text += [f"{labeler.vlm.calls} calls ({labeler.vlm.cached_calls} from the cache), "
                  f"{labeler.vlm.tokens_in + labeler.vlm.tokens_out:,} tokens{cost}."]
     text += [f"Report: {run.path('report.html')}"]
     return " ".join(text + (

@@ -199,7 +199,9 @@ def novelty_bonus(obs, all_obs, k=5):
 def novelty_batch(buffer, batch, against=1024):
     """What update() needs in STEP 0: a batch whose reward is the novelty of next_obs, mean 1."""
     drawn = buffer.sample(batch, unpriced_too=True)
-    stored = buffer.sample(against, unpriced_too=True)["next_obs"]  # (N, O)
+    # trap: drawn with replacement, the nearest few of a small buffer would be copies of one state
+    rows = buffer.rng.choice(len(buffer), min(len(buffer), against), replace=False)
+    stored = torch.from_numpy(buffer.next_obs[rows])  # (N, O)
     # trap: states have units (metres, radians); without this the largest number alone would say
     # what is novel
     scale = stored.std(0).clamp(min=1e-3)  # (O,)

@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import itertools
 import json
 import multiprocessing
@@ -152,8 +153,11 @@ def plan(name, seeds=None, extra=None):
             for seed, task, (setting, fields) in cells if seed < (seeds or SEEDS.get(task, 5))]
 
 
-def parse_fields(words):
-    """["max_pairs=10,20"] -> {"max_pairs": [10, 20]}, with the types and checks of train.py's own flags."""
+def parse_fields(words, split=True):
+    """["max_pairs=10,20"] -> {"max_pairs": [10, 20]}, with the types and checks of train.py's own flags.
+
+    split=False: each is one value, commas and all.
+    """
     import run
 
     fields = {}
@@ -161,8 +165,9 @@ def parse_fields(words):
         name, equals, values = word.partition("=")
         if not equals:
             raise ValueError(f"{word}: write field=value or field=value,value")
-        flag = "--" + name.replace("_", "-")
-        fields[name] = [getattr(run.parse_args([f"{flag}={value}"]), name) for value in values.split(",")]
+        name, flag = name.replace("-", "_"), "--" + name.replace("_", "-")
+        fields[name] = [getattr(run.parse_args([f"{flag}={value}"]), name)
+                        for value in (values.split(",") if split else [values])]
     return fields
 
 
@@ -188,12 +193,17 @@ def only(jobs, words):
 # ---- one run ----
 def stored(job):
     """(config, summary) of the job's folder, {} where there is none; ValueError if another run is in it."""
+    import envs
+
     config, summary = ({}, {})
     with contextlib.suppress(FileNotFoundError):
         config = json.loads(Path(job.folder, "config.json").read_text())
         summary = json.loads(Path(job.folder, "summary.json").read_text())
-    # trap: without this, a sweep whose table has changed would show the runs of the old table under the new names
-    for field, value in job.overrides.items() if config else ():
+    # trap: without this, a sweep whose table has changed, or a task whose presets have, would show the runs of the old
+    # one under the new names
+    paper = job.overrides.get("schedule") == "paper" or job.task not in envs.TASKS
+    wanted = {**({} if paper else envs.TASKS[job.task].train), **job.overrides}
+    for field, value in wanted.items() if config else ():
         if config.get(field) != value:
             raise ValueError(f"{job.folder} holds a run with {field}={config.get(field)}, not {value}: remove it, or "
                              "choose another --name")
@@ -306,8 +316,8 @@ def sweep(jobs, name, parallel=2, address=None, runs="runs/sweeps", results="res
         for job, error, files in start(todo, parallel, address):
             os.makedirs(job.folder if files else folder, exist_ok=True)
             for file, content in files.items():  # on a cluster without a common disk, this is how results come home
-                if not Path(job.folder, file).exists():
-                    Path(job.folder, file).write_bytes(content)
+                # trap: what an earlier, interrupted attempt sent home would stand for the finished run
+                Path(job.folder, file).write_bytes(content)
             row = table.add(job, error)
             table.write()
             failed += bool(error)
@@ -371,6 +381,12 @@ class Table:
 
     def write(self):
         """Merge with what is on disk: other tasks, seeds or calls may have written there."""
+        os.makedirs(self.path.parent, exist_ok=True)
+        with open(f"{self.path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # trap: two sweeps of one name would lose each other's rows
+            self._merge()
+
+    def _merge(self):
         curves_path = self.path.with_name(self.path.stem + "_curves.csv")
         # trap: a call with --only must not lose the rows of the calls before it
         rows = {tuple(row[name] for name in KEY): row for row in read_csv(self.path)}
@@ -378,11 +394,12 @@ class Table:
         curves = {}
         for row in read_csv(curves_path):
             curves.setdefault(tuple(row[name] for name in KEY), []).append(row)
-        rows.update(self.rows)
-        curves.update(self.curves)
+        # trap: a run that fails here must not take the place of one that was measured
+        new = {key for key, row in self.rows.items() if not (row["error"] and key in rows and not rows[key]["error"])}
+        rows.update((key, row) for key, row in self.rows.items() if key in new)
+        curves.update((key, its) for key, its in self.curves.items() if key in new)
         # trap: `labels` is a setting and a measure; it may stand in the table but once
         columns = tuple(dict.fromkeys([*KEY, *self.varied, *middle, *MEASURES]))
-        os.makedirs(self.path.parent, exist_ok=True)
         keys = sorted(rows, key=lambda key: self.rank.get(key, len(self.rank)))  # stable: others stay as they were
         for path, names, lines in ((self.path, columns, [rows[key] for key in keys]),
                                    (curves_path, CURVES, [row for key in keys for row in curves.get(key, ())])):
@@ -431,7 +448,11 @@ def main(arguments=None):
             return 0 if not args.sweep else 2
         if (args.grid or args.set) and args.name in (None, *SWEEPS):
             raise ValueError("--grid and --set need a --name of their own, so that results do not mix")
-        extra = {field: values[0] for field, values in parse_fields(args.set or ()).items()}
+        if args.grid and args.seeds:
+            raise ValueError("--grid takes its seeds as a field of its own: seed=0,1,2")
+        extra = {field: values[0] for field, values in parse_fields(args.set or (), split=False).items()}
+        if {"env", "seed"} & set(extra):
+            raise ValueError("--set cannot change env or seed: use --only and --seeds, or --grid")
         jobs = [dataclasses.replace(job, overrides={**extra, **job.overrides}) for job in plan_grid(args.grid)] \
             if args.grid else plan(args.sweep, args.seeds, extra)
         name = args.name or args.sweep

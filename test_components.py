@@ -234,6 +234,8 @@ def test_novelty_does_not_depend_on_units():
             buffer.add(x, [0.0], x * [unit, 1.0], False, None, 0.0)
         bonus.append(sac.novelty_batch(buffer, 20)["reward"])
     assert torch.allclose(*bonus, rtol=1e-3) and float(bonus[0].mean()) == pytest.approx(1.0, rel=1e-3)
+    # each stored state counts once: drawn twice, a state would be its own second to fifth neighbour too
+    assert float(bonus[0].min()) > 0
 
 
 def test_a_share_of_discrete_actions_is_uniform_however_sure_the_policy_is():
@@ -645,7 +647,9 @@ def says(text, end="complete"):
     ("", None), ("0.5", None), ("0 or 1", None), ("0, 1", None), ("1/10", None), ("Image 1.", None),
     ("- 1", None), ("10", None), ("1%", None), ("-0", None), ("1st", None), ("<think>1", None),
     ("<think>a</think>b<think>1", None), ("I cannot tell.", None), ("1\nI hope this helps", None),
-    ("0-1", None), ("1.0", None), ("2", None), ("Image #2 and Image #1: 1", 1)])
+    ("0-1", None), ("1.0", None), ("2", None), ("Image #2 and Image #1: 1", 1),
+    ("Image **1** is closer", None), ("The closer image is Image **1**.", None), ("Image no. 1", None),
+    ("Closer image: 1", None), ("Image **1** is closer to the goal: 0", 0), ("**Image 2** is closer: **1**", 1)])
 def test_a_label_is_read_from_the_last_line_or_not_at_all(text, label):
     """parse_label must find exactly one of 0, 1, -1 in the last line, and must never guess."""
     assert parse_label(text) == label
@@ -922,6 +926,8 @@ def test_retry_after_is_understood_in_every_form():
     assert wish({}, {"details": [{"@type": "x"}, {"retryDelay": "34.5s"}]}) == 34.5
     for nonsense in ("soon", "", "nan", "Mon, 99 Foo"):
         assert wish({"retry-after": nonsense}, {}) is None
+    for odd in ([None], ["retryDelay"], {"retryDelay": 34}):  # what gateways pass through
+        assert wish({}, {"details": odd}) is None
     assert wish({}, {}) is None and wish({"retry-after": "-3"}, {}) == 0
     assert wish({"retry-after-ms": "250", "retry-after": "1"}, {}) == 0.25
 
@@ -947,6 +953,15 @@ def test_a_hint_sets_the_moment_before_which_nobody_asks():
             vlm, began = quick(url, provider), time.monotonic()
             assert vlm.ask(["The goal is " + BRIGHT]).end == "complete"
             assert 0.04 < vlm._not_before - began < 0.5
+
+
+def test_a_server_that_always_says_0_seconds_meets_the_deadline():
+    """A hint of 0 leaves nothing to wait for: without a look at the clock it would be asked for ever."""
+    vlm = VLM("local/m", url="http://127.0.0.1:1/v1", deadline=0.2)
+    vlm.backoff, tries = 0.01, []
+    vlm._post = lambda body: tries.append(1) or (429, {"retry-after": "0"}, "{}")
+    began = time.monotonic()
+    assert "past the deadline" in vlm.ask(["hi"]).end and time.monotonic() - began < 2 and 2 < len(tries) < 1000
 
 
 @pytest.mark.parametrize("status, body, match", [
@@ -1035,6 +1050,10 @@ def test_the_spend_limit_holds_in_pair_order():
             labels, counts = label_pairs(vlm.ask, first, second, BRIGHT, stages=1, workers=2)
             ends.append(counts["limit"])
             assert label_pairs(vlm.ask, first, second, BRIGHT)[1]["asked"] == 0
+    silent = VLM("local/m", url="http://127.0.0.1:1/v1", max_usd=1.0, usd_per_mtok=(10, 0))
+    silent._post = lambda body: (200, {}, '{"choices": [{"message": {"content": "0"}, "finish_reason": "stop"}]}')
+    with pytest.raises(VLMError, match="does not say how many tokens.*use max_calls"):
+        silent.ask(["hi"])
     per_pair = vlm.usd / counts["asked"]
     assert ends[0] == ends[1] == ends[2] > 0 and 0.002 <= vlm.usd <= 0.002 + 4 * per_pair
 
@@ -1479,8 +1498,32 @@ def test_kill_ends_a_run_that_sdl_draws():
     assert result.returncode == -signal.SIGTERM, result
 
 
+def test_discrete_actions_that_start_elsewhere_are_counted_from_0():
+    """The learner's 0 must arrive as the space's first action."""
+    class Late(Odd):
+        got = []
+
+        def __init__(self, render_mode=None):
+            super().__init__(render_mode)
+            self.action_space = gymnasium.spaces.Discrete(3, start=1)
+
+        def step(self, action):
+            Late.got.append(action)
+            return super().step(np.zeros(1, np.float32))
+
+    gymnasium.register("Late-v0", entry_point=Late, max_episode_steps=9)
+    env = envs.make("Late-v0", goal="to be late")
+    env.reset(seed=0)
+    for action in range(env.action_space.n):
+        env.step(action)
+    assert Late.got == [1, 2, 3] and env.action_space == gymnasium.spaces.Discrete(3)
+    del gymnasium.registry["Late-v0"]
+
+
 def test_the_horizon_can_be_set(env_of):
     """horizon= must cut episodes off there, for tasks of the table and for foreign ones."""
+    with pytest.raises(ValueError, match="DoorKey-5x5 ends after 250 steps; a horizon of 251 is too long"):
+        envs.make("DoorKey-5x5", horizon=251)
     for env in (envs.make("CartPole", horizon=3), envs.make("Odd-v0", goal="to be odd", horizon=3)):
         env.reset(seed=0)
         assert [env.step(env.action_space.sample())[3] for _ in range(3)] == [False, False, True] and env.horizon == 3
@@ -2229,7 +2272,8 @@ def test_a_foreign_folder_of_programs_meets_the_allow_list_again(tmp_path):
 def test_answers_are_read_for_sub_tasks_and_code():
     """Numbered and bulleted lists, fenced and bare code must be read; anything else must be said to be wrong."""
     black = BLACK[0]
-    lists = {"1. one\n2) **two**": ["one", "two"], "Sure!\n- one": ["one"]}
+    lists = {"1. one\n2) **two**": ["one", "two"], "Sure!\n- one": ["one"],
+             "<think>\n1. no\n2. nor this\n</think>\n1. one": ["one"]}
     for answer, expected in lists.items():
         assert describe_subtasks(Script(answer), black, black, "g") == expected
     for answer in ("I cannot", None, "\n".join(f"{i}. x" for i in range(9))):
@@ -2497,7 +2541,7 @@ def make_run(folder, labeler="offline stand-in (not a VLM)", pairs=40, size=32, 
     write_rows(folder / "timing.csv", "step,seconds", [[0, 1.5], [4000, 41.0]])
     write_rows(folder / "episodes.csv", "kind,episode,t,learned_reward,progress,true_reward", [
         [kind, episode, t, np.tanh(1 - slope * t / 40) + 0.05 * rng.normal(), *[-slope * t] * 2]
-        for kind, slope in (("before", 2), ("after", 0.1), ("expert", 0.2), ("random", 1.5))
+        for kind, slope in (("after", 0.1), ("expert", 0.2), ("random", 1.5))
         for episode in range(2) for t in range(60)])
     with open(folder / "labels.jsonl", "w") as file:
         for k in range(pairs):
@@ -2558,15 +2602,14 @@ def test_report_names_the_labeler_at_every_heading_and_chart(full_report):
     assert all(alt.endswith(name) and name in svg for alt, svg in drawn(page))
 
 
-@pytest.mark.parametrize("kinds", [("before", "random", "after"), ("random", "expert")])
-def test_report_draws_an_untrained_episode_beside_the_trained_one(tmp_path, kinds):
-    """Without a recorded episode from before learning a random one must stand in its place."""
+@pytest.mark.parametrize("kinds", [("random", "after"), ("random", "after", "expert")])
+def test_report_draws_a_random_episode_beside_the_trained_one(tmp_path, kinds):
+    """One episode of each kind that was recorded, in this order."""
     write_rows(tmp_path / "episodes.csv", "kind,episode,t,learned_reward,progress,true_reward", [
         [kind, number, t, t / 10, -t, -t] for number, kind in enumerate(kinds) for t in range(10)])
     page = report.write_report(tmp_path).read_text(encoding="utf-8")
-    words = {"before": "before learning", "random": "random actions", "after": "after learning",
-             "expert": "scripted expert"}
-    shown = [words[kind] for kind in kinds if not (kind == "random" and "before" in kinds)]
+    words = {"random": "random actions", "after": "after learning", "expert": "scripted expert"}
+    shown = [words[kind] for kind in kinds]
     titles = [alt.split(";")[0].split(", ")[1] for alt, _ in drawn(page) if "along" in alt]
     assert titles == shown
 
@@ -2963,6 +3006,7 @@ def test_mistakes_on_the_audit_command_line_end_in_one_line(tmp_path, monkeypatc
 # ==== sweep.py and plots.py ====
 STUB = '''
 import csv, dataclasses, json, os, time
+import run
 def train(config):
     if config.seed == 7:
         raise ValueError("seven does not\\nlearn")
@@ -2972,7 +3016,7 @@ def train(config):
     if config.seed == 9:
         open(config.out + "/pid", "w").write(str(os.getpid()))
         time.sleep(60)
-    json.dump({**dataclasses.asdict(config), "resume": None, "members": 3, "command": "python train.py",
+    json.dump({**dataclasses.asdict(run.resolve(config)), "resume": None, "members": 3, "command": "python train.py",
                "labeler": "offline stand-in (not a VLM)"},
               open(config.out + "/config.json", "w"))
     with open(config.out + "/metrics.csv", "w") as file:
@@ -3065,15 +3109,53 @@ def test_finished_runs_are_skipped_and_half_done_ones_resumed(here):
     assert sweep.settings(dataclasses.replace(jobs[0], folder="killed")).resume == "killed"
 
 
-def test_rows_of_earlier_calls_stay_and_a_changed_table_is_noticed(here):
+def test_rows_of_earlier_calls_stay_and_a_changed_table_is_noticed(here, monkeypatch):
     """A part of a sweep must add to the CSV; a folder with other settings under the same name must be refused."""
     sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=0"]), "mine")
     sweep.sweep(sweep.plan_grid(["env=Soccer", "members=3", "seed=0"]), "mine")
     assert [(row["task"], row["members"]) for row in result()] == [("Soccer", "3"), ("CartPole", "")]
     changed = [dataclasses.replace(job, overrides={"max_pairs": 99})
                for job in sweep.plan_grid(["env=CartPole", "seed=0"])]
-    with pytest.raises(ValueError, match="max_pairs=None, not 99.*another --name"):
+    with pytest.raises(ValueError, match="max_pairs=100, not 99.*another --name"):
         sweep.sweep(changed, "mine")
+    monkeypatch.setitem(envs.TASKS["CartPole"].train, "total_steps", 777)  # the task's own preset has changed
+    with pytest.raises(ValueError, match="total_steps=2500, not 777.*another --name"):
+        sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=0"]), "mine")
+
+
+def test_a_run_that_fails_here_does_not_replace_one_that_was_measured(here):
+    """On a machine where nothing runs, the committed rows and curves must stay as they are."""
+    sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=0"]), "mine")
+    before = result(), result("mine_curves")
+    monkey = sweep.Table("results/mine.csv")
+    monkey.add(sweep.plan_grid(["env=CartPole", "seed=0"])[0], "ModuleNotFoundError")
+    monkey.write()
+    assert (result(), result("mine_curves")) == before
+
+
+def test_what_a_finished_run_sends_home_replaces_what_an_interrupted_one_sent(stub_train, monkeypatch):
+    """Where there is no common disk, the first attempt's numbers must not stand for the second's."""
+    jobs, attempts = sweep.plan_grid(["env=CartPole", "seed=0"]), []
+
+    def far_away(jobs, parallel, address):
+        attempts.append(1)
+        finished, summary = len(attempts) == 2, {"steps": 100 * len(attempts), "asked": 5}
+        files = {"config.json": dataclasses.asdict(run.resolve(run.Config())) | {"command": "python train.py"},
+                 "summary.json": summary | {"finished": finished, "eval_success": 1.0}}
+        files = {name: json.dumps(content).encode() for name, content in files.items()}
+        yield jobs[0], "" if finished else "interrupted", {**files, "metrics.csv": b"step,reward_accuracy\n0,1\n"}
+
+    monkeypatch.setattr(sweep, "start", far_away)
+    assert sweep.sweep(jobs, "mine") == 1 and sweep.sweep(jobs, "mine") == 0
+    assert [(row["steps"], row["error"]) for row in result()] == [("200", "")]
+
+
+def test_settings_that_all_runs_share_are_taken_whole():
+    """--set is one value, commas and all; --grid splits; dashes do as well; env and seed have flags of their own."""
+    assert sweep.parse_fields(["usd-per-mtok=1,2"], split=False) == {"usd_per_mtok": ["1,2"]}
+    assert sweep.parse_fields(["sac-lr=1e-3,2e-3"]) == {"sac_lr": [1e-3, 2e-3]}
+    assert sweep.main(["tasks", "--set", "seed=3", "--name", "x"]) == 2
+    assert sweep.main(["--grid", "env=CartPole", "--seeds", "5", "--name", "x"]) == 2
 
 
 def test_a_setting_that_is_a_measure_too_has_one_column(here):
@@ -3150,6 +3232,10 @@ def test_a_results_file_becomes_pictures_that_name_the_labeler(here):
     assert {row["spearman_expert"] for row in result()} == {"0.8"}
     folders = [str(path) for path in pathlib.Path("runs/sweeps/mine").iterdir()]
     assert Image.open(plots.draw_alignment(folders[:2], "both.png")).size[0] > 500
+    with pytest.raises(ValueError, match="no table of sweep.py with a column sucess"):
+        plots.plot("results/mine.csv", "sucess")
+    with pytest.raises(ValueError, match="give a table"):
+        plots.main([])
     wrong = [{"method": m, "labeler": f"{m} (not a VLM, wrong on purpose in {n}%)"} for m in "ab" for n in (10, 20)]
     assert plots.labelers(wrong) == "a (not a VLM) (a); b (not a VLM) (b)"
 
@@ -3486,6 +3572,10 @@ def test_a_resumed_run_may_ask_for_less_than_it_has(tmp_path, monkeypatch):
     ({"device": "cuda"}, "torch finds no such GPU"), ({"device": "gpu"}, "there are auto, cpu, cuda"),
     ({"reward": "true", "labels": "oracle"}, "--reward true compares no pictures"),
     ({"reward": "score", "vlm_mistakes": 0.2}, "shows only one"),
+    ({"programs": "."}, "--programs is for --reward code, not for preference"),
+    ({"labels": "oracle", "vlm_unsure": 0.2}, "--vlm-unsure is a flaw of the offline stand-in"),
+    ({"vlm": "local/m", "vlm_mistakes": 0.2}, "--vlm-mistakes is a flaw of the offline stand-in"),
+    ({"reward": "clip", "clip_alpha": 0.5}, "--clip-alpha needs --clip-baseline"),
     ({"env": "Pendulum-v1", "goal": "up", "reward": "code"}, "no scripted expert"),
     ({"horizon": 9, "goal": "without OpenGL"}, "apt-get"), ({"horizon": 9, "goal": "on a full disk"}, "0 are free")])
 def test_what_cannot_work_here_is_said_before_anything_is_made(tmp_path, monkeypatch, changes, says):
@@ -3498,6 +3588,33 @@ def test_what_cannot_work_here_is_said_before_anything_is_made(tmp_path, monkeyp
     with pytest.raises(run.UserError, match=says):
         train.train(tiny(tmp_path, **changes))
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_run_goes_on_though_an_environment_speaks_numpy(tmp_path, monkeypatch):
+    """np.bool_ for `terminated` at a step that is evaluated must not make a checkpoint that cannot be read."""
+    class Numpy(Odd):
+        def step(self, action):
+            return (*super().step(action)[:2], np.bool_(True), np.bool_(False), {})
+
+    gymnasium.register("Numpy-v0", entry_point=Numpy, max_episode_steps=9)
+    changes = dict(env="Numpy-v0", goal="to be odd", reward="true", total_steps=40, seed_steps=10, eval_every=5)
+    rows = train.train(tiny(tmp_path, **changes))
+    kept = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["rows"]
+    assert [row["step"] for row in kept] == [row["step"] for row in rows][:len(kept)] != []
+    del gymnasium.registry["Numpy-v0"]
+
+
+def test_scores_are_asked_of_different_pictures(tmp_path, monkeypatch):
+    """--reward score must not pay twice for one picture within a session."""
+    asked = []
+    monkeypatch.setattr(train.Labeler, "score", lambda self, run, pool, rows, step: asked.append(rows))
+    labeler = train.Labeler(run.resolve(tiny(tmp_path, reward="score")))
+    try:
+        labeler(None, None, np.array([[3, 1], [3, 2], [3, 1], [4, 3]]), 0, None)
+    finally:
+        labeler.close()
+    assert asked[0].tolist() == [3, 4, 1, 2]
 
 
 def test_a_film_has_at_most_a_hundred_pictures(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from vlm_query import VLM
 CURE = "this witness is missing: pip install -r requirements-witness.txt, in an environment of its own"
 KEY = "a-key"
 DARK, LIGHT = np.full((32, 32, 3), 9, np.uint8), np.full((32, 32, 3), 200, np.uint8)
-QUESTION = ["Image 1:", DARK, "Image 2:", LIGHT, vlm_query.ONE_CALL.format(goal=SIGHT)]
+QUESTION = ["Image 1:", DARK, "Image 2:", LIGHT, (vlm_query.ANALYSE + vlm_query.ANSWER).format(goal=SIGHT)]
 
 
 def png(image):

@@ -96,7 +96,8 @@ def train(config):
             # ---- STEP 0: explore without any reward ----
             if step == config.seed_steps > 1 and config.schedule != "paper" and not env.observation_space.is_bounded():
                 agent.standardise(buffer.obs[:step])  # bounded ones (one-hot states, unit boxes) stay
-            exploring = step < config.explore_steps or not at["priced"]  # random, then SAC on state novelty
+            # random actions, then SAC on the novelty of states, and no end of it without a reward
+            exploring = step < max(config.seed_steps, config.explore_steps) or not at["priced"]
             blind = step < config.seed_steps or (exploring and config.without == "novelty")
             if not blind:
                 action = agent.act(obs)
@@ -277,7 +278,8 @@ class Labeler:
         import vlm_query
 
         if self.config.reward == "score":
-            return self.score(run, pool, pairs[:, 0], step)
+            rows = list(dict.fromkeys(pairs.T.ravel().tolist()))[:len(pairs)]  # different ones, each in no pair
+            return self.score(run, pool, np.array(rows), step)
         if self.config.labels_from:
             self.exhausted = True
             self.counts.update(asked=len(self.kept[2]), labels=len(self.kept[2]))
@@ -381,7 +383,8 @@ def evaluate(agent, env, config):
 
 def learned_policy(agent):
     """obs -> the action that the policy holds best; where actions are Discrete, one drawn from it."""
-    # trap: the likeliest of discrete actions, each time, turns left and right for ever where two are nearly equal
+    # trap: the likeliest of discrete actions, each time, turns left and right for ever where two are nearly equal.
+    # (So they are drawn as in training, sac.RANDOM_SHARE of them uniformly, and from the same generator.)
     return lambda obs: agent.act(obs, explore=agent.discrete)
 
 
@@ -439,6 +442,8 @@ def learn_programs(config, run, env, labeler):
     if config.programs or os.path.exists(os.path.join(folder, "programs", "complete")):  # the latter: a resumed run
         programs = code_as_reward.load_programs(config.programs or folder)
     else:
+        # trap: programs of an attempt that was cut short would join those of this one
+        shutil.rmtree(os.path.join(folder, "programs"), ignore_errors=True)
         expert = envs.expert(env)
         env.reset(seed=EVAL_SEED + 1000 * config.seed)
         start_image = env.picture(config.query_size)

@@ -57,7 +57,6 @@ ANALYSE = """Both images show the same scene at two different moments. The goal 
 ANSWER = """Finish with one last line that holds a single number and nothing else:
 0 if Image 1 is closer to the goal, 1 if Image 2 is closer to the goal,
 -1 if it cannot be told or makes no difference."""
-ONE_CALL = ANALYSE + "4. Decide which image is closer to the goal.\n" + ANSWER
 # For the paper's VLM Score baseline: one image, one number.
 SCORE_ANALYSE = """The goal is {goal}. Describe what matters for this goal in the image, and how
 far the goal has been reached.
@@ -98,7 +97,8 @@ def only_number(text, pattern):
     dashes = "[\u2010-\u2013\u2212\ufe63\uff0d]"  # models write a minus sign in many ways
     line = re.sub(dashes, "-", lines[-1] if lines else "")
     # trap: "Image 1 is better" names an image; taken as the label 1 it would mean Image 2.
-    name = r"\W?[012]\b(?!\.\d)"
+    # Nor with Markdown between: "Image **1**", "Image no. 1", "the closer image: 1".
+    name = r"(?:-|(?:no\.?|number)?[^\w-]{0,4})[012]\b(?!\.\d)"
     line = re.sub(rf"(?i)\b(image|picture)s?\s*{name}(\s*(and|or|vs\.?|,|&)\s*{name})?", "", line)
     found = set(re.findall(rf"(?<![\w.,/+-])(?<!-\s)({pattern})(?![\w%-]|[.,/]\d)", line))
     return float(found.pop()) if len(found) == 1 else None
@@ -214,7 +214,8 @@ def error_in(raw):
 def wait_wished(headers, error):
     """Seconds the server asked to wait, or None. A header, or Gemini's retryDelay: "34s"."""
     details = error.get("details") if isinstance(error.get("details"), list) else []
-    delays = [d["retryDelay"].rstrip("s") for d in details if "retryDelay" in d]
+    delays = [str(d["retryDelay"]).rstrip("s") for d in details
+              if isinstance(d, dict) and "retryDelay" in d]
     wish = headers.get("retry-after", delays[0] if delays else "")
     finer = headers.get("retry-after-ms", "")  # the same wish to the millisecond, from OpenAI
     try:
@@ -356,6 +357,9 @@ class VLM:
             except TimeoutError as error:
                 return Reply("", f"unreachable: {error}", 0, 0, False)
             text, end, *tokens = self._read(raw)
+            if self.max_usd is not None and end == "complete" and not any(tokens):
+                raise VLMError(f"{self.name} does not say how many tokens it used, so max_usd "
+                               "cannot be kept: use max_calls")
             # Refused and cut-off answers were paid for, so are kept too; errors never get here.
             if file and not cached and end != "empty":
                 write_answer(file, raw)
@@ -394,13 +398,16 @@ class VLM:
                 why = f"{type(error).__name__} at {self.url}"
             # Full jitter spreads the threads; a fixed wait would send them all at once again.
             wait = random.random() * min(60, 2 ** min(tries, 6)) * self.backoff
-            moment = time.monotonic() + (wait if wish is None else wish)
+            moment = time.monotonic() + (wish or wait)  # a wish for 0 seconds is none
             if status == 429 or wish is not None:  # one was told to slow down: all slow down
                 with self._lock:
                     self._not_before = max(self._not_before, moment)
 
     def _wait(self, moment, give_up, stop, why):
         """Sleep until the moment, or until the one before which no thread may ask, if later."""
+        # trap: a server that always says "0 seconds" leaves nothing to wait for, and no end
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"{why}; past the deadline")
         while (left := max(moment, self._not_before) - time.monotonic()) > 0:
             if time.monotonic() + left > give_up:
                 raise TimeoutError(f"{why}; {left:.0f} s more is past the deadline")
@@ -464,8 +471,9 @@ class VLM:
     def _check_sight(self):
         black, white = np.zeros((200, 200, 3), np.uint8), np.full((200, 200, 3), 255, np.uint8)
         for first, second, right in ((black, white, 1), (white, black, 0)):
-            parts = ["Image 1:", first, "Image 2:", second, ONE_CALL.format(goal=SIGHT_GOAL)]
-            reply = self.answer(parts, deadline=min(30, self.deadline))
+            parts = ["Image 1:", first, "Image 2:", second,
+                     (ANALYSE + ANSWER).format(goal=SIGHT_GOAL)]
+            reply = self.answer(parts, deadline=min(120, self.deadline))
             if reply.end != "complete":
                 raise VLMError(f"{self.name} gave no answer to the sight check: {reply.end}")
             if parse_label(reply.text) != right:
