@@ -1141,7 +1141,9 @@ def test_ctrl_c_ends_at_once_though_threads_wait_for_answers(tmp_path):
     server = OfflineVLM(latency=120)
     with server as url:
         command = [sys.executable, vlm_query.__file__, tmp_path / "a.png", tmp_path / "b.png", "--goal", BRIGHT]
-        process = subprocess.Popen([*command, "--vlm-url", url], stderr=subprocess.PIPE, text=True)
+        # trap: what a shell starts in the background (as a CI may) has Ctrl-C switched off, and its children as well
+        process = subprocess.Popen([*command, "--vlm-url", url], stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while not server.last:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
