@@ -355,8 +355,8 @@ def choose_opengl():
 
 # ---- The table of tasks ----
 PAPER_SAC = dict(
-    seed_steps=1_000, hold=1, explore_steps=10_000, reward_shift=0, sac_lr=3e-4, batch_size=512,
-    hidden=256, updates=1, discount=0.99, eval_every=10_000, eval_episodes=1,
+    seed_steps=1_000, hold=1, explore_steps=10_000, reward_shift=0, reward_mirror=0, sac_lr=3e-4,
+    batch_size=512, hidden=256, updates=1, discount=0.99, eval_every=10_000, eval_episodes=1,
 )
 PAPER_METAWORLD = dict(
     PAPER_SAC, total_steps=1_000_000, feedback_every=4_000, pairs_per_session=40, max_pairs=20_000,
@@ -391,7 +391,7 @@ TASKS = {
         train=dict(
             total_steps=2_500, seed_steps=300, explore_steps=300, feedback_every=300,
             pairs_per_session=20, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
-            reward_epochs=30, reward_shift=0, eval_every=500,
+            reward_epochs=30, reward_shift=0, reward_mirror=1, eval_every=500,
         ),
         paper=dict(
             PAPER_SAC, total_steps=500_000, feedback_every=5_000, pairs_per_session=50,

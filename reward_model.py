@@ -13,7 +13,7 @@ Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) drops 3 t
      the tanh flat, and with it every difference between pictures near the goal.
   4. Normalisation after each convolution, and fresh networks at every fit (1910.08475).
   5. predict() is standardised over the fitted pictures (mean 0, deviation 1; 1706.03741).
-  6. Each fit moves pictures by a few random pixels (shift; 2004.13649). One CNN for all tasks.
+  6. Fits may move (shift; 2004.13649) or mirror pictures at random. One CNN for all tasks.
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
   preference_loss, sample_pairs, RewardNet, PreferenceDataset, RewardModel.  Only numpy and torch.
 
@@ -220,6 +220,12 @@ def shifted(images, most, rng):
                      for image, (row, column) in zip(wide, corners)])
 
 
+def mirrored(images, rng):
+    """(N, H, W, 3) -> the same, each with left and right exchanged by the toss of a coin."""
+    toss = rng.random((len(images), 1, 1, 1)) < 0.5
+    return np.where(toss, images[:, :, ::-1], images)
+
+
 class RewardNet(nn.Module):
     """r(image): (B, 3, H, W) in [0, 1] -> (B,) in (-1, 1). Four convolutions, one linear, tanh."""
 
@@ -249,14 +255,14 @@ class RewardModel:
     fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;
     member_rewards(same) -> (members, N) in (-1, 1).
     patience: a fit ends when the held-out answers have not become less surprising for more epochs
-    than that; 0: they have no say.  shift: see shifted().  paper: fit as the paper does (see the
-    header).
+    than that; 0: they have no say.  shift, mirror: see shifted() and mirrored(); mirror only where
+    the goal has no left and right.  paper: fit as the paper does (see the header).
     """
 
-    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
-                 patience=3, shift=0, paper=False):
+    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0,
+                 patience=3, shift=0, mirror=False, paper=False, batch=16):
         self.image_shape, self.members, self.lr = image_shape, members, lr
-        self.patience, self.shift, self.paper = patience, shift, paper
+        self.patience, self.shift, self.mirror, self.paper = patience, shift, mirror, paper
         self.device, self.batch = torch.device(device), batch
         self.sharpness = 1.0 if paper else SHARPNESS  # of the rewards in P
         self.rng = np.random.default_rng(seed)
@@ -314,7 +320,7 @@ class RewardModel:
             self.optimizer.zero_grad(set_to_none=True)
             for net, (first, second, label) in zip(self.nets, batches):
                 # one pass, not two: (2 B, 3, H, W)
-                images = shifted(np.concatenate([first, second]), self.shift, self.rng)
+                images = self.views(np.concatenate([first, second]))
                 r0, r1 = net(as_input(images, self.device)).chunk(2)
                 answer = torch.from_numpy(label).to(self.device)  # (B,)
                 loss = preference_loss(self.sharpness * r0, self.sharpness * r1, answer)
@@ -323,6 +329,11 @@ class RewardModel:
                 right.extend(((r1 > r0) == answer.bool()).tolist())
             self.optimizer.step()  # the members share nothing, so one optimiser serves all
         return float(np.mean(losses)), float(np.mean(right))
+
+    def views(self, images):
+        """The pictures as a fit sees them: the same scenes, moved or mirrored at random."""
+        images = shifted(images, self.shift, self.rng)
+        return mirrored(images, self.rng) if self.mirror else images
 
     def surprise(self, data):
         """Mean loss of the members on the held-out answers."""

@@ -23,7 +23,7 @@ To use it elsewhere:
 import numpy as np
 import torch
 
-from reward_model import HOLD_OUT, as_input, shifted
+from reward_model import HOLD_OUT, as_input
 
 
 def score_loss(r, score):
@@ -92,7 +92,7 @@ def fit(model, data, epochs, stop_loss=0.01):
             for net, order in zip(model.nets, orders):
                 part = order[start : start + 2 * model.batch]  # (B,)
                 score = torch.from_numpy(data.score[part]).to(model.device)
-                images = shifted(data.image[part], model.shift, model.rng)
+                images = model.views(data.image[part])
                 loss = score_loss(net(as_input(images, model.device)), score)
                 loss.backward()
                 losses.append(float(loss.detach()))

@@ -556,6 +556,17 @@ def test_a_shifted_picture_is_the_same_picture_elsewhere():
     assert reward_model.shifted(images, 0, None) is images
 
 
+def test_a_mirrored_picture_has_left_and_right_exchanged():
+    """About half of the pictures must be turned, none changed otherwise, and a fit must see such views only if asked."""
+    images = np.arange(40 * 2 * 3 * 3, dtype=np.uint8).reshape(40, 2, 3, 3)
+    seen = reward_model.mirrored(images, np.random.default_rng(0))
+    turned = [np.array_equal(now, before[:, ::-1]) for now, before in zip(seen, images)]
+    same = [np.array_equal(now, before) for now, before in zip(seen, images)]
+    assert all(a != b for a, b in zip(turned, same)) and 10 < sum(turned) < 30
+    plain, mirroring = (reward_model.RewardModel((48, 48, 3), mirror=mirror) for mirror in (False, True))
+    assert plain.views(images) is images and not np.array_equal(mirroring.views(images), images)
+
+
 def test_answers_about_one_place_hold_at_another_if_pictures_are_shifted():
     """Fitted on longer bars at one place, the model must order bars elsewhere; unshifted, it does so less well."""
     def bars(n, corner):
@@ -3685,7 +3696,7 @@ def test_the_paper_s_schedule_takes_nothing_from_ours(name):
     task = envs.TASKS[name]
     assert set(task.train) <= set(task.paper)
     config = run.resolve(run.Config(env=name, schedule="paper"))
-    assert (config.hold, config.discount, config.reward_shift) == (1, 0.99, 0)
+    assert (config.hold, config.discount, config.reward_shift, config.reward_mirror) == (1, 0.99, 0, 0)
 
 
 @pytest.mark.parametrize("space, different", [(gymnasium.spaces.Discrete(5), 5), (gymnasium.spaces.Box(-1, 1, (2,)), 1)])

@@ -69,7 +69,7 @@ def train(config):
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
-                                     patience=config.patience, shift=config.reward_shift,
+                                     config.patience, config.reward_shift, bool(config.reward_mirror),
                                      paper=config.schedule == "paper")
     dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
     if config.reward == "score":
