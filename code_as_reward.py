@@ -6,7 +6,8 @@ verify it and send failures back, C4 pay
 s: sub-tasks completed so far, in order (progress p >= 0.95); p_s: progress in the current one. All
 stay completed until the episode ends but the last, the goal: leaving it stops the pay.
 Why not the potential difference Phi' - Phi? Its sum is Phi(end) - Phi(start): balancing earns no
-more than ending upright. Phi - 1 pays most for arriving soon and staying.
+more than ending upright. Phi - 1 pays most for arriving soon and staying. (Where the goal ends the
+episode, as in DoorKey, the difference learned faster: README. --potential difference)
 
 Differs from the paper (its published code cannot run): 1. programs see (images, first image), and
 no name they bind survives: no episode leaks into the next; 2. distinct sub-tasks in order count,
@@ -16,8 +17,8 @@ as text and pictures; 5. Phi - 1, for a bonus on every frame is earned by standi
 Sandbox: an allow-list over the syntax tree; its own process without environment in an empty folder;
 limits on time, memory, files, processes; on Linux (x86-64, arm64) a system-call filter: no network.
 NOT covered: bugs of kernel, Python or numpy; numbers left in uninitialised memory (where=); a busy
-core until the limit; network and system calls on macOS; Windows (refuses); whether a program is
-*right*: C3 judges that on its episodes.
+core until the limit; network and system calls on macOS; Windows (refuses); wrong programs that C3
+lets pass.
 
 Shapes: T frames of an episode, N images, K sub-tasks. ask(list of str | (H,W,3)) -> has .text
 To use it elsewhere:
