@@ -386,6 +386,9 @@ class VLM:
         """POST until there is an answer -> its body. TimeoutError; VLMError if hopeless."""
         give_up, moment, why = time.monotonic() + deadline, 0.0, "told to wait"
         for tries in range(10_000):
+            # trap: a server that always says "0 seconds" leaves nothing to wait for, and no end
+            if tries and time.monotonic() > give_up:
+                raise TimeoutError(f"{why}, {tries} tries; past the deadline")
             self._wait(moment, give_up, stop, f"{why}, {tries} tries")
             status, wish = None, None
             try:
@@ -405,9 +408,6 @@ class VLM:
 
     def _wait(self, moment, give_up, stop, why):
         """Sleep until the moment, or until the one before which no thread may ask, if later."""
-        # trap: a server that always says "0 seconds" leaves nothing to wait for, and no end
-        if time.monotonic() > give_up:
-            raise TimeoutError(f"{why}; past the deadline")
         while (left := max(moment, self._not_before) - time.monotonic()) > 0:
             if time.monotonic() + left > give_up:
                 raise TimeoutError(f"{why}; {left:.0f} s more is past the deadline")
