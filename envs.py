@@ -291,8 +291,8 @@ class TaskEnv(gymnasium.Wrapper):
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         # trap: many environments return numpy's bool, which a checkpoint would refuse to read back
-        over = bool(terminated), bool(truncated)
-        return obs, float(reward), *over, self._complete(info, reward)
+        info = self._complete(info, reward)
+        return obs, float(reward), bool(terminated), bool(truncated), info
 
     def _complete(self, info, reward):
         success = info.get("success", info.get("is_success", 0.0))
@@ -346,7 +346,7 @@ def opengl_errors():
 
 
 def choose_opengl():
-    """Draw without a display where there is none. Both libraries read this when they start."""
+    """Draw without a display where there is none. MuJoCo and SDL read these when they start."""
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     # trap: SDL, which draws Gymnasium's classic tasks, swallows SIGTERM: `kill` would do nothing

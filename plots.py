@@ -163,7 +163,7 @@ def draw_axis(path, rows, x, axes, varied, measure):
                   for (value,), seeds in groups(cells, x).items()}
             name = " ".join(words(each) if np.isnan(number(each)) else f"{words(what)} {each}"
                             for what, each in zip(others, key))
-            line(ax, sorted(at), [at[point] for point in sorted(at)], name or measure, order)
+            line(ax, *zip(*sorted(at.items())), name or measure, order)
         points = sorted({number(row[x]) for row in its})  # of all lines
         if min(points) > 0 and max(points) / min(points) >= 20:
             ax.set_xscale("log")

@@ -259,8 +259,8 @@ class RewardModel:
     the goal has no left and right.  paper: fit as the paper does (see the header).
     """
 
-    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0,
-                 patience=3, shift=0, mirror=False, paper=False, batch=16):
+    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
+                 patience=3, shift=0, mirror=False, paper=False):
         self.image_shape, self.members, self.lr = image_shape, members, lr
         self.patience, self.shift, self.mirror, self.paper = patience, shift, mirror, paper
         self.device, self.batch = torch.device(device), batch

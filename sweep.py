@@ -201,9 +201,9 @@ def stored(job):
         summary = json.loads(Path(job.folder, "summary.json").read_text())
     # trap: without this, a sweep whose table has changed, or a task whose presets have, would show the runs of the old
     # one under the new names
-    paper = job.overrides.get("schedule") == "paper" or job.task not in envs.TASKS
-    wanted = {**({} if paper else envs.TASKS[job.task].train), **job.overrides}
-    for field, value in wanted.items() if config else ():
+    ours = job.task in envs.TASKS and job.overrides.get("schedule") != "paper"
+    preset = envs.TASKS[job.task].train if ours else {}
+    for field, value in {**preset, **job.overrides}.items() if config else ():
         if config.get(field) != value:
             raise ValueError(f"{job.folder} holds a run with {field}={config.get(field)}, not {value}: remove it, or "
                              "choose another --name")
@@ -394,10 +394,10 @@ class Table:
         curves = {}
         for row in read_csv(curves_path):
             curves.setdefault(tuple(row[name] for name in KEY), []).append(row)
-        # trap: a run that fails here must not take the place of one that was measured
-        new = {key for key, row in self.rows.items() if not (row["error"] and key in rows and not rows[key]["error"])}
-        rows.update((key, row) for key, row in self.rows.items() if key in new)
-        curves.update((key, its) for key, its in self.curves.items() if key in new)
+        for key, row in self.rows.items():
+            # trap: a run that fails here must not take the place of one that was measured
+            if not row["error"] or rows.get(key, row)["error"]:
+                rows[key], curves[key] = row, self.curves[key]
         # trap: `labels` is a setting and a measure; it may stand in the table but once
         columns = tuple(dict.fromkeys([*KEY, *self.varied, *middle, *MEASURES]))
         keys = sorted(rows, key=lambda key: self.rank.get(key, len(self.rank)))  # stable: others stay as they were

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import dataclasses
 import email.utils
+import fcntl
 import gzip
 import http.server
 import importlib.util
@@ -1050,7 +1051,7 @@ def test_a_limit_cuts_at_the_same_pair_for_any_number_of_threads(workers, tmp_pa
             vlm.ask(["The goal is " + BRIGHT])
 
 
-def test_the_spend_limit_holds_in_pair_order():
+def test_the_spend_limit_holds_in_pair_order(tmp_path):
     """With max_usd the labels must be the same on every run, and the overshoot less than a block."""
     first, second, _ = grays(40)
     ends = []
@@ -1063,8 +1064,10 @@ def test_the_spend_limit_holds_in_pair_order():
             assert label_pairs(vlm.ask, first, second, BRIGHT)[1]["asked"] == 0
     silent = VLM("local/m", url="http://127.0.0.1:1/v1", max_usd=1.0, usd_per_mtok=(10, 0))
     silent._post = lambda body: (200, {}, '{"choices": [{"message": {"content": "0"}, "finish_reason": "stop"}]}')
+    silent.cache = tmp_path
     with pytest.raises(VLMError, match="does not say how many tokens.*use max_calls"):
         silent.ask(["hi"])
+    assert len(list(tmp_path.iterdir())) == 1  # it was paid for, so it is kept
     per_pair = vlm.usd / counts["asked"]
     assert ends[0] == ends[1] == ends[2] > 0 and 0.002 <= vlm.usd <= 0.002 + 4 * per_pair
 
@@ -3146,6 +3149,19 @@ def test_a_run_that_fails_here_does_not_replace_one_that_was_measured(here):
     assert (result(), result("mine_curves")) == before
 
 
+def test_a_table_is_written_by_one_sweep_at_a_time(here):
+    """While another process holds the table, a write must wait: both read, change and write the same file."""
+    os.makedirs("results")
+    with open("results/mine.csv.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        writer = threading.Thread(target=sweep.Table("results/mine.csv").write)
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive() and not os.path.exists("results/mine.csv")
+    writer.join(5)
+    assert os.path.exists("results/mine.csv")
+
+
 def test_what_a_finished_run_sends_home_replaces_what_an_interrupted_one_sent(stub_train, monkeypatch):
     """Where there is no common disk, the first attempt's numbers must not stand for the second's."""
     jobs, attempts = sweep.plan_grid(["env=CartPole", "seed=0"]), []
@@ -3729,15 +3745,31 @@ def test_random_actions_are_held_as_long_as_asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("unreported")
-@pytest.mark.parametrize("name, standardised", [("CartPole", 1), ("DoorKey-5x5", 0)])
-def test_critics_forget_novelty_and_only_unbounded_states_are_standardised(tmp_path, monkeypatch, name, standardised):
+@pytest.mark.parametrize("name, standardised, explore", [("CartPole", 1, 150), ("CartPole", 1, 50), ("DoorKey-5x5", 0, 150)])
+def test_critics_forget_novelty_and_only_unbounded_states_are_standardised(tmp_path, monkeypatch, name, standardised, explore):
     """With a ready reward too, critics must start afresh when STEP 0 ends; a one-hot state must stay as it is."""
     calls = []
     for method in ("reset_critic", "standardise"):
         old = getattr(sac.SAC, method)
         monkeypatch.setattr(sac.SAC, method, lambda self, *a, old=old, method=method: calls.append(method) or old(self, *a))
-    train.train(tiny(tmp_path, env=name, reward="sparse", horizon=50, explore_steps=150, total_steps=200))
+    train.train(tiny(tmp_path, env=name, reward="sparse", horizon=50, explore_steps=explore, total_steps=200))
     assert calls == ["reset_critic", *["standardise"] * standardised, "reset_critic"]  # the first: a new agent
+
+
+def test_programs_of_an_attempt_that_was_cut_short_are_not_kept(tmp_path, monkeypatch):
+    """A resumed run that asks again must find none of the programs of before, or they would join the reward."""
+    old = tmp_path / "code_as_reward" / "programs" / "1_old.py"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    seen = []
+    monkeypatch.setattr(code_as_reward, "learn_programs", lambda *a, folder, **k: seen.append(old.exists()) or 1 / 0)
+    monkeypatch.setattr(code_as_reward, "collect_episodes", lambda *a, **k: dict.fromkeys(
+        ("expert_episodes", "random_episodes", "success")))
+    config = run.resolve(tiny(tmp_path, reward="code", horizon=5))
+    with pytest.raises(ZeroDivisionError):
+        train.learn_programs(config, types.SimpleNamespace(path=lambda *names: str(tmp_path.joinpath(*names))),
+                             envs.make("CartPole", horizon=5), None)
+    assert seen == [False]
 
 
 @pytest.mark.usefixtures("unreported")

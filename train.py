@@ -69,8 +69,8 @@ def train(config):
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
-                                     config.patience, config.reward_shift, bool(config.reward_mirror),
-                                     paper=config.schedule == "paper")
+                                     patience=config.patience, shift=config.reward_shift,
+                                     mirror=bool(config.reward_mirror), paper=config.schedule == "paper")
     dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
     if config.reward == "score":
         dataset, fit = score_reward.ScoreDataset, score_reward.fit
@@ -278,7 +278,7 @@ class Labeler:
         import vlm_query
 
         if self.config.reward == "score":
-            rows = list(dict.fromkeys(pairs.T.ravel().tolist()))[:len(pairs)]  # different ones, each in no pair
+            rows = list(dict.fromkeys(pairs.T.ravel().tolist()))[:len(pairs)]  # no picture twice
             return self.score(run, pool, np.array(rows), step)
         if self.config.labels_from:
             self.exhausted = True

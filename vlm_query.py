@@ -357,12 +357,12 @@ class VLM:
             except TimeoutError as error:
                 return Reply("", f"unreachable: {error}", 0, 0, False)
             text, end, *tokens = self._read(raw)
-            if self.max_usd is not None and end == "complete" and not any(tokens):
-                raise VLMError(f"{self.name} does not say how many tokens it used, so max_usd "
-                               "cannot be kept: use max_calls")
             # Refused and cut-off answers were paid for, so are kept too; errors never get here.
             if file and not cached and end != "empty":
                 write_answer(file, raw)
+        if self.max_usd is not None and end == "complete" and not any(tokens):
+            raise VLMError(f"{self.name} does not say how many tokens it used, so max_usd "
+                           "cannot be kept: use max_calls")
         with self._lock:
             for name, more in zip(self.TOTALS, (1, cached, *tokens)):
                 setattr(self, name, getattr(self, name) + more)
