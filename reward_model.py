@@ -13,7 +13,8 @@ Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) drops 3 t
      the tanh flat, and with it every difference between pictures near the goal.
   4. Normalisation after each convolution, and fresh networks at every fit (1910.08475).
   5. predict() is standardised over the fitted pictures (mean 0, deviation 1; 1706.03741).
-  6. Fits may move (shift; 2004.13649) or mirror pictures at random. One CNN for all tasks.
+  6. Fits may move (shift; 2004.13649) or mirror pictures at random; a reward is then the mean over
+     the picture and its mirror image. One CNN for all tasks.
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
   preference_loss, sample_pairs, RewardNet, PreferenceDataset, RewardModel.  Only numpy and torch.
 
@@ -256,7 +257,8 @@ class RewardModel:
     member_rewards(same) -> (members, N) in (-1, 1).
     patience: a fit ends when the held-out answers have not become less surprising for more epochs
     than that; 0: they have no say.  shift, mirror: see shifted() and mirrored(); mirror only where
-    the goal has no left and right.  paper: fit as the paper does (see the header).
+    the goal has no left and right: a picture is then worth what its mirror image is.
+    paper: fit as the paper does (see the header).
     """
 
     def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
@@ -360,7 +362,9 @@ class RewardModel:
         parts = []
         for start in range(0, len(images), chunk):  # in pieces that stay in the processor's cache
             x = as_input(images[start : start + chunk], self.device)
-            parts.append(torch.stack([net(x) for net in self.nets]).cpu().numpy())
+            views = (x, x.flip(-1)) if self.mirror else (x,)
+            rewards = torch.stack([sum(net(view) for view in views) for net in self.nets])
+            parts.append((rewards / len(views)).cpu().numpy())
         return (np.concatenate(parts, axis=1) if parts
                 else np.zeros((len(self.nets), 0), np.float32))
 

@@ -568,6 +568,15 @@ def test_a_mirrored_picture_has_left_and_right_exchanged():
     assert plain.views(images) is images and not np.array_equal(mirroring.views(images), images)
 
 
+def test_where_a_goal_has_no_left_and_right_a_picture_is_worth_what_its_mirror_image_is():
+    images = np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3), np.uint8)
+    plain, mirroring = (reward_model.RewardModel((48, 48, 3), mirror=mirror) for mirror in (False, True))
+    assert np.allclose(mirroring.predict(images), mirroring.predict(images[:, :, ::-1]), atol=1e-5)
+    halves = [plain.member_rewards(view) for view in (images, images[:, :, ::-1])]
+    assert not np.allclose(*halves, atol=1e-5)
+    assert np.allclose(mirroring.member_rewards(images), np.mean(halves, 0), atol=1e-5)
+
+
 def test_answers_about_one_place_hold_at_another_if_pictures_are_shifted():
     """Fitted on longer bars at one place, the model must order bars elsewhere; unshifted, it does so less well."""
     def bars(n, corner):
