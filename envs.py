@@ -280,7 +280,7 @@ class TaskEnv(gymnasium.Wrapper):
         super().__init__(env)
         self.goal, self.horizon = goal, horizon
         self.first_seed = seed  # of the first reset that names none
-        self.drawn = False
+        self.drawn = self.tells_success = False  # tells_success: whether it ever said
         self.action_space.seed(seed)
 
     def reset(self, *, seed=None, options=None):
@@ -295,9 +295,10 @@ class TaskEnv(gymnasium.Wrapper):
         return obs, float(reward), bool(terminated), bool(truncated), info
 
     def _complete(self, info, reward):
-        success = info.get("success", info.get("is_success", 0.0))
+        success = info.get("success", info.get("is_success"))
+        self.tells_success |= success is not None
         progress = info.get("progress", reward)
-        return {**info, "success": float(success), "progress": float(progress)}
+        return {**info, "success": float(success or 0.0), "progress": float(progress)}
 
     def picture(self, size=300):
         """(size, size, 3) uint8: what can be seen now."""

@@ -239,7 +239,8 @@ def plot(path, measure="eval_success"):
         raise ValueError(f"{path} is no table of sweep.py with a column {measure}")
     rows = [row for row in table if not row["error"] and np.isfinite(number(row[measure]))]
     if not rows:
-        raise ValueError(f"{path} has no finished run")
+        raise ValueError(f"{path} has no finished run with {measure}; for another column: "
+                         f"python plots.py {path} eval_return")
     axes, varied = axes_of(rows)
     axes = axes if len(varied) <= 3 else []  # many things, each changed once: settings beside each other
     stem = path.stem if measure == "eval_success" else f"{path.stem}_{measure}"

@@ -402,7 +402,9 @@ def command_line(config):
 # ---- the words a run ends with ----
 def status(row, labeler):
     """The numbers behind the progress bar."""
-    parts = [f"return {row['eval_return']:.0f}", f"success {row['eval_success']:.0%}"]
+    parts = [f"return {row['eval_return']:.0f}"]
+    if "eval_success" in row:
+        parts += [f"success {row['eval_success']:.0%}"]
     if labeler.counts["asked"]:
         parts += [f"pairs {labeler.counts['asked']}", f"labels right {labeler.accuracy():.0%}"]
     if row.get("reward_accuracy", math.nan) == row.get("reward_accuracy"):  # known, and not nan
@@ -417,9 +419,11 @@ def closing_text(config, run, finished, at, labeler, spearman):
     first, last, counts = run.rows[0], run.rows[-1], labeler.counts
     text = [f"{config.env}, {'finished' if finished else 'interrupted'} after "
             f"{at['step']:,} steps and {run.seconds():.0f} s: "
-            f"return {last['eval_return']:.1f} (before: {first['eval_return']:.1f}); "
-            f"success at the end of {last['eval_success']:.0%} of {config.eval_episodes} "
-            f"evaluation episodes, and on {last['eval_success_frames']:.0%} of their steps."]
+            f"return {last['eval_return']:.1f} (before: {first['eval_return']:.1f})"]
+    if "eval_success" in last:
+        text[0] += (f"; success at the end of {last['eval_success']:.0%} of {config.eval_episodes} "
+                    f"evaluation episodes, and on {last['eval_success_frames']:.0%} of their steps")
+    text[0] += "."
     if labeler.compares:
         things = "pictures" if config.reward == "score" else "pairs of pictures"
         text += [f"Learned from {counts['labels']} answers to {counts['asked']} {things} "

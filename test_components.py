@@ -3509,6 +3509,15 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("unreported")
+def test_nothing_is_said_of_success_where_an_environment_does_not_tell(tmp_path, capsys):
+    """Pendulum gives a return and no success: not 0 %, but nothing, in the table, the bar and the closing words."""
+    rows = train.train(tiny(tmp_path, env="Pendulum-v1", goal="up", reward="true", horizon=20, total_steps=120))
+    assert math.isfinite(rows[-1]["eval_return"]) and not any("success" in name for row in rows for name in row)
+    assert "success" not in "".join(capsys.readouterr())
+    assert json.load(open(tmp_path / "run" / "summary.json"))["success_last_third"] is None
+
+
+@pytest.mark.usefixtures("unreported")
 @pytest.mark.parametrize("reward", ["true", "sparse"])
 def test_baselines_ask_nobody(tmp_path, reward):
     """With the true or the sparse reward no pair may be asked, and the prices must be that reward."""

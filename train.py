@@ -156,7 +156,7 @@ def train(config):
                 row = {"step": at["step"], "episodes": at["episode"] + done, **labeler.row(), **at["fit"],
                        **evaluate(agent, eval_env, config), **{name: float(x) for name, x in losses.items()}}
                 run.write(row)
-                if at["solved"] is None and row["eval_success_frames"] >= SOLVED:
+                if at["solved"] is None and row.get("eval_success_frames", 0) >= SOLVED:
                     at["solved"] = [at["step"], run.seconds()]
             if done:
                 at["episode"] += 1
@@ -372,13 +372,17 @@ class Labeler:
 
 # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
 def evaluate(agent, env, config):
-    """Run the learned policy -> dict of means over episodes that are the same at every evaluation."""
+    """Run the learned policy -> dict of means over episodes that are the same at every evaluation.
+
+    An environment that never says whether it succeeded gets no successes, in place of zeros.
+    """
     act, rows = learned_policy(agent), []
     for episode in range(config.eval_episodes):
         _, reward, progress, success = run_episode(env, act, EVAL_SEED + 1000 * config.seed + episode)
         rows.append((reward.sum(), success[-1], success.max(), success.mean(), progress[-1]))
     names = ("eval_return", "eval_success", "eval_success_any", "eval_success_frames", "eval_progress")
-    return {name: float(value) for name, value in zip(names, np.mean(rows, axis=0))}
+    return {name: float(value) for name, value in zip(names, np.mean(rows, axis=0))
+            if env.tells_success or "success" not in name}
 
 
 def learned_policy(agent):
@@ -566,13 +570,13 @@ def finish(config, run, finished, at, labeler, agent, price, env):
     write_gif(run.path("eval_after.gif"), env, learned_policy(agent), config)
     spearman = write_episodes(run.path("episodes.csv"), env, learned_policy(agent), price, config)
     text = closing_text(config, run, finished, at, labeler, spearman)
-    third = [row["eval_success"] for row in run.rows[-max(1, len(run.rows) // 3):]]
+    third = [row["eval_success"] for row in run.rows[-max(1, len(run.rows) // 3):] if "eval_success" in row]
     solved = at["solved"] or [None, None]
     vlm = {key: labeler.vlm and getattr(labeler.vlm, key) for key in ("calls", "tokens_in", "tokens_out", "usd")}
     write_json(run.path("summary.json"), {
         "text": text, "finished": finished, "labeler": who_labels(config), "steps": at["step"],
         "seconds": run.seconds(), "solved_step": solved[0], "seconds_until_solved": solved[1], "spearman": spearman,
-        "label_accuracy": labeler.accuracy(), **labeler.counts, **vlm, "success_last_third": float(np.mean(third)),
+        "label_accuracy": labeler.accuracy(), **labeler.counts, **vlm, "success_last_third": sum(third) / len(third) if third else None,
         **{key: value for key, value in run.rows[-1].items() if key.startswith("eval_")}})
     report.write_report(run.folder)
     if finished:
