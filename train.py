@@ -576,7 +576,8 @@ def finish(config, run, finished, at, labeler, agent, price, env):
     write_json(run.path("summary.json"), {
         "text": text, "finished": finished, "labeler": who_labels(config), "steps": at["step"],
         "seconds": run.seconds(), "solved_step": solved[0], "seconds_until_solved": solved[1], "spearman": spearman,
-        "label_accuracy": labeler.accuracy(), **labeler.counts, **vlm, "success_last_third": sum(third) / len(third) if third else None,
+        "label_accuracy": labeler.accuracy(), **labeler.counts, **vlm,
+        "success_last_third": sum(third) / len(third) if third else None,
         **{key: value for key, value in run.rows[-1].items() if key.startswith("eval_")}})
     report.write_report(run.folder)
     if finished:
