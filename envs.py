@@ -8,8 +8,9 @@ Which STEPs: none; every STEP acts or looks here. CartPole's physics (a angle, F
 
 Differs from the paper (RL-VLM-F, 2402.03681):
   1. Meta-World v3 in place of a changed v2, whose copy does not install any more.
-  2. Its episodes last 150 steps (theirs: 500): the experts are done after 38 to 46. In Soccer and
-     SweepInto the hand starts 5 cm lower, or 150 random steps seldom touch the object.
+  2. Its episodes last 50 steps, each three of Meta-World's with one action (theirs: 500, of one;
+     action repeat as in 2203.04955): the experts are done after 13 to 17. In Soccer and SweepInto
+     the hand starts 5 cm lower, or random actions seldom touch the object.
   3. Its pictures have no shadows, reflections, multisampling, goal markers: much faster.
   4. The reward model sees 64 to 100 px, the VLM 200 to 308 px (theirs: both see 200 to 360 px).
 
@@ -57,6 +58,7 @@ class Task:
     horizon: int  # steps until an episode is cut off (truncated)
     query_size: int  # side of the square picture the VLM sees, px
     reward_size: int  # side of the one the reward network sees, px
+    action_repeat: int = 1  # steps of the simulator in one of ours
     train: dict = field(default_factory=dict)  # what train.py's Config takes for this task
     paper: dict = field(default_factory=dict)  # the same fields as the paper had them
 
@@ -154,7 +156,8 @@ class MetaWorld(gymnasium.Env):
 
     Observation (39,): hand (3), gripper opening, object (3 + quaternion 4), 7 zeros; the same 18
     one step before; goal (3). Action (4,): hand by up to 1 cm along x, y, z; gripper. layout:
-    where object and goal are, Meta-World's random vector. True reward: Meta-World's, 0 to 10.
+    where object and goal are, Meta-World's random vector. True reward: Meta-World's, 0 to 10 in
+    each of its steps.
     """
 
     render_mode = "rgb_array"
@@ -276,9 +279,9 @@ def sweep_expert(obs):
 class TaskEnv(gymnasium.Wrapper):
     """Adds the goal, square pictures of any size, and "success" and "progress" in every info."""
 
-    def __init__(self, env, goal, horizon, seed):
+    def __init__(self, env, goal, horizon, seed, action_repeat=1):
         super().__init__(env)
-        self.goal, self.horizon = goal, horizon
+        self.goal, self.horizon, self.action_repeat = goal, horizon, action_repeat
         self.first_seed = seed  # of the first reset that names none
         self.drawn = self.tells_success = False  # tells_success: whether it ever said
         self.action_space.seed(seed)
@@ -289,10 +292,14 @@ class TaskEnv(gymnasium.Wrapper):
         return obs, self._complete(info, math.nan)  # a foreign one has no reward, no progress, yet
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
+        total = 0.0
+        for _ in range(self.action_repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
         # trap: many environments return numpy's bool, which a checkpoint would refuse to read back
-        info = self._complete(info, reward)
-        return obs, float(reward), bool(terminated), bool(truncated), info
+        return obs, total, bool(terminated), bool(truncated), self._complete(info, total)
 
     def _complete(self, info, reward):
         success = info.get("success", info.get("is_success"))
@@ -362,15 +369,16 @@ PAPER_SAC = dict(
 PAPER_METAWORLD = dict(
     PAPER_SAC, total_steps=1_000_000, feedback_every=4_000, pairs_per_session=40, max_pairs=20_000,
     reward_lr=3e-4, reward_epochs=10, query_size=300, reward_size=300, horizon=500,
+    action_repeat=1,
 )
 PAPER_ROPE_WATER = dict(
     PAPER_SAC, total_steps=600_000, feedback_every=5_000, pairs_per_session=100,
     max_pairs=12_000, reward_lr=1e-4, reward_epochs=30, query_size=720,
 )
 
-TRAIN_METAWORLD = dict(  # 150 steps of an episode are enough for each expert; the paper: 500
-    seed_steps=1_000, explore_steps=6_000, feedback_every=2_000, pairs_per_session=40,
-    sac_lr=5e-4, batch_size=128, reward_epochs=20, reward_shift=0, eval_every=2_000,
+TRAIN_METAWORLD = dict(
+    seed_steps=1_000, explore_steps=3_000, feedback_every=1_000, pairs_per_session=60,
+    sac_lr=5e-4, batch_size=256, reward_epochs=20, reward_shift=0, eval_every=1_000,
     eval_episodes=1,
 )
 TRAIN_ROPE_WATER = dict(
@@ -410,8 +418,9 @@ TASKS = {
             expert=scripted("SawyerDrawerOpenV3Policy"),
             one_way=True,
         ),
-        horizon=150, query_size=300, reward_size=84,
-        train=dict(TRAIN_METAWORLD, total_steps=20_000, explore_steps=4_000, max_pairs=300),
+        horizon=50, action_repeat=3, query_size=300, reward_size=84,
+        train=dict(TRAIN_METAWORLD, total_steps=8_000, explore_steps=2_000, feedback_every=500,
+                   pairs_per_session=40, max_pairs=300),
         paper=PAPER_METAWORLD,
     ),
     "Soccer": Task(
@@ -423,11 +432,11 @@ TASKS = {
             camera=((0.0, 0.75, 0.03), 0.55, 90, -45),
             expert=scripted("SawyerSoccerV3Policy"),
         ),
-        horizon=150, query_size=300, reward_size=84,
+        horizon=50, action_repeat=3, query_size=300, reward_size=84,
         # Random actions that change at every step cancel out, and the arm trembles where it starts;
-        # held for 20 they carry it about. Novelty goes on from the places where it has been.
-        train=dict(TRAIN_METAWORLD, total_steps=30_000, seed_steps=3_000, hold=20,
-                   explore_steps=7_000, max_pairs=500),
+        # held for 7 they carry it about. Novelty goes on from the places where it has been.
+        train=dict(TRAIN_METAWORLD, total_steps=20_000, seed_steps=2_000, hold=7,
+                   explore_steps=4_000, max_pairs=500),
         paper=dict(PAPER_METAWORLD, reward_lr=1e-4, reward_epochs=5),
     ),
     "SweepInto": Task(
@@ -440,8 +449,8 @@ TASKS = {
             expert=sweep_expert,
             colours=[("objGeom", (0.1, 0.7, 0.1))],
         ),
-        horizon=150, query_size=300, reward_size=84,
-        train=dict(TRAIN_METAWORLD, total_steps=30_000, max_pairs=500),
+        horizon=50, action_repeat=3, query_size=300, reward_size=84,
+        train=dict(TRAIN_METAWORLD, total_steps=15_000, max_pairs=400),
         paper=PAPER_METAWORLD,
     ),
     "FoldCloth": Task(
@@ -499,8 +508,12 @@ TASKS = {
 }
 
 
-def make(name, seed=0, goal=None, horizon=None):
-    """A name in TASKS, or any Gymnasium id together with a goal sentence -> TaskEnv."""
+def make(name, seed=0, goal=None, horizon=None, action_repeat=None):
+    """A name in TASKS, or any Gymnasium id together with a goal sentence -> TaskEnv.
+
+    action_repeat: steps of the simulator in one of ours, all with the same action; their rewards
+    are summed.  horizon: steps of ours in an episode.
+    """
     task = TASKS.get(name)
     if task is None and name not in gymnasium.registry and ":" not in name:
         known = ", ".join(TASKS)
@@ -510,17 +523,19 @@ def make(name, seed=0, goal=None, horizon=None):
         raise ValueError(f'{name} needs a goal for the VLM, such as --goal "to stand upright"')
     choose_opengl()
     source, horizon = (task.make if task else name), horizon or (task.horizon if task else None)
+    repeat = action_repeat or (task.action_repeat if task else 1)
+    limit = horizon and horizon * repeat  # of the simulator
     if isinstance(source, str):
-        env = _from_gymnasium(source, horizon)
+        env = _from_gymnasium(source, limit)
     else:
         try:
-            env = gymnasium.wrappers.TimeLimit(source(), horizon)
+            env = gymnasium.wrappers.TimeLimit(source(), limit)
         except ModuleNotFoundError as error:
             raise ValueError(f"{name} needs a package: pip install {error.name}") from None
-    horizon, own = horizon or env.spec.max_episode_steps, getattr(env.unwrapped, "horizon", None)
-    if own and horizon > own:
-        raise ValueError(f"{name} ends after {own} steps; a horizon of {horizon} is too long")
-    return TaskEnv(env, goal or task.goal, horizon, seed)
+    limit, own = limit or env.spec.max_episode_steps, getattr(env.unwrapped, "horizon", None)
+    if own and limit > own:
+        raise ValueError(f"{name} ends after {own} steps; a horizon of {limit} is too long")
+    return TaskEnv(env, goal or task.goal, -(-limit // repeat), seed, repeat)
 
 
 def _from_gymnasium(name, horizon):

@@ -101,6 +101,7 @@ class Config:
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     # Watching
     horizon: int | None = None  # steps in an episode
+    action_repeat: int | None = None  # the simulator's steps in one of ours, with the same action
     eval_every: int | None = None  # environment steps between evaluations
     eval_episodes: int | None = None  # episodes in one evaluation
     out: str | None = None  # the run folder to make (default: runs/...)
@@ -124,8 +125,8 @@ AT_LEAST_1 = (1, None)
 RANGES = dict(
     dict.fromkeys((
         "total_steps", "hold", "feedback_every", "pairs_per_session", "members", "reward_epochs",
-        "batch_size", "updates", "hidden", "horizon", "eval_every", "eval_episodes", "workers",
-        "rounds", "max_pairs"), AT_LEAST_1),
+        "batch_size", "updates", "hidden", "horizon", "action_repeat", "eval_every",
+        "eval_episodes", "workers", "rounds", "max_pairs"), AT_LEAST_1),
     candidates=(2, None), query_size=(16, None), reward_size=(47, None), vlm_latency=(0, None),
     vlm_mistakes=(0, 1), vlm_unsure=(0, 1), discount=(0, 1), clip_alpha=(0, 1), max_usd=(0, None),
     reward_mirror=(0, 1),
@@ -135,7 +136,7 @@ DEFAULTS = dict(
     total_steps=50_000, seed_steps=1000, hold=1, explore_steps=4000, feedback_every=2000,
     pairs_per_session=40, max_pairs=1000, reward_lr=3e-4, reward_epochs=50, query_size=300,
     reward_size=84, reward_shift=4, reward_mirror=0, sac_lr=3e-4, batch_size=256, updates=1,
-    hidden=256, discount=0.99, eval_every=5000, eval_episodes=10,
+    hidden=256, discount=0.99, action_repeat=1, eval_every=5000, eval_episodes=10,
 )
 MAY_CHANGE = (  # on resume
     "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "vlm_latency",
@@ -186,8 +187,8 @@ def resolve(config):
         raise UserError(f"--schedule paper: the paper has no task {config.env}")
     preset = dict(DEFAULTS)
     if task is not None:
-        preset.update(goal=task.goal, horizon=task.horizon, query_size=task.query_size,
-                      reward_size=task.reward_size)
+        preset.update(goal=task.goal, horizon=task.horizon, action_repeat=task.action_repeat,
+                      query_size=task.query_size, reward_size=task.reward_size)
         preset.update(task.train)
         preset.update(task.paper if config.schedule == "paper" else {})
     open_fields = {name: value for name, value in preset.items() if getattr(config, name) is None}

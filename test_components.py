@@ -1554,6 +1554,25 @@ def test_the_horizon_can_be_set(env_of):
         assert [env.step(env.action_space.sample())[3] for _ in range(3)] == [False, False, True] and env.horizon == 3
 
 
+def test_an_action_is_repeated_and_its_rewards_are_summed(env_of):
+    """One step of ours is then several of the simulator's, up to the end of the episode and no further; horizon counts ours."""
+    one, four = (envs.make("CartPole", horizon=horizon, action_repeat=repeat) for horizon, repeat in ((8, 1), (2, 4)))
+    (start, _), (same, _) = one.reset(seed=0), four.reset(seed=0)
+    assert np.array_equal(start, same)
+    singles = [one.step(np.array([0.3]))[:4] for _ in range(8)]
+    obs, reward, _, truncated, info = four.step(np.array([0.3]))
+    assert np.array_equal(obs, singles[3][0]) and not truncated and four.horizon == 2
+    assert reward == pytest.approx(sum(each[1] for each in singles[:4])) and info["progress"] == singles[3][1]
+    assert four.step(np.array([0.3]))[3] and singles[7][3]
+    with pytest.raises(ValueError, match="ends after 250 steps; a horizon of 300 is too long"):
+        envs.make("DoorKey-5x5", horizon=100, action_repeat=3)
+    odd = envs.make("Odd-v0", goal="to be odd", action_repeat=4)  # its episodes last nine steps
+    odd.reset(seed=0)
+    steps = [odd.step(np.array([1.0], np.float32)) for _ in range(3)]
+    assert odd.horizon == 3 and [step[3] for step in steps] == [False, False, True]
+    assert [step[1] for step in steps] == [28.0, 28.0, 7.0]  # 7 each
+
+
 @pytest.mark.parametrize("name, goal, words", [
     ("CardPole", None, "CartPole, .*any Gymnasium id with --goal"),
     ("Odd-v0", None, "needs a goal"),

@@ -529,7 +529,8 @@ def prepare(config):
 
     config = resolve(config)
     try:
-        env, eval_env = (envs.make(config.env, config.seed, config.goal, config.horizon) for _ in range(2))
+        env, eval_env = (envs.make(config.env, config.seed, config.goal, config.horizon, config.action_repeat)
+                         for _ in range(2))
         eval_env.reset(seed=config.seed)
         eval_env.picture(config.reward_size)  # now, not later, if there is no OpenGL
         if config.reward == "code" and not config.programs:
