@@ -55,10 +55,12 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
       stratified    sort the pictures by predicted reward; each pair takes two different tenths of
                     that order, all tenths equally often: the pictures the policy rarely reaches
                     are asked about as often as the rest.
+      best          every other pair from the fifth of the pictures with the highest predicted
+                    reward: what a policy does at the end depends on the order near the goal.
       diverse       one picture of each pair from a set that covers all there is to see (k-center),
                     the other any: rare pictures are asked about as often as frequent ones.
-    model: RewardModel; stratified, disagreement and entropy need one; uniform stands in for them
-    while there is none.
+    model: RewardModel; stratified, best, disagreement and entropy need one; uniform stands in for
+    them while there is none.
     """
     n = len(images)
     if n < 2:
@@ -68,6 +70,7 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
     how = "uniform" if model is None and how != "diverse" else how
     tries = 10 * n_pairs
     pairs = (stratified_pairs(model.predict(images), tries, rng) if how == "stratified"
+             else best_pairs(model.predict(images), tries, rng) if how == "best"
              else diverse_pairs(images, n_pairs, tries, rng) if how == "diverse"
              else uniform_pairs(n, tries, rng))
     worth = np.zeros(tries)
@@ -82,7 +85,7 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
     return pairs[np.argsort(-worth, kind="stable")[:n_pairs]]
 
 
-SAMPLERS = ("uniform", "disagreement", "entropy", "stratified", "diverse")
+SAMPLERS = ("uniform", "disagreement", "entropy", "stratified", "best", "diverse")
 
 
 def uniform_pairs(n, n_pairs, rng):
@@ -99,6 +102,14 @@ def stratified_pairs(predicted, n_pairs, rng, strata=10):
     groups = np.array_split(np.argsort(predicted, kind="stable"), min(strata, len(predicted)))
     which = uniform_pairs(len(groups), n_pairs, rng)  # (M, 2) strata
     return np.array([[rng.choice(groups[a]), rng.choice(groups[b])] for a, b in which])
+
+
+def best_pairs(predicted, n_pairs, rng):
+    """(M, 2): every other pair from the fifth with the highest predicted reward (N,)."""
+    best = np.argsort(-predicted, kind="stable")[:max(2, len(predicted) // 5)]
+    pairs = uniform_pairs(len(predicted), n_pairs, rng)
+    pairs[::2] = best[uniform_pairs(len(best), n_pairs, rng)][::2]
+    return pairs
 
 
 def diverse_pairs(images, n_pairs, tries, rng):

@@ -376,7 +376,7 @@ def test_every_image_can_be_asked_about_and_none_against_itself(how):
     model = reward_model.RewardModel((64, 64, 3))
     pairs = np.concatenate([reward_model.sample_pairs(images, 40, rng, how, model) for _ in range(20)])
     assert pairs.shape == (800, 2) and (pairs[:, 0] != pairs[:, 1]).all()
-    wanted = set(range(12)) if how in ("uniform", "stratified", "diverse") else set()
+    wanted = set(range(12)) if how in ("uniform", "stratified", "best", "diverse") else set()
     assert wanted <= set(pairs[:, 0]) and wanted <= set(pairs[:, 1])
 
 
@@ -412,6 +412,19 @@ def test_stratified_pairs_cross_the_order():
 
     pairs = reward_model.sample_pairs(images, 200, rng, "stratified", OneIsGood())
     assert (pairs >= 36).any(1).mean() == pytest.approx(0.2, abs=0.08)  # the top tenth is in 2 of 10 pairs
+
+
+def test_half_of_the_best_pairs_are_among_the_best():
+    """Of 50 pictures the ten with the highest reward must be asked about against each other in half of the pairs, and in no more."""
+    images, rng = numbered_images(50), np.random.default_rng(0)
+
+    class BrightIsGood:
+        def predict(self, images):
+            return images[:, 0, 0, 0].astype(np.float32)
+
+    pairs = reward_model.sample_pairs(images, 200, rng, "best", BrightIsGood())
+    assert (pairs >= 40).all(1).mean() == pytest.approx(0.5 + 0.5 * 0.2**2, abs=0.05)
+    assert (pairs < 40).any(1).sum() > 80 and (pairs[:, 0] != pairs[:, 1]).all()
 
 
 def test_diverse_pairs_ask_about_rare_pictures_as_often_as_about_frequent_ones():
