@@ -80,7 +80,7 @@ class Config:
     feedback_every: int | None = None  # environment steps between two sessions of questions
     pairs_per_session: int | None = None  # pairs asked in one session
     max_pairs: int | None = None  # pairs asked in all
-    sampler: str = "uniform"  # pairs asked: uniform (paper's), or one more of reward_model.py
+    sampler: str | None = None  # pairs asked: uniform (paper's), or one more of reward_model.py
     candidates: int = 1000  # pictures kept to ask about
     without: str = "nothing"  # leave one part out: novelty, relabelling or critic-reset
     # The reward model
@@ -134,9 +134,9 @@ RANGES = dict(
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
 DEFAULTS = dict(
     total_steps=50_000, seed_steps=1000, hold=1, explore_steps=4000, feedback_every=2000,
-    pairs_per_session=40, max_pairs=1000, reward_lr=3e-4, reward_epochs=50, query_size=300,
-    reward_size=84, reward_shift=4, reward_mirror=0, sac_lr=3e-4, batch_size=256, updates=1,
-    hidden=256, discount=0.99, action_repeat=1, eval_every=5000, eval_episodes=10,
+    pairs_per_session=40, max_pairs=1000, sampler="uniform", reward_lr=3e-4, reward_epochs=50,
+    query_size=300, reward_size=84, reward_shift=4, reward_mirror=0, sac_lr=3e-4, batch_size=256,
+    updates=1, hidden=256, discount=0.99, action_repeat=1, eval_every=5000, eval_episodes=10,
 )
 MAY_CHANGE = (  # on resume
     "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "vlm_latency",
