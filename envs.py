@@ -452,8 +452,8 @@ TASKS = {
             colours=[("objGeom", (0.1, 0.7, 0.1))],
         ),
         horizon=50, action_repeat=3, query_size=300, reward_size=84,
-        # The hole is a pit wider than the 5 cm that count: only a reward that is right near the goal
-        # tells a cube that fell in at its edge from one in its middle. Discount: see StraightenRope.
+        # The hole is a pit wider than the 5 cm that count: only a reward that is right near the
+        # goal tells a cube at its edge from one in its middle. Discount: see StraightenRope.
         train=dict(TRAIN_METAWORLD, total_steps=12_000, pairs_per_session=100, max_pairs=600,
                    sampler="best", discount=0.95),
         paper=PAPER_METAWORLD,
