@@ -160,7 +160,7 @@ def resolve(config):
     import envs
 
     for name, allowed in CHOICES.items():
-        if getattr(config, name) not in allowed:
+        if getattr(config, name) not in (*allowed, None):  # None: the task's own, below
             raise UserError(f"--{name} {getattr(config, name)}: "
                             f"there are {', '.join(map(str, allowed))}")
     price_of(config)
