@@ -299,7 +299,8 @@ class TaskEnv(gymnasium.Wrapper):
             if terminated or truncated:
                 break
         # trap: many environments return numpy's bool, which a checkpoint would refuse to read back
-        return obs, total, bool(terminated), bool(truncated), self._complete(info, total)
+        info = self._complete(info, reward)  # progress belongs to the picture, the last one
+        return obs, total, bool(terminated), bool(truncated), info
 
     def _complete(self, info, reward):
         success = info.get("success", info.get("is_success"))

@@ -1583,7 +1583,7 @@ def test_an_action_is_repeated_and_its_rewards_are_summed(env_of):
     odd.reset(seed=0)
     steps = [odd.step(np.array([1.0], np.float32)) for _ in range(3)]
     assert odd.horizon == 3 and [step[3] for step in steps] == [False, False, True]
-    assert [step[1] for step in steps] == [28.0, 28.0, 7.0]  # 7 each
+    assert [step[1] for step in steps] == [28.0, 28.0, 7.0] and steps[0][4]["progress"] == 7.0  # 7 each
 
 
 @pytest.mark.parametrize("name, goal, words", [
