@@ -453,7 +453,7 @@ def test_too_few_images_and_unknown_samplers_are_named():
     with pytest.raises(ValueError, match="two images"):
         reward_model.sample_pairs(numbered_images(1), 1, np.random.default_rng(0))
     with pytest.raises(ValueError, match="uniform, disagreement"):
-        reward_model.sample_pairs(numbered_images(3), 1, np.random.default_rng(0), "best")
+        reward_model.sample_pairs(numbered_images(3), 1, np.random.default_rng(0), "finest")
 
 
 def test_preference_dataset_wraps_and_holds_out_every_eighth():
@@ -3176,7 +3176,7 @@ def test_rows_of_earlier_calls_stay_and_a_changed_table_is_noticed(here, monkeyp
     with pytest.raises(ValueError, match="max_pairs=100, not 99.*another --name"):
         sweep.sweep(changed, "mine")
     monkeypatch.setitem(envs.TASKS["CartPole"].train, "total_steps", 777)  # the task's own preset has changed
-    with pytest.raises(ValueError, match="total_steps=2500, not 777.*another --name"):
+    with pytest.raises(ValueError, match="total_steps=2000, not 777.*another --name"):
         sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=0"]), "mine")
 
 
