@@ -43,6 +43,7 @@ HERE = Path(__file__).resolve().parent
 COLUMNS = ("question", "ours", "theirs", "unit", "ratio_median", "ratio_min", "ratio_max", "runs",
            "target", "note")
 TEXTBOOK_SIZE = 200  # px, what the paper's reward networks see in CartPole
+WORTH_WHILE = 1.2  # times as fast in matrix products: then bfloat16 is used at 200 px
 BATCH = 256  # transitions in one update of both SACs
 
 
@@ -213,16 +214,22 @@ def machine(size, device):
         model = names[0] if names else model
     if device == "cuda":
         model = torch.cuda.get_device_name()
-    torch.set_num_threads(1)
-    # Measured, not read from a list of flags: what counts is whether it is faster.
-    row = compare("bfloat16 against float32, products", "GFLOP/s",
-                  lambda: gigaflops(device, torch.bfloat16, 512),
-                  lambda: gigaflops(device, torch.float32, 512), size["runs"])
-    hardware = "is" if row.ratio() > 1.2 else "is not"
+    row = half_bits(size, device)
+    hardware = "is" if row.ratio() > WORTH_WHILE else "is not"
     row.note = (f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, "
                 f"torch {torch.__version__}, Python {platform.python_version()}; one thread; "
                 f"bfloat16 {hardware} worth while here")
     yield row
+
+
+def half_bits(size, device):
+    """Is bfloat16 faster? Measured, not read from a list of flags."""
+    import torch
+
+    torch.set_num_threads(1)
+    return compare("bfloat16 against float32, products", "GFLOP/s",
+                   lambda: gigaflops(device, torch.bfloat16, 512),
+                   lambda: gigaflops(device, torch.float32, 512), size["runs"])
 
 
 # ---- sac: training steps per second (STEPs 1 and 6) ----
@@ -421,7 +428,7 @@ def channels_first(images):
 def reward_fit(size, device):
     import reward_model
 
-    rng = np.random.default_rng(0)
+    rng, bfloat16 = np.random.default_rng(0), half_bits(size, device).ratio() > WORTH_WHILE
     for name, small in (("CartPole", 64), ("DrawerOpen", 84)):
         sizes = (small, TEXTBOOK_SIZE)
         pictures, progress = task_pictures(name, sizes, size["pictures"])
@@ -435,7 +442,9 @@ def reward_fit(size, device):
             if side == TEXTBOOK_SIZE and name != "CartPole":
                 continue  # the pixels do not matter to the time
             data = preference_data(pictures[side], pairs, label)
-            model = reward_model.RewardModel((side, side, 3), device=device, patience=0)
+            half = bfloat16 and side == TEXTBOOK_SIZE  # not our default: --reward-bfloat16 1
+            model = reward_model.RewardModel((side, side, 3), device=device, patience=0,
+                                             bfloat16=half)
             epochs = size["fit_epochs"]  # after the last of them, fit() measures itself once
             once = lambda: model.fit(data, epochs, stop_accuracy=2.0)  # noqa: E731
             ours, threads = best_threads(
@@ -443,7 +452,7 @@ def reward_fit(size, device):
             row = compare(f"reward fit, ours at {side} px ({name})", "pairs/s", ours, theirs,
                           size["runs"], target, why=lambda once=once: hot_spots(once, 2),
                           note=f"against the textbook way at 200 px; threads {threads} and "
-                               f"{their_threads}")
+                               f"{their_threads}" + "; bfloat16" * half)
             if side == small and size["accuracy_epochs"]:
                 row.note += "; " + equal_accuracy(pictures, progress, small, size, device)
             yield row
@@ -480,14 +489,15 @@ def pricing(size, device):
     textbook = Textbook(TEXTBOOK_SIZE, device)
     theirs, their_threads = best_threads(
         lambda: per_second(lambda: textbook.predict(large), len(large), 0.3))
+    bfloat16 = half_bits(size, device).ratio() > WORTH_WHILE
     for side, target in ((TEXTBOOK_SIZE, ">= 1.5"), (84, ">= 10"), (64, ">= 10")):
-        images = pictures[side]
-        model = reward_model.RewardModel((side, side, 3), device=device)
+        images, half = pictures[side], bfloat16 and side == TEXTBOOK_SIZE
+        model = reward_model.RewardModel((side, side, 3), device=device, bfloat16=half)
         once = lambda: model.predict(images)  # noqa: E731
         ours, threads = best_threads(lambda: per_second(once, len(images), 0.3))
         yield compare(f"pricing and relabelling, ours at {side} px", "pictures/s", ours, theirs,
                       size["runs"], target, "against the textbook way, 32 at a time, at 200 px; "
-                      f"threads {threads} and {their_threads}",
+                      f"threads {threads} and {their_threads}" + "; bfloat16" * half,
                       lambda once=once: hot_spots(once, 2))
 
 

@@ -95,14 +95,16 @@ def read_ball(image):
     """(H, W, 3) uint8 -> distance of the ball from the middle of the goal, in ball widths.
 
     The ball's black patches say where it is in the picture; from there a ray goes to the level of
-    its centre, 2.6 cm up.  The camera is 55 cm from (0, 75, 3) cm, looks 45 degrees down and is 45
-    degrees wide; the goal is at (0, 85) cm.
+    its centre on the table, 2.6 cm up, or as far as a ball that looks so large is away, if that is
+    clearly another level: the arm lifts it, or presses it down. The camera is 55 cm from (0, 75, 3)
+    cm, looks 45 degrees down and is 45 degrees wide; the goal is at (0, 85) cm.
     """
     pixels = image.astype(np.float64)
     height, width = pixels.shape[:2]
     bright, dark = pixels.max(axis=2), pixels.min(axis=2)
-    black = (bright < 90) & (bright - dark < 8)  # the table is brown, the net blue
-    black[:int(0.28 * height)] = False  # the wall behind, and its shade
+    grey = bright - dark < 8  # the table is brown, the net blue
+    grey[:int(0.28 * height)] = False  # the wall behind, and its shade
+    black = (bright < 90) & grey
     if black.sum() < 0.0003 * height * width:
         return float("nan")
     rows, columns = np.nonzero(black)
@@ -110,8 +112,16 @@ def read_ball(image):
     up = (0.5 - (rows.mean() + 0.5) / height) * 2 * np.tan(np.pi / 8)
     half = np.sqrt(0.5)  # sine and cosine of 45 degrees
     reach = (55.0 * half + 3.0 - 2.6) / (half - up * half)  # cm along the ray
-    x, y = reach * right, 75.0 - 55.0 * half + reach * (half + up * half)
-    return float(np.hypot(x, y - 85.0) / 5.2)
+    y = 75.0 - 55.0 * half + reach * (half + up * half)
+    if y < 79.0:  # in front of the goal, whose posts are grey too
+        from_patches = np.hypot(np.arange(height)[:, None] - rows.mean(),
+                                np.arange(width) - columns.mean())
+        across = 2 * np.sqrt((grey & (from_patches < 0.09 * width)).sum() / np.pi) / width
+        size_reach = 5.05 / (across * 2 * np.tan(np.pi / 8))  # 5.05 cm: its rim looks brown
+        lift = (reach - size_reach) * (half - up * half)  # cm above where it lies on the table
+        if 1.0 < abs(lift) < 8.0:  # more: it is cut off by the edge of the picture
+            reach, y = size_reach, 75.0 - 55.0 * half + size_reach * (half + up * half)
+    return float(np.hypot(reach * right, y - 85.0) / 5.2)
 
 
 def read_cube(image):

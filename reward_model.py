@@ -257,7 +257,10 @@ class RewardNet(nn.Module):
         self.head = nn.Linear(channels * height * width, 1)
 
     def forward(self, x):
-        logit = self.head(self.convolutions(x).flatten(1))  # (B, 1)
+        features = self.convolutions(x).flatten(1)
+        # trap: of eight significant bits, a reward near 1 would have steps of 0.004
+        with torch.autocast(x.device.type, enabled=False):
+            logit = self.head(features.float())  # (B, 1)
         return torch.tanh(logit / self.softness).squeeze(-1)
 
 
@@ -270,13 +273,15 @@ class RewardModel:
     than that; 0: they have no say.  shift, mirror: see shifted() and mirrored(); mirror only where
     the goal has no left and right: a picture is then worth what its mirror image is.
     paper: fit as the paper does (see the header).
+    bfloat16: convolutions in half the bits. A processor with AVX512-BF16 or AMX then fits pictures
+    of 200 px in little more than half the time; one without is slower.
     """
 
     def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
-                 patience=3, shift=0, mirror=False, paper=False):
+                 patience=3, shift=0, mirror=False, paper=False, bfloat16=False):
         self.image_shape, self.members, self.lr = image_shape, members, lr
         self.patience, self.shift, self.mirror, self.paper = patience, shift, mirror, paper
-        self.device, self.batch = torch.device(device), batch
+        self.device, self.batch, self.bfloat16 = torch.device(device), batch, bfloat16
         self.sharpness = 1.0 if paper else SHARPNESS  # of the rewards in P
         self.rng = np.random.default_rng(seed)
         self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted pictures
@@ -334,7 +339,8 @@ class RewardModel:
             for net, (first, second, label) in zip(self.nets, batches):
                 # one pass, not two: (2 B, 3, H, W)
                 images = self.views(np.concatenate([first, second]))
-                r0, r1 = net(as_input(images, self.device)).chunk(2)
+                with self.precision():
+                    r0, r1 = net(as_input(images, self.device)).chunk(2)
                 answer = torch.from_numpy(label).to(self.device)  # (B,)
                 loss = preference_loss(self.sharpness * r0, self.sharpness * r1, answer)
                 loss.backward()  # at once: one member's activations at a time stay in the cache
@@ -342,6 +348,10 @@ class RewardModel:
                 right.extend(((r1 > r0) == answer.bool()).tolist())
             self.optimizer.step()  # the members share nothing, so one optimiser serves all
         return float(np.mean(losses)), float(np.mean(right))
+
+    def precision(self):
+        """The context in which networks are called."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def views(self, images):
         """The pictures as a fit sees them: the same scenes, moved or mirrored at random."""
@@ -374,7 +384,8 @@ class RewardModel:
         for start in range(0, len(images), chunk):  # in pieces that stay in the processor's cache
             x = as_input(images[start : start + chunk], self.device)
             views = (x, x.flip(-1)) if self.mirror else (x,)
-            rewards = torch.stack([sum(net(view) for view in views) for net in self.nets])
+            with self.precision():
+                rewards = torch.stack([sum(net(view) for view in views) for net in self.nets])
             parts.append((rewards / len(views)).cpu().numpy())
         return (np.concatenate(parts, axis=1) if parts
                 else np.zeros((len(self.nets), 0), np.float32))

@@ -70,7 +70,8 @@ def train(config):
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
                                      patience=config.patience, shift=config.reward_shift,
-                                     mirror=bool(config.reward_mirror), paper=config.schedule == "paper")
+                                     mirror=bool(config.reward_mirror), paper=config.schedule == "paper",
+                                     bfloat16=bool(config.reward_bfloat16))
     dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
     if config.reward == "score":
         dataset, fit = score_reward.ScoreDataset, score_reward.fit
@@ -146,6 +147,9 @@ def train(config):
                 at["explores"] = False
                 if config.without != "critic-reset":
                     forget_novelty(agent, buffer, config.batch_size)
+            if config.sac_anneal:
+                left = (config.total_steps - step) / (config.sac_anneal * config.total_steps)
+                agent.set_rate(config.sac_lr * min(1.0, left))
             for _ in range(0 if blind else config.updates):
                 draw = sac.novelty_batch if exploring else sac.ReplayBuffer.sample
                 losses = agent.update(draw(buffer, config.batch_size))
