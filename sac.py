@@ -249,10 +249,12 @@ class SAC:
 
     act(obs (O,)) -> (A,) float32 in [-1, 1], or int.
     update(batch) -> dict of 0-d tensors (no .item(): nothing waits).
+    alpha: the first temperature. 0.1 suits rewards of about one a step, as a fit gives them; where
+    they are tens, begin with 1, or the policy settles before it has looked around.
     """
 
     def __init__(self, obs_dim, action_space, hidden=(256, 256), lr=3e-4, discount=0.99, tau=0.005,
-                 device="cpu", seed=0):
+                 device="cpu", seed=0, alpha=0.1):
         self.discrete = hasattr(action_space, "n")
         # by name: this file does not need gymnasium
         if type(action_space).__name__ not in ("Box", "Discrete"):
@@ -270,7 +272,8 @@ class SAC:
             self.actor = mlp(
                 (obs_dim, *hidden, self.actions or 2 * self.action_dim)).to(self.device)
         self.reset_critic()
-        self.log_alpha = torch.full((), float(np.log(0.1)), device=self.device, requires_grad=True)
+        self.log_alpha = torch.full(
+            (), float(np.log(alpha)), device=self.device, requires_grad=True)
         # Continuous: -1 nat per action number (1812.05905; uniform on [-1, 1] has +0.69).
         # Discrete: a fifth of the most there can be, log(actions). An episode that ends at the
         # goal earns no more entropy: held high, wandering on would be worth more than arriving.

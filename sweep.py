@@ -72,7 +72,7 @@ SEEDS = {"DrawerOpen": 3, "Soccer": 3, "SweepInto": 3}  # five for every other t
 SWEEPS = {
     "cartpole": Sweep("Does the README's first command work, and with one answer in five wrong?", ("CartPole",), {
         "default": {},
-        "one answer in five wrong": {"vlm_mistakes": 0.2, "max_pairs": 300, "pairs_per_session": 60},
+        "one answer in five wrong": {"vlm_mistakes": 0.2, "max_pairs": 300, "pairs_per_session": 100},
     }),
     "tasks": Sweep("What does each method reach on the paper's seven tasks?", SEVEN, {
         "preference": {},
