@@ -129,6 +129,7 @@ def read_cube(image):
 
     A ray from the camera (52 cm from (0, 74, 5) cm, 60 degrees down, 45 degrees wide, from behind
     the hole) meets the table 5 cm up, or the hole's floor: 16 cm wide, its middle at (0, 84) cm.
+    A cube that looks larger than it would there is in the air: the gripper has it.
     """
     pixels = image.astype(np.float64)
     height, width = pixels.shape[:2]
@@ -145,6 +146,10 @@ def read_cube(image):
         x, y = -reach * right, 74.0 + 52.0 * cosine - reach * (cosine + up * sine)
         if y >= 77.5 and abs(x) <= 8.0:
             break  # where the ray meets the hole's floor is inside the hole
+    across = np.sqrt(cube.sum()) / width * 2 * np.tan(np.pi / 8)
+    size_reach = 4.75 / across  # cm: the root of the area of which its top and sides show
+    if (reach - size_reach) * (sine - up * cosine) > 2.0:  # cm higher than where it would lie
+        x, y = -size_reach * right, 74.0 + 52.0 * cosine - size_reach * (cosine + up * sine)
     return float(np.hypot(x, y - 84.0) / 4.0)
 
 

@@ -258,6 +258,12 @@ def test_reset_critic_forgets_values_and_keeps_the_actor():
     assert all(torch.equal(a, b) for a, b in zip(agent.critic.parameters(), agent.target.parameters()))
 
 
+def test_the_first_temperature_is_the_one_that_was_asked_for():
+    """1 must be 1 in the first update, and a tenth where nothing is said."""
+    for alpha, expected in (({"alpha": 1.0}, 1.0), ({}, 0.1)):
+        assert float(sac.SAC(2, box(1), hidden=(8,), **alpha).log_alpha.detach().exp()) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("space", [box(1), gymnasium.spaces.Discrete(3)])
 def test_a_saved_agent_goes_on_identically(space):
     """state_dict must hold everything: two agents must act and learn alike from there on."""
@@ -546,6 +552,23 @@ def test_a_saved_reward_model_goes_on_identically():
     models[1].load_state_dict(models[0].state_dict())
     assert models[0].fit(data[0], epochs=2) == models[1].fit(data[1], epochs=2)
     assert np.array_equal(models[0].predict(images), models[1].predict(images))
+
+
+def test_in_half_the_bits_the_order_is_learned_too_and_rewards_keep_all_their_bits():
+    """A fit in bfloat16 must order unseen pictures, and 500 pictures of a turning pole must not share a few rewards."""
+    images, angle = reward_model.demo_pictures(160, np.random.default_rng(0))
+    data = reward_model.PreferenceDataset(80, (64, 64, 3))
+    data.add(images[:80], images[80:], (np.abs(angle[80:]) < np.abs(angle[:80])).astype(int))
+    model = reward_model.RewardModel((64, 64, 3), bfloat16=True)
+    kinds = []
+    model.nets[0].convolutions[0].register_forward_hook(lambda module, x, y: kinds.append(y.dtype))
+    model.member_rewards(images[:2])
+    assert kinds == [torch.bfloat16]
+    model.fit(data, epochs=8)
+    unseen, angle = reward_model.demo_pictures(500, np.random.default_rng(1))
+    reward = model.predict(unseen)
+    assert spearmanr(reward, -np.abs(angle)).statistic > 0.8
+    assert reward.dtype == np.float32 and len(np.unique(reward)) > 400  # rounded to 8 bits: at most 256 in an octave
 
 
 def test_rewards_are_standardised_however_early_the_fit_stopped():
@@ -1621,6 +1644,18 @@ def test_a_drawer_further_open_is_never_worse(env_of):
         obs, _, _, _, info = env.step(action)
         said.append((info["success"], info["progress"]))
     assert min(said[60:]) == max(said[60:]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("height", [0.026, 0.05, 0.07])  # m; 0.026: on the table
+def test_a_ball_in_the_air_is_read_where_it_is(env_of, height):
+    """Taken for one on the table, a ball 4 cm up would seem 4 cm nearer to the goal."""
+    env = env_of("Soccer")
+    env.reset(seed=0)
+    sim = env.unwrapped.sim
+    place = sim.data.qpos.copy()
+    place[9:12] = 0.02, 0.7, height  # 15.1 cm from the middle of the goal
+    sim.set_state(place, np.zeros_like(sim.data.qvel))
+    assert offline_vlm.read_ball(env.picture(300)) * 5.2 == pytest.approx(15.1, abs=0.5)
 
 
 @pytest.mark.parametrize("name", ["DoorKey-5x5", "DoorKey-6x6", "DoorKey-8x8", "Unlock", "UnlockPickup"])
