@@ -552,6 +552,25 @@ def labelling(size, device):
                       "against one worker; two calls a label, 200 px")
 
 
+# ---- programs: VLM-CaR's reward (STEP C4), through the sandbox and its pipe ----
+def programs(size, device):
+    import code_as_reward
+    import envs
+    import offline_vlm
+
+    for name in ("CartPole", "StraightenRope", "DoorKey-6x6"):
+        side, goal = 100, envs.TASKS[name].goal
+        sentence = offline_vlm.SUBTASKS[goal][-1][0]
+        program = code_as_reward.Program(offline_vlm.write_code(goal, sentence, wrong=False))
+        images = task_pictures(name, (side,), size["priced"])[0][side]
+        program(images, images[0])  # starts its process
+        rates = [per_second(lambda: program(images, images[0]), len(images), size["seconds"])
+                 for _ in range(size["runs"])]
+        program.close()
+        yield Row(f"program of {name}, {side} px", "pictures/s", rates, target=">= 2000",
+                  note=f"the stand-in's, for '{sentence}', {len(images)} pictures a batch")
+
+
 # ---- run: how long until CartPole is solved? ----
 def whole_run(size, device):
     solved, total = [], []
@@ -724,7 +743,8 @@ def label_growth(size, device):
 
 
 SECTIONS = {"machine": machine, "sac": sac_speed, "learning": learning, "fit": reward_fit,
-            "price": pricing, "pictures": drawing, "labels": labelling, "run": whole_run,
+            "price": pricing, "pictures": drawing, "labels": labelling,
+            "programs": programs, "run": whole_run,
             "memory": memory, "start": starting, "growth": growth}
 LONG = ("learning",)  # only when named
 FULL = dict(runs=7, sac_steps=500, learn_steps=0, pictures=600, pairs=96, fit_epochs=10,
