@@ -95,7 +95,6 @@ class Config:
     reward_mirror: int | None = None  # 1: a fit mirrors half of them (a goal without left and right)
     # SAC
     sac_lr: float | None = None  # learning rate of actor, critics and temperature
-    sac_anneal: float | None = None  # share of the steps, the last, over which it falls to 0
     batch_size: int | None = None  # transitions in one update
     updates: int | None = None  # updates after each environment step
     hidden: int | None = None  # width of the two hidden layers
@@ -131,13 +130,13 @@ RANGES = dict(
         "eval_episodes", "workers", "rounds", "max_pairs"), AT_LEAST_1),
     candidates=(2, None), query_size=(16, None), reward_size=(47, None), vlm_latency=(0, None),
     vlm_mistakes=(0, 1), vlm_unsure=(0, 1), discount=(0, 1), clip_alpha=(0, 1), max_usd=(0, None),
-    reward_mirror=(0, 1), reward_bfloat16=(0, 1), sac_anneal=(0, 1),
+    reward_mirror=(0, 1), reward_bfloat16=(0, 1),
 )
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
 DEFAULTS = dict(
     total_steps=50_000, seed_steps=1000, hold=1, explore_steps=4000, feedback_every=2000,
     pairs_per_session=40, max_pairs=1000, sampler="uniform", reward_lr=3e-4, reward_epochs=50,
-    query_size=300, reward_size=84, reward_shift=4, reward_mirror=0, sac_lr=3e-4, sac_anneal=0.0, batch_size=256,
+    query_size=300, reward_size=84, reward_shift=4, reward_mirror=0, sac_lr=3e-4, batch_size=256,
     updates=1, hidden=256, discount=0.99, action_repeat=1, eval_every=5000, eval_episodes=10,
 )
 MAY_CHANGE = (  # on resume

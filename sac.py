@@ -286,13 +286,6 @@ class SAC:
         # fused: one pass over memory for all weights
         return torch.optim.Adam(parameters, lr=self.lr, fused=True)
 
-    def set_rate(self, lr):
-        """From now on every optimiser takes steps of this size."""
-        self.lr = lr  # also of the critics' optimiser that reset_critic() may make
-        for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
     def reset_critic(self):
         """Forget the values, keep the actor: after STEP 0 the critics' targets were novelty."""
         with torch.random.fork_rng(devices=[]):

@@ -147,9 +147,6 @@ def train(config):
                 at["explores"] = False
                 if config.without != "critic-reset":
                     forget_novelty(agent, buffer, config.batch_size)
-            if config.sac_anneal:
-                left = (config.total_steps - step) / (config.sac_anneal * config.total_steps)
-                agent.set_rate(config.sac_lr * min(1.0, left))
             for _ in range(0 if blind else config.updates):
                 draw = sac.novelty_batch if exploring else sac.ReplayBuffer.sample
                 losses = agent.update(draw(buffer, config.batch_size))
