@@ -30,7 +30,7 @@ import run
 import sac
 
 WRITER = "offline stand-in (not a VLM)"
-TASKS = ("CartPole", "DrawerOpen", "SweepInto", "StraightenRope", "DoorKey-6x6")
+TASKS = tuple(envs.TASKS)
 
 
 def at_goal(successes):
