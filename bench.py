@@ -9,7 +9,7 @@
 What this is: one section per question, a printed table, results/bench.csv. Machines differ, and
 one machine from minute to minute; so every figure is a ratio of two neighbours in time: ours,
 theirs, theirs, ours, ..., and the table has the median, smallest and largest of these ratios.
-Which STEPs: 1, 4, 5 and 6 are measured, and the whole:
+Which STEPs: 1, 3 to 6 and C4 are measured, and the whole:
     ratio = ours / theirs as rates (per second), theirs / ours as times: above 1, ours is faster.
 "The textbook way" of the reward model: channels-first float32, member by member, an optimiser
 each, two forward passes for a pair, at 200 px; the same networks and batch size.

@@ -137,8 +137,14 @@ def main(tasks, steps=None):
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         sys.exit(f"hack_search.py: no programs for {unknown[0]}; there are {', '.join(TASKS)}")
-    accuracy, hacking = zip(*(examine(task, steps=steps) for task in tasks or TASKS))
-    for name, rows in (("code_accuracy", sum(accuracy, [])), ("reward_hacking", list(hacking))):
+    for task in tasks or TASKS:  # each is on disk before the next begins
+        accuracy, hacking = examine(task, steps=steps)
+        write(accuracy, [hacking])
+
+
+def write(accuracy, hacking):
+    """Rows of tasks that were examined now take the place of older ones; the others stay."""
+    for name, rows in (("code_accuracy", accuracy), ("reward_hacking", hacking)):
         path, new = Path("results", f"{name}.csv"), {row["task"] for row in rows}
         path.parent.mkdir(exist_ok=True)
         if path.exists():

@@ -96,8 +96,9 @@ def read_ball(image):
 
     The ball's black patches say where it is in the picture; from there a ray goes to the level of
     its centre on the table, 2.6 cm up, or as far as a ball that looks so large is away, if that is
-    clearly another level: the arm lifts it, or presses it down. The camera is 55 cm from (0, 75, 3)
-    cm, looks 45 degrees down and is 45 degrees wide; the goal is at (0, 85) cm.
+    clearly another level: the arm lifts it, or presses it down. (Not where it seems to be in the
+    goal.) The camera is 55 cm from (0, 75, 3) cm, looks 45 degrees down and is 45 degrees wide;
+    the goal is at (0, 85) cm.
     """
     pixels = image.astype(np.float64)
     height, width = pixels.shape[:2]
@@ -129,7 +130,7 @@ def read_cube(image):
 
     A ray from the camera (52 cm from (0, 74, 5) cm, 60 degrees down, 45 degrees wide, from behind
     the hole) meets the table 5 cm up, or the hole's floor: 16 cm wide, its middle at (0, 84) cm.
-    A cube that looks larger than it would there is in the air: the gripper has it.
+    A cube that looks larger than it would there is in the air.
     """
     pixels = image.astype(np.float64)
     height, width = pixels.shape[:2]
@@ -147,7 +148,8 @@ def read_cube(image):
         if y >= 77.5 and abs(x) <= 8.0:
             break  # where the ray meets the hole's floor is inside the hole
     across = np.sqrt(cube.sum()) / width * 2 * np.tan(np.pi / 8)
-    size_reach = 4.75 / across  # cm: the root of the area of which its top and sides show
+    # cm; top, front and, off the middle, one side of it show: 16 (sine + cosine + right) square cm
+    size_reach = 4.05 * np.sqrt(sine + cosine + abs(right)) / across
     if (reach - size_reach) * (sine - up * cosine) > 2.0:  # cm higher than where it would lie
         x, y = -size_reach * right, 74.0 + 52.0 * cosine - size_reach * (cosine + up * sine)
     return float(np.hypot(x, y - 84.0) / 4.0)

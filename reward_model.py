@@ -258,7 +258,7 @@ class RewardNet(nn.Module):
 
     def forward(self, x):
         features = self.convolutions(x).flatten(1)
-        # trap: of eight significant bits, a reward near 1 would have steps of 0.004
+        # trap: with eight significant bits, a reward near 1 would move in steps of 0.004
         with torch.autocast(x.device.type, enabled=False):
             logit = self.head(features.float())  # (B, 1)
         return torch.tanh(logit / self.softness).squeeze(-1)
@@ -273,8 +273,8 @@ class RewardModel:
     than that; 0: they have no say.  shift, mirror: see shifted() and mirrored(); mirror only where
     the goal has no left and right: a picture is then worth what its mirror image is.
     paper: fit as the paper does (see the header).
-    bfloat16: convolutions in half the bits. A processor with AVX512-BF16 or AMX then fits pictures
-    of 200 px in little more than half the time; one without is slower.
+    bfloat16: convolutions in half the bits: faster on a processor with AVX512-BF16 or AMX, above
+    all with large pictures (bench.py measures it); slower on one without.
     """
 
     def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,

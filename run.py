@@ -91,7 +91,7 @@ class Config:
     query_size: int | None = None  # pixels of the picture the VLM sees
     reward_size: int | None = None  # pixels of the picture the reward model sees
     reward_shift: int | None = None  # pixels by which a fit moves it at random, at most
-    reward_bfloat16: int = 0  # 1: its convolutions in half the bits; needs AVX512-BF16, AMX or a GPU
+    reward_bfloat16: int = 0  # 1: its convolutions in half the bits; faster with AVX512-BF16 or AMX
     reward_mirror: int | None = None  # 1: a fit mirrors half of them (a goal without left and right)
     # SAC
     sac_lr: float | None = None  # learning rate of actor, critics and temperature

@@ -93,7 +93,9 @@ def fit(model, data, epochs, stop_loss=0.01):
                 part = order[start : start + 2 * model.batch]  # (B,)
                 score = torch.from_numpy(data.score[part]).to(model.device)
                 images = model.views(data.image[part])
-                loss = score_loss(net(as_input(images, model.device)), score)
+                with model.precision():
+                    reward = net(as_input(images, model.device))
+                loss = score_loss(reward, score)
                 loss.backward()
                 losses.append(float(loss.detach()))
             model.optimizer.step()

@@ -1646,16 +1646,23 @@ def test_a_drawer_further_open_is_never_worse(env_of):
     assert min(said[60:]) == max(said[60:]) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("height", [0.026, 0.05, 0.07])  # m; 0.026: on the table
-def test_a_ball_in_the_air_is_read_where_it_is(env_of, height):
-    """Taken for one on the table, a ball 4 cm up would seem 4 cm nearer to the goal."""
-    env = env_of("Soccer")
+@pytest.mark.parametrize("name, read, width, place", [  # width: of the object, cm; place: x, y, z of its middle, m
+    ("Soccer", offline_vlm.read_ball, 5.2, (0.02, 0.7, 0.026)),  # on the table
+    ("Soccer", offline_vlm.read_ball, 5.2, (0.02, 0.7, 0.07)),
+    ("SweepInto", offline_vlm.read_cube, 4.0, (0.12, 0.7, 0.07)),  # on the table
+    ("SweepInto", offline_vlm.read_cube, 4.0, (0.05, 0.7, 0.17)),
+    ("SweepInto", offline_vlm.read_cube, 4.0, (0.12, 0.7, 0.12)),
+])
+def test_what_is_in_the_air_is_read_where_it_is(env_of, name, read, width, place):
+    """Taken for one on the table, a ball 4 cm up would seem 4 cm nearer to the goal, a cube 10 cm up 10 cm farther."""
+    env = env_of(name)
     env.reset(seed=0)
     sim = env.unwrapped.sim
-    place = sim.data.qpos.copy()
-    place[9:12] = 0.02, 0.7, height  # 15.1 cm from the middle of the goal
-    sim.set_state(place, np.zeros_like(sim.data.qvel))
-    assert offline_vlm.read_ball(env.picture(300)) * 5.2 == pytest.approx(15.1, abs=0.5)
+    state = sim.data.qpos.copy()
+    state[9:12] = place
+    sim.set_state(state, np.zeros_like(sim.data.qvel))
+    distance = 100 * np.linalg.norm(np.array(place[:2]) - sim._target_pos[:2])  # cm
+    assert read(env.picture(300)) * width == pytest.approx(distance, abs=0.6)
 
 
 @pytest.mark.parametrize("name", ["DoorKey-5x5", "DoorKey-6x6", "DoorKey-8x8", "Unlock", "UnlockPickup"])
