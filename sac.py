@@ -137,12 +137,13 @@ class ReplayBuffer:
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
             self.reward[part] = reward_fn(self.image[part])  # (chunk, H, W, 3) -> (chunk,)
+            if isinstance(self.image, np.memmap):
+                # trap: pages of a mapped file that were read stay in memory as ours, all of them
+                # by the end; they are on disk
+                self.image._mmap.madvise(mmap.MADV_DONTNEED)
         assert np.isfinite(self.reward[rows]).all(), (
             "the reward function returned a number that is not finite")
         self.unpriced = 0
-        if isinstance(self.image, np.memmap):
-            # trap: pages of a mapped file that were read stay in memory as ours; they are on disk
-            self.image._mmap.madvise(mmap.MADV_DONTNEED)
         return len(rows)
 
     def sample(self, batch, unpriced_too=False):
