@@ -219,6 +219,21 @@ def test_a_mapped_buffer_outlives_its_object(tmp_path):
         sac.ReplayBuffer(5, (1,), (1,), (1, 1, 3), folder=tmp_path)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="mapped memory is read from /proc: run it on Linux")
+def test_relabelling_holds_no_more_than_a_piece_of_the_pictures_in_memory(tmp_path):
+    """2,000 pictures of 12 KB are 25 MB; while they are relabelled, 100 at a time, 3 MB must do."""
+    buffer = sac.ReplayBuffer(2000, (1,), (1,), (64, 64, 3), str(tmp_path))
+    buffer.image[:], buffer.added = 7, 2000
+    held = []
+
+    def reward_fn(images):
+        held.append(sum(bench.mapped_memory(os.getpid(), str(tmp_path)).values()))
+        return np.zeros(len(images), np.float32)
+
+    buffer.relabel(reward_fn, chunk=100)
+    assert len(held) == 20 and held[0] > 20e6 and max(held[1:]) < 3e6  # at first, what was just written
+
+
 def test_novelty_is_the_distance_to_the_kth_nearest():
     """Obs 0 against 1, 2, 5 must give 1, 2, 5 for k = 1, 2, 3; and a far state more than a near one."""
     stored = torch.tensor([[1.0], [2.0], [5.0]])
