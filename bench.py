@@ -12,7 +12,8 @@ theirs, theirs, ours, ..., and the table has the median, smallest and largest of
 Which STEPs: 1, 3 to 6 and C4 are measured, and the whole:
     ratio = ours / theirs as rates (per second), theirs / ours as times: above 1, ours is faster.
 "The textbook way" of the reward model: channels-first float32, member by member, an optimiser
-each, two forward passes for a pair, at 200 px; the same networks and batch size.
+each, two forward passes for a pair, at 200 px; the same networks and batch size (ours at 200 px
+in bfloat16, where that is worth while: the note of the row says so).
 
 Differs from the paper: it reports no speeds.
 Shapes: pictures (N, size, size, 3) uint8.  Names: compare, Row, SECTIONS, Textbook, write.
@@ -246,7 +247,7 @@ class OurLoop:
         self.env = gymnasium.wrappers.RescaleAction(env, *bounds)
         shape, space = self.env.observation_space.shape, self.env.action_space
         space.seed(seed)
-        self.agent = sac.SAC(shape[0], space, device=device, seed=seed, alpha=1.0)  # as theirs
+        self.agent = sac.SAC(shape[0], space, device=device, seed=seed, alpha=1.0)  # alpha as theirs
         self.buffer = sac.ReplayBuffer(capacity, shape, space.shape, seed=seed)
         self.first_random, self.obs = first_random, self.env.reset(seed=seed)[0]
 

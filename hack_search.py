@@ -133,15 +133,6 @@ def examine(task, searched=200, episodes=10, seed=5_000_000, steps=None):
     return accuracy, row | {"sac_steps": steps, "programs_by": WRITER}
 
 
-def main(tasks, steps=None):
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        sys.exit(f"hack_search.py: no programs for {unknown[0]}; there are {', '.join(TASKS)}")
-    for task in tasks or TASKS:  # each is on disk before the next begins
-        accuracy, hacking = examine(task, steps=steps)
-        write(accuracy, [hacking])
-
-
 def write(accuracy, hacking):
     """Rows of tasks that were examined now take the place of older ones; the others stay."""
     for name, rows in (("code_accuracy", accuracy), ("reward_hacking", hacking)):
@@ -149,7 +140,7 @@ def write(accuracy, hacking):
         path.parent.mkdir(exist_ok=True)
         if path.exists():
             with open(path, newline="") as file:
-                rows += [row for row in csv.DictReader(file) if row["task"] not in new]
+                rows = rows + [row for row in csv.DictReader(file) if row["task"] not in new]
         # older rows may have columns of their own
         columns = list(dict.fromkeys(name for row in rows for name in row))
         rows.sort(key=lambda row: TASKS.index(row["task"]))
@@ -158,6 +149,15 @@ def write(accuracy, hacking):
             writer.writeheader()
             writer.writerows(rows)
         print(*rows, sep="\n")
+
+
+def main(tasks, steps=None):
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        sys.exit(f"hack_search.py: no programs for {unknown[0]}; there are {', '.join(TASKS)}")
+    for task in tasks or TASKS:  # each is on disk before the next begins
+        accuracy, hacking = examine(task, steps=steps)
+        write(accuracy, [hacking])
 
 
 if __name__ == "__main__":

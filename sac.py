@@ -250,8 +250,7 @@ class SAC:
 
     act(obs (O,)) -> (A,) float32 in [-1, 1], or int.
     update(batch) -> dict of 0-d tensors (no .item(): nothing waits).
-    alpha: the first temperature. 0.1 suits rewards of about one a step, as a fit gives them.
-    Pendulum's are down to -16: from 0.1 and at lr 3e-4, 10,000 steps are too few to learn it.
+    alpha: the first temperature; 0.1 is for rewards of about one a step, as a fit gives them.
     """
 
     def __init__(self, obs_dim, action_space, hidden=(256, 256), lr=3e-4, discount=0.99, tau=0.005,

@@ -1669,7 +1669,7 @@ def test_a_drawer_further_open_is_never_worse(env_of):
     ("SweepInto", offline_vlm.read_cube, 4.0, (0.12, 0.7, 0.12)),
 ])
 def test_what_is_in_the_air_is_read_where_it_is(env_of, name, read, width, place):
-    """Taken for one on the table, a ball 4 cm up would seem 4 cm nearer to the goal, a cube 10 cm up 10 cm farther."""
+    """Taken for one on the table, a ball 4 cm up would seem centimetres nearer to the goal, a cube 10 cm up elsewhere."""
     env = env_of(name)
     env.reset(seed=0)
     sim = env.unwrapped.sim
