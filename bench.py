@@ -247,7 +247,7 @@ class OurLoop:
         self.env = gymnasium.wrappers.RescaleAction(env, *bounds)
         shape, space = self.env.observation_space.shape, self.env.action_space
         space.seed(seed)
-        self.agent = sac.SAC(shape[0], space, device=device, seed=seed, alpha=1.0)  # alpha as theirs
+        self.agent = sac.SAC(shape[0], space, device=device, seed=seed, alpha=1.0)  # as SB3
         self.buffer = sac.ReplayBuffer(capacity, shape, space.shape, seed=seed)
         self.first_random, self.obs = first_random, self.env.reset(seed=seed)[0]
 
