@@ -366,7 +366,7 @@ def choose_opengl():
 PAPER_SAC = dict(
     seed_steps=1_000, hold=1, explore_steps=10_000, sampler="uniform", reward_shift=0,
     reward_mirror=0, sac_lr=3e-4, batch_size=512, hidden=256, updates=1, discount=0.99,
-    eval_every=10_000, eval_episodes=1,
+    eval_every=10_000, eval_episodes=1, keep_best=0,
 )
 PAPER_METAWORLD = dict(
     PAPER_SAC, total_steps=1_000_000, feedback_every=4_000, pairs_per_session=40, max_pairs=20_000,
@@ -441,7 +441,8 @@ TASKS = {
         # held for 7 they carry it about. Novelty goes on from the places where it has been.
         # Discount: see StraightenRope; a shot takes about 15 steps.
         train=dict(TRAIN_METAWORLD, total_steps=12_000, seed_steps=2_000, hold=7,
-                   explore_steps=4_000, pairs_per_session=100, max_pairs=500, discount=0.95),
+                   explore_steps=4_000, pairs_per_session=100, max_pairs=500, discount=0.95,
+                   eval_every=500, keep_best=1),
         paper=dict(PAPER_METAWORLD, reward_lr=1e-4, reward_epochs=5),
     ),
     "SweepInto": Task(
@@ -458,8 +459,9 @@ TASKS = {
         # The hole is a pit wider than the 5 cm that count: only a reward that is right near the
         # goal tells a cube at its edge from one in its middle. Discount: see StraightenRope.
         # Left and right are alike here: see reward_model.mirrored.
-        train=dict(TRAIN_METAWORLD, total_steps=10_000, pairs_per_session=120, max_pairs=840,
-                   sampler="best", reward_mirror=1, discount=0.95),
+        # And SAC comes and goes: see train.KeptPolicy.
+        train=dict(TRAIN_METAWORLD, total_steps=15_000, pairs_per_session=120, max_pairs=1_200,
+                   sampler="best", reward_mirror=1, discount=0.95, eval_every=500, keep_best=1),
         paper=PAPER_METAWORLD,
     ),
     "FoldCloth": Task(

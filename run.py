@@ -105,6 +105,7 @@ class Config:
     action_repeat: int | None = None  # the simulator's steps in one of ours, with the same action
     eval_every: int | None = None  # environment steps between evaluations
     eval_episodes: int | None = None  # episodes in one evaluation
+    keep_best: int | None = None  # trials by which the best policy so far is kept; 0: the newest is
     out: str | None = None  # the run folder to make (default: runs/...)
     resume: str | None = None  # go on with the run in this folder
 
@@ -138,6 +139,7 @@ DEFAULTS = dict(
     pairs_per_session=40, max_pairs=1000, sampler="uniform", reward_lr=3e-4, reward_epochs=50,
     query_size=300, reward_size=84, reward_shift=4, reward_mirror=0, sac_lr=3e-4, batch_size=256,
     updates=1, hidden=256, discount=0.99, action_repeat=1, eval_every=5000, eval_episodes=10,
+    keep_best=0,
 )
 MAY_CHANGE = (  # on resume
     "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "vlm_latency",

@@ -53,8 +53,8 @@ def grid(**fields):
 
 
 def asking(sampler, n):
-    """n questions spread over eight sessions (fewer, for few), whatever the task's own schedule is."""
-    return {"max_pairs": n, "sampler": sampler, "pairs_per_session": max(5, -(-n // 8))}
+    """n questions spread over six sessions (fewer, for few), whatever the task's own schedule is."""
+    return {"max_pairs": n, "sampler": sampler, "pairs_per_session": max(5, -(-n // 6))}
 
 
 @dataclasses.dataclass

@@ -3559,7 +3559,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("crash_at", [120, 260])
 def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path, monkeypatch, crash_at):
     """Killed in the middle of an episode and resumed, the run must write the same metrics.csv, byte for byte."""
-    train.train(tiny(tmp_path, "whole"))
+    keep_best = int(crash_at == 260)
+    train.train(tiny(tmp_path, "whole", keep_best=keep_best))
     add, count = sac.ReplayBuffer.add, []
 
     def dying(self, *transition):
@@ -3570,7 +3571,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path, monkeypatch, crash
 
     monkeypatch.setattr(sac.ReplayBuffer, "add", dying)
     with pytest.raises(MemoryError):
-        train.train(tiny(tmp_path, "killed"))
+        train.train(tiny(tmp_path, "killed", keep_best=keep_best))
     monkeypatch.setattr(sac.ReplayBuffer, "add", add)
     train.train(run.parse_args(["--resume", str(tmp_path / "killed")]))
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
@@ -3820,6 +3821,63 @@ def test_the_paper_s_schedule_takes_nothing_from_ours(name):
     assert set(task.train) <= set(task.paper)
     config = run.resolve(run.Config(env=name, schedule="paper"))
     assert (config.hold, config.discount, config.reward_shift, config.reward_mirror) == (1, 0.99, 0, 0)
+
+
+class Brightness:
+    """A reward for the tests: sign times the mean of a picture."""
+
+    sign = 1
+
+    def predict(self, images):
+        return self.sign * images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("reward, sign, kept", [("preference", 1, 2), ("preference", -1, 0), ("true", 1, 1), ("sparse", 1, 0)])
+def test_the_kept_policy_is_the_best_by_the_reward_that_is_learned_from(monkeypatch, reward, sign, kept):
+    """Policies 0, 1, 2 with trials of brightness 3, 5, 9, true rewards 1, 8, 4 and success in the first alone: each
+    reward has its own best, whatever the other rewards say."""
+    config = run.resolve(run.Config(reward=reward, keep_best=1))
+    bright, true, success, price = (3, 5, 9), (1.0, 8.0, 4.0), (1.0, 0.0, 0.0), Brightness()
+    agents = [sac.SAC(3, gymnasium.spaces.Box(-1, 1, (1,)), hidden=(4, 4), seed=seed) for seed in range(3)]
+
+    def trial(self, agent, env, seed):
+        number = agents.index(agent)
+        return (np.full((2, 4, 4, 3), bright[number], np.uint8), np.full(2, true[number]),
+                np.full(2, success[number]), np.zeros((4, 4, 3), np.uint8), False)
+
+    monkeypatch.setattr(train.KeptPolicy, "trial", trial)
+    price.sign, best = sign, train.KeptPolicy(agents[0], config)
+    for agent in agents:
+        best.offer(agent, None, price, priced=True)
+    assert torch.equal(best.agent.actor[0].weight, agents[kept].actor[0].weight)
+    before = best.agent.actor[0].weight.clone()
+    for agent in agents:
+        agent.actor[0].weight.data.zero_()  # learning goes on; what is kept must not follow
+    assert torch.equal(best.agent.actor[0].weight, before)
+
+
+def test_the_kept_policy_is_priced_again_by_a_new_reward(monkeypatch):
+    """The trial of the kept policy is bright; when dark becomes better, a darker newcomer must take its place. Before
+    there is any reward the newest is kept; with keep_best=0 it is the agent itself."""
+    agents = [sac.SAC(3, gymnasium.spaces.Box(-1, 1, (1,)), hidden=(4, 4), seed=seed) for seed in range(3)]
+    monkeypatch.setattr(train.KeptPolicy, "trial", lambda self, agent, env, seed: (
+        np.full((2, 4, 4, 3), (9, 5, 3)[agents.index(agent)], np.uint8), *[np.zeros(2)] * 3, False))
+    price, best = Brightness(), train.KeptPolicy(agents[0], run.resolve(run.Config(keep_best=1)))
+
+    def kept():
+        return [torch.equal(best.agent.actor[0].weight, agent.actor[0].weight) for agent in agents].index(True)
+
+    best.offer(agents[2], None, None, priced=False)
+    assert kept() == 2
+    best.offer(agents[0], None, price, priced=True)
+    best.offer(agents[1], None, price, priced=True)
+    assert kept() == 0
+    price.sign = -1
+    best.offer(agents[1], None, price, priced=True)
+    assert kept() == 1
+    newest = train.KeptPolicy(agents[0], run.resolve(run.Config()))
+    newest.offer(agents[1], None, price, priced=True)
+    assert newest.agent is agents[0]
 
 
 @pytest.mark.parametrize("space, different", [(gymnasium.spaces.Discrete(5), 5), (gymnasium.spaces.Box(-1, 1, (2,)), 1)])

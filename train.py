@@ -22,9 +22,12 @@ Differs from the paper:
   2. Fewer steps and pairs, from each task's entry in envs.py (`--schedule paper` has the paper's own).
   3. Only some pictures (at least one in ten) become candidates for a question, each but once, in a reservoir over the
      whole run, not the last 100 episodes; the reward network sees a smaller picture than the VLM.
+  4. In Soccer and SweepInto the best policy so far by the learned reward is kept: see KeptPolicy. Its trials, an episode
+     at every evaluation, are not among the steps.
 
 Every run leaves a folder: config.json, metrics.csv, labels.jsonl, pairs/, checkpoint/, eval_*.gif, report.html.
 """
+import copy
 import csv
 import dataclasses
 import json
@@ -39,7 +42,8 @@ import numpy as np
 from run import (Run, UserError, closing_text, parse_args, price_of, resolve, status, who_labels,
                  write_json)
 
-EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000  # no training episode has these seeds (--seed below 10)
+# No training episode has these seeds (--seed below 10).
+EVAL_SEED, FRESH_SEED, TRIAL_SEED = 1_000_000, 2_000_000, 3_000_000
 SOLVED = 0.99  # share of evaluation steps with success at which the run's clock of "seconds until solved" stops
 RESET_UPDATES = 100  # updates of the fresh critics at once, as in the paper
 
@@ -77,7 +81,9 @@ def train(config):
         dataset, fit = score_reward.ScoreDataset, score_reward.fit
     stored = run.state["data"]["added"] if run.state else len(labeler.kept[2])
     data = dataset(max(config.max_pairs, stored), small)
-    parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler}
+    kept = KeptPolicy(agent, config)
+    parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler,
+             "kept": kept}
     candidate_share = max(0.1, config.candidates / config.total_steps)  # as many as there is room for, or one in ten
     learned = labeler.compares  # otherwise an episode is priced as it ends, and no pictures are compared
     price = model if learned else ready_reward(config, run, eval_env, labeler)
@@ -139,7 +145,9 @@ def train(config):
                 if at["priced"]:
                     buffer.relabel(model.predict, only_new=True)
             elif done:
-                buffer.price(episode_rewards(config, buffer, price, start_image, successes, terminated))
+                rows = buffer.newest(buffer.unpriced)
+                buffer.price(episode_rewards(config, price, buffer.image[rows], buffer.true_reward[rows],
+                                             np.array(successes), start_image, terminated))
                 at["priced"] = True
 
             # ---- STEP 6: improve the policy with SAC on the learned reward ----
@@ -154,8 +162,9 @@ def train(config):
             # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
             at["step"] = step + 1
             if at["step"] % config.eval_every == 0 or at["step"] == config.total_steps:
+                kept.offer(agent, eval_env, price, at["priced"])
                 row = {"step": at["step"], "episodes": at["episode"] + done, **labeler.row(), **at["fit"],
-                       **evaluate(agent, eval_env, config), **{name: float(x) for name, x in losses.items()}}
+                       **evaluate(kept.agent, eval_env, config), **{name: float(x) for name, x in losses.items()}}
                 run.write(row)
                 if at["solved"] is None and row.get("eval_success_frames", 0) >= SOLVED:
                     at["solved"] = [at["step"], run.seconds()]
@@ -175,7 +184,7 @@ def train(config):
     finally:
         bar.close()
         labeler.close()
-    print("\n" + finish(config, run, finished, at, labeler, agent, price, eval_env))
+    print("\n" + finish(config, run, finished, at, labeler, kept.agent, price, eval_env))
     return run.rows
 
 
@@ -386,6 +395,57 @@ def evaluate(agent, env, config):
             if env.tells_success or "success" not in name}
 
 
+class KeptPolicy:
+    """Whom STEP 7 evaluates: the newest policy or, with keep_best, the best so far by the reward that is learned from.
+
+    SAC finds a good policy and loses it again. The true reward has no say in which is kept: each is tried on keep_best
+    episodes of its own, and the kept one's pictures are priced again by every new reward (checkpoints: TD7, 2306.02451).
+    """
+
+    def __init__(self, agent, config):
+        self.agent, self.config = agent, config
+        self.trials = []  # of the kept policy: the arguments of episode_rewards(), for each episode
+
+    def offer(self, agent, env, price, priced):
+        """Try the agent's policy; keep a copy if it is worth no less than the kept one, or nothing is priced yet."""
+        if not self.config.keep_best:
+            return
+        trials = [self.trial(agent, env, TRIAL_SEED + 1000 * self.config.seed + n)
+                  for n in range(self.config.keep_best)]
+        if not (priced and self.trials) or self.worth(trials, price) >= self.worth(self.trials, price):
+            self.trials = trials
+            self.keep(agent)
+
+    def keep(self, agent):
+        self.agent = copy.copy(agent)  # what is replaced as learning goes on, not written to, needs no copy of its own
+        self.agent.actor = copy.deepcopy(agent.actor)
+
+    def trial(self, agent, env, seed):
+        """One episode of the policy, as episode_rewards() wants it: images (T, S, S, 3) and the rest."""
+        env.reset(seed=seed)
+        start_image = env.picture(self.config.reward_size)
+        images, true_rewards, _, successes = run_episode(env, learned_policy(agent), seed, self.config.reward_size)
+        return images, true_rewards, successes, start_image, len(images) < env.horizon
+
+    def worth(self, trials, price):
+        """Mean return of the trials, by the reward as it is now."""
+        return np.mean([episode_rewards(self.config, price, *trial).sum() for trial in trials])
+
+    def state_dict(self):
+        import torch
+
+        # trap: the agent may since have changed its unit of observations
+        return {"actor": self.agent.actor.state_dict(), "center": self.agent.center, "spread": self.agent.spread,
+                "trials": [[torch.as_tensor(part) for part in trial] for trial in self.trials]}
+
+    def load_state_dict(self, state):
+        if state["trials"]:
+            self.trials = [[part.numpy() for part in trial] for trial in state["trials"]]
+            self.keep(self.agent)
+            self.agent.actor.load_state_dict(state["actor"])
+            self.agent.center, self.agent.spread = state["center"], state["spread"]
+
+
 def learned_policy(agent):
     """obs -> the action that the policy holds best; where actions are Discrete, one drawn from it."""
     # trap: the likeliest of discrete actions, each time, turns left and right for ever where two are nearly equal.
@@ -473,16 +533,14 @@ def learn_programs(config, run, env, labeler):
     return programs
 
 
-def episode_rewards(config, buffer, price, start_image, successes, terminated):
-    """Rewards of the episode that just ended, where they are not learned from answers -> (T,)."""
-    rows = buffer.newest(buffer.unpriced)
+def episode_rewards(config, price, images, true_rewards, successes, start_image, terminated):
+    """Rewards of an episode that has ended, from its images (T, S, S, 3) or what the environment said (T,) -> (T,)."""
     if config.reward == "true":
-        return buffer.true_reward[rows]
+        return true_rewards
     if config.reward == "sparse":
-        return np.array(successes)
-    failed = terminated and not successes[-1]
-    rewards = seen_rewards(config, price, buffer.image[rows], start_image, failed)
-    return rewards + np.array(successes) if config.reward == "code" else rewards
+        return successes
+    rewards = seen_rewards(config, price, images, start_image, terminated and not successes[-1])
+    return rewards + successes if config.reward == "code" else rewards
 
 
 def seen_rewards(config, price, images, start_image, failed=False):
