@@ -22,8 +22,8 @@ Differs from the paper:
   2. Fewer steps and pairs, from each task's entry in envs.py (`--schedule paper` has the paper's own).
   3. Only some pictures (at least one in ten) become candidates for a question, each but once, in a reservoir over the
      whole run, not the last 100 episodes; the reward network sees a smaller picture than the VLM.
-  4. In Soccer and SweepInto the best policy so far by the learned reward is kept: see KeptPolicy. Its trials, an episode
-     at every evaluation, are not among the steps.
+  4. In Soccer and SweepInto the best policy so far by the learned reward is kept: see KeptPolicy. Trials, an episode at
+     every evaluation, are not among the steps.
 
 Every run leaves a folder: config.json, metrics.csv, labels.jsonl, pairs/, checkpoint/, eval_*.gif, report.html.
 """
@@ -399,7 +399,8 @@ class KeptPolicy:
     """Whom STEP 7 evaluates: the newest policy or, with keep_best, the best so far by the reward that is learned from.
 
     SAC finds a good policy and loses it again. The true reward has no say in which is kept: each is tried on keep_best
-    episodes of its own, and the kept one's pictures are priced again by every new reward (checkpoints: TD7, 2306.02451).
+    episodes of its own, and the kept one's pictures are priced again by every new reward (checkpoints of TD7,
+    2306.02451).
     """
 
     def __init__(self, agent, config):
