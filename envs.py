@@ -459,7 +459,7 @@ TASKS = {
         # The hole is a pit wider than the 5 cm that count: only a reward that is right near the
         # goal tells a cube at its edge from one in its middle. Discount: see StraightenRope.
         # Left and right are alike here: see reward_model.mirrored.
-        # And SAC comes and goes: see train.KeptPolicy.
+        # SAC's policies come and go: here and in Soccer the best is kept (train.KeptPolicy).
         train=dict(TRAIN_METAWORLD, total_steps=15_000, pairs_per_session=120, max_pairs=1_200,
                    sampler="best", reward_mirror=1, discount=0.95, eval_every=500, keep_best=1),
         paper=PAPER_METAWORLD,

@@ -105,7 +105,7 @@ class Config:
     action_repeat: int | None = None  # the simulator's steps in one of ours, with the same action
     eval_every: int | None = None  # environment steps between evaluations
     eval_episodes: int | None = None  # episodes in one evaluation
-    keep_best: int | None = None  # trials by which the best policy so far is kept; 0: the newest is
+    keep_best: int | None = None  # episodes on which the best policy so far is chosen; 0: the newest
     out: str | None = None  # the run folder to make (default: runs/...)
     resume: str | None = None  # go on with the run in this folder
 

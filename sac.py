@@ -281,7 +281,7 @@ class SAC:
         # goal earns no more entropy: held high, wandering on would be worth more than arriving.
         self.target_entropy = (
             0.2 * float(np.log(self.actions)) if self.discrete else -float(self.action_dim))
-        # one for both, which share no loss: a call less is time saved in networks this small
+        # one optimiser for both: no weight is in the other's loss
         self.actor_optimizer = self._adam([*self.actor.parameters(), self.log_alpha])
 
     def _adam(self, parameters):

@@ -398,9 +398,9 @@ def evaluate(agent, env, config):
 class KeptPolicy:
     """Whom STEP 7 evaluates: the newest policy or, with keep_best, the best so far by the reward that is learned from.
 
-    SAC finds a good policy and loses it again. The true reward has no say in which is kept: each is tried on keep_best
-    episodes of its own, and the kept one's pictures are priced again by every new reward (checkpoints of TD7,
-    2306.02451).
+    SAC finds a good policy and loses it again. Each is tried on keep_best episodes, and the kept one's pictures are
+    priced again by every new reward (checkpoints of TD7, 2306.02451). Only with --reward true or sparse, where that is
+    what is learned from, do the environment's own words count.
     """
 
     def __init__(self, agent, config):
@@ -423,9 +423,9 @@ class KeptPolicy:
 
     def trial(self, agent, env, seed):
         """One episode of the policy, as episode_rewards() wants it: images (T, S, S, 3) and the rest."""
-        env.reset(seed=seed)
-        start_image = env.picture(self.config.reward_size)
-        images, true_rewards, _, successes = run_episode(env, learned_policy(agent), seed, self.config.reward_size)
+        size = self.config.reward_size
+        start_image = start_picture(env, seed, size)
+        images, true_rewards, _, successes = run_episode(env, learned_policy(agent), seed, size)
         return images, true_rewards, successes, start_image, len(images) < env.horizon
 
     def worth(self, trials, price):
@@ -452,6 +452,12 @@ def learned_policy(agent):
     # trap: the likeliest of discrete actions, each time, turns left and right for ever where two are nearly equal.
     # (So they are drawn as in training, sac.RANDOM_SHARE of them uniformly, and from the same generator.)
     return lambda obs: agent.act(obs, explore=agent.discrete)
+
+
+def start_picture(env, seed, size):
+    """What an episode with this seed starts from: (size, size, 3) uint8."""
+    env.reset(seed=seed)
+    return env.picture(size)
 
 
 def run_episode(env, act, seed, size=None):
@@ -511,8 +517,7 @@ def learn_programs(config, run, env, labeler):
         # trap: programs of an attempt that was cut short would join those of this one
         shutil.rmtree(os.path.join(folder, "programs"), ignore_errors=True)
         expert = envs.expert(env)
-        env.reset(seed=EVAL_SEED + 1000 * config.seed)
-        start_image = env.picture(config.query_size)
+        start_image = start_picture(env, EVAL_SEED + 1000 * config.seed, config.query_size)
         goal_image = run_episode(env, expert, EVAL_SEED + 1000 * config.seed, config.query_size)[0][-1]
         episodes = code_as_reward.collect_episodes(env, expert, config.reward_size, seed=FRESH_SEED)
         other = envs.make("CartPole" if config.env != "CartPole" else "DoorKey-5x5")
@@ -668,8 +673,7 @@ def write_episodes(path, env, policy, price, config, random_episodes=5):
         writer.writerow(("kind", "episode", "t", "learned_reward", "progress", "true_reward"))
         for number, (kind, act) in enumerate(episodes):
             seed = FRESH_SEED + 1000 * config.seed + number
-            env.reset(seed=seed)
-            start_image = env.picture(config.reward_size)
+            start_image = start_picture(env, seed, config.reward_size)
             images, rewards, progress, _ = run_episode(env, act, seed, config.reward_size)
             learned = seen_rewards(config, price, images, start_image)
             for t, values in enumerate(zip(learned, progress, rewards)):
