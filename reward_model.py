@@ -38,6 +38,7 @@ from torch import nn
 
 HOLD_OUT = 8  # every eighth answer only measures, and says when to stop
 SHARPNESS = 10.0  # P[second is better] reaches 0.9999 at a difference of one; see "Differs" 3
+PRICED_AT_ONCE = 6 * 2**20  # bytes of pictures given to a network: more no longer fit its cache
 # channels, kernel, stride: the paper's CNN
 LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))
 
@@ -205,8 +206,8 @@ def preference_loss(r0, r1, label):
     return F.cross_entropy(logits, label)
 
 
-def as_input(images, device):
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float in [0, 1], still laid out pixel by pixel.
+def as_input(images, device, dtype=torch.float32):
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) of dtype in [0, 1], still laid out pixel by pixel.
 
     The permuted view *is* "channels last" memory: no copy, and the layout in which convolutions on
     a CPU are fastest.
@@ -214,7 +215,7 @@ def as_input(images, device):
     assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3, (
         images.dtype, images.shape)
     return (torch.from_numpy(np.ascontiguousarray(images)).to(device)
-            .permute(0, 3, 1, 2).float().div_(255))
+            .permute(0, 3, 1, 2).to(dtype).div_(255))
 
 
 def shifted(images, most, rng):
@@ -282,6 +283,8 @@ class RewardModel:
         self.image_shape, self.members, self.lr = image_shape, members, lr
         self.patience, self.shift, self.mirror, self.paper = patience, shift, mirror, paper
         self.device, self.batch, self.bfloat16 = torch.device(device), batch, bfloat16
+        # trap: handed over in float32, each member's first convolution would convert them again
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # of the pictures
         self.sharpness = 1.0 if paper else SHARPNESS  # of the rewards in P
         self.rng = np.random.default_rng(seed)
         self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted pictures
@@ -340,7 +343,7 @@ class RewardModel:
                 # one pass, not two: (2 B, 3, H, W)
                 images = self.views(np.concatenate([first, second]))
                 with self.precision():
-                    r0, r1 = net(as_input(images, self.device)).chunk(2)
+                    r0, r1 = net(as_input(images, self.device, self.dtype)).chunk(2)
                 answer = torch.from_numpy(label).to(self.device)  # (B,)
                 loss = preference_loss(self.sharpness * r0, self.sharpness * r1, answer)
                 loss.backward()  # at once: one member's activations at a time stay in the cache
@@ -378,11 +381,12 @@ class RewardModel:
         return float(np.concatenate(agree).mean()) if agree else float("nan")
 
     @torch.no_grad()
-    def member_rewards(self, images, chunk=64):
+    def member_rewards(self, images):
         """(N, H, W, 3) uint8 -> (members, N) float32, each network's own opinion."""
         parts = []
-        for start in range(0, len(images), chunk):  # in pieces that stay in the processor's cache
-            x = as_input(images[start : start + chunk], self.device)
+        chunk = max(1, PRICED_AT_ONCE // (np.prod(self.image_shape) * self.dtype.itemsize))
+        for start in range(0, len(images), chunk):
+            x = as_input(images[start : start + chunk], self.device, self.dtype)
             views = (x, x.flip(-1)) if self.mirror else (x,)
             with self.precision():
                 rewards = torch.stack([sum(net(view) for view in views) for net in self.nets])

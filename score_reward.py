@@ -94,7 +94,7 @@ def fit(model, data, epochs, stop_loss=0.01):
                 score = torch.from_numpy(data.score[part]).to(model.device)
                 images = model.views(data.image[part])
                 with model.precision():
-                    reward = net(as_input(images, model.device))
+                    reward = net(as_input(images, model.device, model.dtype))
                 loss = score_loss(reward, score)
                 loss.backward()
                 losses.append(float(loss.detach()))
