@@ -44,7 +44,7 @@ HERE = Path(__file__).resolve().parent
 COLUMNS = ("question", "ours", "theirs", "unit", "ratio_median", "ratio_min", "ratio_max", "runs",
            "target", "note")
 TEXTBOOK_SIZE = 200  # px, what the paper's reward networks see in CartPole
-BFLOAT16 = ", --reward-bfloat16 1"  # in the name of a row: not the default
+BFLOAT16 = ", bfloat16"  # in the name of a row: --reward-bfloat16 1, which is not the default
 WORTH_WHILE = 1.2  # times as fast in matrix products: then bfloat16 is measured too
 BATCH = 256  # transitions in one update of both SACs
 
@@ -772,7 +772,7 @@ QUICK = dict(runs=5, sac_steps=40, learn_steps=600, pictures=64, pairs=32, fit_e
 def show(row):
     ours, theirs, unit, *spread = row.cells()[1:8]
     ratio = "{} ({} to {})".format(*spread[:3]) if row.theirs else ""
-    print(f"{row.question:48s}{ours:>9s} {theirs:>8s} {unit:12s}{ratio:26s}{row.target:8s}"
+    print(f"{row.question:50s}{ours:>9s} {theirs:>8s} {unit:12s}{ratio:26s}{row.target:8s}"
           f"{row.verdict()}")
     if row.note:
         print(f"    {row.note}")
@@ -806,7 +806,7 @@ def main(arguments=None):
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         parser.error(f"no section {unknown[0]}; there are {', '.join(SECTIONS)}")
-    print(f"{'question':48s}{'ours':>9s} {'theirs':>8s} {'unit':12s}{'ratio (min to max)':26s}"
+    print(f"{'question':50s}{'ours':>9s} {'theirs':>8s} {'unit':12s}{'ratio (min to max)':26s}"
           "target  verdict")
     rows, path = [], args.csv or (None if args.quick else HERE / "results" / "bench.csv")
     for row in sections_rows(names, QUICK if args.quick else FULL, args.device):
