@@ -3,14 +3,14 @@
 What this is: an ensemble of small CNNs r(image) -> (-1, 1), fitted to the answers "the first" (0)
 or "the second" (1) with the Bradley-Terry model, and the choice of the pairs worth asking about.
 Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
-    P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[the image picked]
+    P[second is better] = exp(k r1) / (exp(k r0) + exp(k r1)),  loss = mean of -log P[image picked]
 
 Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) drops 3 to 5:
   1. One answer in eight is held out; a fit ends when these have not become less surprising for
      more than three epochs, and goes back to the best (paper=True: they are only reported).
-  2. The networks see 64 to 100 pixels, the VLM 200 to 300. Pairs are drawn from all candidates.
-  3. Rewards are sharpened tenfold in P. Unsharpened, P cannot leave [0.12, 0.88]: the fit drives
-     the tanh flat, and with it every difference between pictures near the goal.
+  2. The networks see 64 to 100 pixels, the VLM 200 to 308. Pairs are drawn from all candidates.
+  3. Rewards are sharpened in P, k = 10. With k = 1, P cannot leave [0.12, 0.88]: the loss falls
+     only by pushing rewards to -1 and 1, and all pictures near the goal get the same.
   4. Normalisation after each convolution, and fresh networks at every fit (1910.08475).
   5. predict() is standardised over the fitted pictures (mean 0, deviation 1; 1706.03741).
   6. Fits may move (shift; 2004.13649) or mirror pictures at random; a reward is then the mean over
@@ -53,15 +53,12 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
                     spreads most.
       entropy       of ten times as many pairs, those on which the ensemble's P[second is better]
                     is closest to 1/2.
-      stratified    sort the pictures by predicted reward; each pair takes two different tenths of
-                    that order, all tenths equally often: the pictures the policy rarely reaches
-                    are asked about as often as the rest.
       best          every other pair from the fifth of the pictures with the highest predicted
                     reward: what a policy does at the end depends on the order near the goal.
       diverse       one picture of each pair from a set that covers all there is to see (k-center),
                     the other any: rare pictures are asked about as often as frequent ones.
-    model: RewardModel; stratified, best, disagreement and entropy need one; uniform stands in for
-    them while there is none.
+    model: RewardModel; best, disagreement and entropy need one; uniform stands in for them while
+    there is none.
     """
     n = len(images)
     if n < 2:
@@ -70,8 +67,7 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
         raise ValueError(f"unknown sampler {how!r}; there are {', '.join(SAMPLERS)}")
     how = "uniform" if model is None and how != "diverse" else how
     tries = 10 * n_pairs
-    pairs = (stratified_pairs(model.predict(images), tries, rng) if how == "stratified"
-             else best_pairs(model.predict(images), tries, rng) if how == "best"
+    pairs = (best_pairs(model.predict(images), tries, rng) if how == "best"
              else diverse_pairs(images, n_pairs, tries, rng) if how == "diverse"
              else uniform_pairs(n, tries, rng))
     worth = np.zeros(tries)
@@ -86,7 +82,7 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
     return pairs[np.argsort(-worth, kind="stable")[:n_pairs]]
 
 
-SAMPLERS = ("uniform", "disagreement", "entropy", "stratified", "best", "diverse")
+SAMPLERS = ("uniform", "disagreement", "entropy", "best", "diverse")
 
 
 def uniform_pairs(n, n_pairs, rng):
@@ -96,13 +92,6 @@ def uniform_pairs(n, n_pairs, rng):
     # never itself
     second = (first + rng.integers(1, n, n_pairs)) % n
     return np.stack([first, second], axis=1)
-
-
-def stratified_pairs(predicted, n_pairs, rng, strata=10):
-    """(M, 2): both images of a pair from different strata of the predicted reward (N,)."""
-    groups = np.array_split(np.argsort(predicted, kind="stable"), min(strata, len(predicted)))
-    which = uniform_pairs(len(groups), n_pairs, rng)  # (M, 2) strata
-    return np.array([[rng.choice(groups[a]), rng.choice(groups[b])] for a, b in which])
 
 
 def best_pairs(predicted, n_pairs, rng):
@@ -196,7 +185,7 @@ def preference_loss(r0, r1, label):
 
         P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[image picked]
 
-    r0, r1: (B,) rewards of the first and second image.
+    r0, r1: (B,) rewards of the first and second image, already times the sharpness k.
     label: (B,) int64, 0 = first better, 1 = second better.
     Example: r0 == r1 -> log 2 = 0.693, whatever the labels.
     """
@@ -221,8 +210,8 @@ def as_input(images, device, dtype=torch.float32):
 def shifted(images, most, rng):
     """Move each picture by up to `most` pixels each way, repeating its edge: (N, H, W, 3) -> same.
 
-    An answer stays true wherever the camera points; few answers do not say so by themselves
-    (random shifts: 2004.13649).
+    An answer stays true wherever the camera points; from few answers a network does not learn that
+    by itself (random shifts: 2004.13649).
     """
     if most == 0:
         return images
@@ -305,7 +294,9 @@ class RewardModel:
         """Go over all training answers up to `epochs` times -> dict(loss, train_accuracy,
         heldout_accuracy, epochs).
 
-        Members differ only in their first weights and the order in which they see the answers.
+        Members differ only in what is random: their first weights, the order in which they see the
+        answers, and how pictures are moved and mirrored.  train_accuracy: of single members, while
+        they learn, on pictures as a fit sees them; heldout_accuracy: of the fitted ensemble.
         Stops after an epoch in which their mean accuracy exceeded stop_accuracy (more would only
         sharpen what is ordered already), or when more than `patience` epochs have not made the
         held-out answers less surprising; goes back to the epoch when they surprised it least.

@@ -114,7 +114,7 @@ CHOICES = {
     "reward": ("preference", "code", "score", "clip", "true", "sparse"),
     "labels": ("vlm", "oracle"),
     "schedule": ("ours", "paper"),
-    "sampler": ("uniform", "disagreement", "entropy", "stratified", "best", "diverse"),
+    "sampler": ("uniform", "disagreement", "entropy", "best", "diverse"),
     "unverified": ("stop", "skip"),
     "potential": ("level", "difference"),
     "stages": (1, 2),

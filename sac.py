@@ -9,12 +9,12 @@ Which STEPs: 0 explore without any reward, 1 act and store, 5 relabel, 6 improve
     alpha    grows while the policy's entropy is below its target, and shrinks while it is above
 
 Differs from the paper (RL-VLM-F, 2402.03681):
-  1. New rows have no reward (NaN), and are not sampled, until their episode is priced as one batch.
+  1. New rows have no reward (NaN), and only STEP 0 samples them, until their episode is priced.
   2. relabel() covers every stored row, also after the ring wrapped; theirs then misses most.
   3. Novelty is measured against at most 1,024 random stored states, for speed.
   4. Targets follow at every update (theirs: every second), alpha at the critics' rate, and there
      are two hidden layers (theirs: three for Meta-World, rope and water): simpler.
-  5. Observations are seen in units of their spread over the first, random steps (standardise).
+  5. Unbounded observations are seen in units of their spread over the first steps (standardise).
 Shapes: O observation, A action numbers, B batch, N stored rows, H and W pixels. Only numpy, torch.
   ReplayBuffer.add/relabel/price/sample, novelty_bonus, SAC.act/update/reset_critic.
 To use it elsewhere:
@@ -98,7 +98,7 @@ class ReplayBuffer:
         return min(self.added, self.capacity)
 
     def add(self, obs, action, next_obs, terminated, image, true_reward):
-        """Store one transition. true_reward is for plots and `--reward true`; unread here."""
+        """Store one transition. true_reward is for `--reward true`; unread here."""
         row = self.added % self.capacity
         self.obs[row], self.action[row], self.next_obs[row] = obs, action, next_obs
         # trap: a time limit is not a termination. Only `terminated` stops the bootstrap; a
@@ -111,7 +111,6 @@ class ReplayBuffer:
             self.image[row] = image
         self.added += 1
         self.unpriced = min(self.unpriced + 1, self.capacity)
-        return row
 
     def newest(self, count):
         """Row numbers of the newest `count` rows, oldest first, also across the ring's seam."""
@@ -277,8 +276,8 @@ class SAC:
         self.log_alpha = torch.full(
             (), float(np.log(alpha)), device=self.device, requires_grad=True)
         # Continuous: -1 nat per action number (1812.05905; uniform on [-1, 1] has +0.69).
-        # Discrete: a fifth of the most there can be, log(actions). An episode that ends at the
-        # goal earns no more entropy: held high, wandering on would be worth more than arriving.
+        # Discrete: a fifth of the most there can be, log(actions). If entropy paid much, an agent
+        # would rather wander on than end the episode at the goal.
         self.target_entropy = (
             0.2 * float(np.log(self.actions)) if self.discrete else -float(self.action_dim))
         # one optimiser for both: no weight is in the other's loss
@@ -332,7 +331,7 @@ class SAC:
             return torch.tanh(mean + log_std.exp() * noise).cpu().numpy()
         logits = self.actor(obs)
         if explore:
-            # The target holds the entropy of the average state: it can vanish where it is needed.
+            # The target is an average over states: in one of them the policy can be sure too early.
             chances = (1 - RANDOM_SHARE) * F.softmax(logits, dim=-1) + RANDOM_SHARE / self.actions
             return int(torch.multinomial(chances, 1, generator=self.rng))
         return int(logits.argmax())

@@ -380,14 +380,16 @@ def test_reward_net_gives_one_bounded_number_per_image():
         reward_model.RewardNet(46, 46)
 
 
-def test_predict_does_not_depend_on_how_images_are_batched():
+def test_predict_does_not_depend_on_how_images_are_batched(monkeypatch):
     """All at once, in chunks and one by one must give the same rewards."""
     images = np.random.default_rng(0).integers(0, 255, (10, 64, 64, 3), np.uint8)
     model = reward_model.RewardModel((64, 64, 3))
     one_by_one = np.concatenate([model.predict(images[i : i + 1]) for i in range(10)])
     assert model.predict(images).dtype == np.float32
     assert np.allclose(model.predict(images), one_by_one, atol=1e-5)
-    assert np.allclose(model.member_rewards(images, chunk=3), model.member_rewards(images), atol=1e-5)
+    at_once = model.member_rewards(images)
+    monkeypatch.setattr(reward_model, "PRICED_AT_ONCE", 3 * 4 * images[0].size)  # three pictures in float32
+    assert np.allclose(model.member_rewards(images), at_once, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", reward_model.SAMPLERS)
@@ -397,7 +399,7 @@ def test_every_image_can_be_asked_about_and_none_against_itself(how):
     model = reward_model.RewardModel((64, 64, 3))
     pairs = np.concatenate([reward_model.sample_pairs(images, 40, rng, how, model) for _ in range(20)])
     assert pairs.shape == (800, 2) and (pairs[:, 0] != pairs[:, 1]).all()
-    wanted = set(range(12)) if how in ("uniform", "stratified", "best", "diverse") else set()
+    wanted = set(range(12)) if how in ("uniform", "best", "diverse") else set()
     assert wanted <= set(pairs[:, 0]) and wanted <= set(pairs[:, 1])
 
 
@@ -421,18 +423,6 @@ def test_disagreement_and_entropy_prefer_what_the_members_dispute():
     for how in ("disagreement", "entropy"):
         pairs = reward_model.sample_pairs(images, 30, rng, how, TwoMinds())
         assert (pairs > 5).all(1).mean() > 0.6
-
-
-def test_stratified_pairs_cross_the_order():
-    """With one picture of high reward among many of low, it must be asked about far more often than 2 in 40."""
-    images, rng = numbered_images(40), np.random.default_rng(0)
-
-    class OneIsGood:
-        def predict(self, images):
-            return (images[:, 0, 0, 0] >= 36).astype(np.float32)
-
-    pairs = reward_model.sample_pairs(images, 200, rng, "stratified", OneIsGood())
-    assert (pairs >= 36).any(1).mean() == pytest.approx(0.2, abs=0.08)  # the top tenth is in 2 of 10 pairs
 
 
 def test_half_of_the_best_pairs_are_among_the_best():
@@ -2593,7 +2583,7 @@ def test_an_unknown_fault_is_named():
 
 
 def test_the_stand_in_knows_the_goal_of_every_built_in_task():
-    """The goals of envs.py and the readers must agree word for word."""
+    """Every goal of envs.py must be one of the readers', word for word."""
     assert {task.goal for task in envs.TASKS.values()} <= set(offline_vlm.READERS)
 
 
@@ -4038,12 +4028,6 @@ def test_house_rules(name):
     assert not re.search(r"set_" + r"trace|breakpoint\(\)|\bTO" + r"DO\b|\bFIX" + r"ME\b", text)
     assert name == "test_components" or max(map(len, text.splitlines())) <= 120
     assert name == "test_components" or 3 <= len(ast.get_docstring(tree).splitlines()) <= 30
-
-
-def test_the_oracle_and_the_stand_in_know_the_same_goals():
-    """Every built-in task's goal must be one that the stand-in can read from pixels."""
-    for name, task in envs.TASKS.items():
-        assert task.goal in offline_vlm.READERS, name
 
 
 def test_readme_python_blocks_run(tmp_path):

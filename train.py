@@ -22,8 +22,8 @@ Differs from the paper:
   2. Fewer steps and pairs, from each task's entry in envs.py (`--schedule paper` has the paper's own).
   3. Only some pictures (at least one in ten) become candidates for a question, each but once, in a reservoir over the
      whole run, not the last 100 episodes; the reward network sees a smaller picture than the VLM.
-  4. In Soccer and SweepInto the best policy so far by the learned reward is kept: see KeptPolicy. Trials, an episode at
-     every evaluation, are not among the steps.
+  4. In Soccer and SweepInto the best policy so far by the learned reward is kept: see KeptPolicy. The episodes in which
+     a policy is tried, one at each evaluation, are not counted as steps.
 
 Every run leaves a folder: config.json, metrics.csv, labels.jsonl, pairs/, checkpoint/, eval_*.gif, report.html.
 """
@@ -79,8 +79,8 @@ def train(config):
     dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
     if config.reward == "score":
         dataset, fit = score_reward.ScoreDataset, score_reward.fit
-    stored = run.state["data"]["added"] if run.state else len(labeler.kept[2])
-    data = dataset(max(config.max_pairs, stored), small)
+    stored = run.state["data"]["added"] if run.state else 0
+    data = dataset(max(config.max_pairs, stored, len(labeler.kept[2])), small)  # kept: the answers of --labels-from
     kept = KeptPolicy(agent, config)
     parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler,
              "kept": kept}
@@ -103,12 +103,12 @@ def train(config):
             # ---- STEP 0: explore without any reward ----
             if step == config.seed_steps > 1 and config.schedule != "paper" and not env.observation_space.is_bounded():
                 agent.standardise(buffer.obs[:step])  # bounded ones (one-hot states, unit boxes) stay
-            # random actions, then SAC on the novelty of states, and no end of it without a reward
+            # first random actions, then SAC on the novelty of states, for as long as no row has a reward
             exploring = step < max(config.seed_steps, config.explore_steps) or not at["priced"]
             blind = step < config.seed_steps or (exploring and config.without == "novelty")
             if not blind:
                 action = agent.act(obs)
-            elif not successes or len(successes) % config.hold == 0:
+            elif len(successes) % config.hold == 0:
                 action = random_action(space, rng)
 
             # ---- STEP 1: act, and store the transition with the image seen after it ----
@@ -170,7 +170,8 @@ def train(config):
                     at["solved"] = [at["step"], run.seconds()]
             if done:
                 at["episode"] += 1
-                # trap: at once after a session, or pictures it chose from may be gone when a killed run goes on
+                # trap: right after a session, for later steps overwrite candidates: a run that goes on from before it
+                # could not ask about the same pictures again
                 if session or at["step"] % config.eval_every < len(successes):
                     run.save(save_all(parts, at, rng))
                 obs, _ = env.reset(seed=train_seed(config, at))
@@ -180,12 +181,17 @@ def train(config):
     except KeyboardInterrupt:
         finished = False
     except (vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
-        raise UserError(f"{error} [nothing is lost; go on with: python train.py --resume {run.folder}]") from None
+        raise resumable(error, run) from None
     finally:
         bar.close()
         labeler.close()
     print("\n" + finish(config, run, finished, at, labeler, kept.agent, price, eval_env))
     return run.rows
+
+
+def resumable(error, run):
+    """What stopped the run, and how it goes on."""
+    return UserError(f"{error} [nothing is lost; go on with: python train.py --resume {run.folder}]")
 
 
 def forget_novelty(agent, buffer, batch_size):
@@ -399,8 +405,8 @@ class KeptPolicy:
     """Whom STEP 7 evaluates: the newest policy or, with keep_best, the best so far by the reward that is learned from.
 
     SAC finds a good policy and loses it again. Each is tried on keep_best episodes, and the kept one's pictures are
-    priced again by every new reward (checkpoints of TD7, 2306.02451). Only with --reward true or sparse, where that is
-    what is learned from, do the environment's own words count.
+    priced again by every new reward (checkpoints of TD7, 2306.02451). The environment's own words count only as far as
+    they are what is learned from: with --reward true, sparse and, beside the programs, code.
     """
 
     def __init__(self, agent, config):
@@ -418,7 +424,8 @@ class KeptPolicy:
             self.keep(agent)
 
     def keep(self, agent):
-        self.agent = copy.copy(agent)  # what is replaced as learning goes on, not written to, needs no copy of its own
+        # a shallow copy will do: acting needs the actor, copied here, and center and spread, which are never written to
+        self.agent = copy.copy(agent)
         self.agent.actor = copy.deepcopy(agent.actor)
 
     def trial(self, agent, env, seed):
@@ -491,7 +498,14 @@ def random_action(space, rng):
 def ready_reward(config, run, env, labeler):
     """What prices an episode where no pairs are compared: verified programs, CLIP, or None (the environment's own)."""
     if config.reward == "code":
-        return learn_programs(config, run, env, labeler)  # STEPs C1 to C3
+        import code_as_reward
+        import vlm_query
+
+        try:
+            return learn_programs(config, run, env, labeler)  # STEPs C1 to C3
+        except (vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
+            labeler.close()
+            raise resumable(error, run) from None
     if config.reward != "clip":
         return None
     import clip_reward
@@ -623,7 +637,10 @@ def check_disk(config, out):
     place = os.path.abspath(out)
     while not os.path.exists(place):
         place = os.path.dirname(place)
-    needed, free = config.total_steps * config.reward_size**2 * 3, shutil.disk_usage(place).free
+    # of every step the small picture; of every candidate for a question both
+    pixels = (config.total_steps + config.candidates) * config.reward_size**2
+    pixels += config.candidates * config.query_size**2
+    needed, free = 3 * pixels, shutil.disk_usage(place).free
     if needed > free:  # trap: the file is sparse at first; a disk that fills up later kills the run without a word
         raise UserError(f"{config.total_steps:,} pictures of {config.reward_size} px need {needed / 2**30:,.0f} GiB of "
                         f"disk, and {free / 2**30:,.0f} are free: fewer --total-steps, or a smaller --reward-size")
