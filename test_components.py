@@ -3756,11 +3756,17 @@ def test_a_film_has_at_most_a_hundred_pictures(tmp_path, monkeypatch):
     assert shown == [75]
 
 
-def test_an_answer_that_did_not_come_is_no_program(tmp_path, monkeypatch, capsys):
-    """A refusal or an outage in C1 must be named as what it is, not read as an empty list of sub-tasks."""
-    monkeypatch.setattr(vlm_query.VLM, "ask", lambda *_: vlm_query.Reply("", "refused", 0, 0, False))
-    with pytest.raises(run.UserError, match="wrote no program: refused"):
-        train.train(tiny(tmp_path, reward="code"))
+@pytest.mark.usefixtures("unreported")
+def test_an_answer_that_did_not_come_is_no_program(tmp_path, monkeypatch):
+    """A refusal in C1 must be named as what it is, stop the stand-in's server, and leave a run that can go on."""
+    closed, close = [], train.Labeler.close
+    monkeypatch.setattr(train.Labeler, "close", lambda self: closed.append(self) or close(self))
+    with monkeypatch.context() as refusing:
+        refusing.setattr(vlm_query.VLM, "ask", lambda *_: vlm_query.Reply("", "refused", 0, 0, False))
+        with pytest.raises(run.UserError, match="wrote no program: refused.*--resume"):
+            train.train(tiny(tmp_path, reward="code"))
+    assert len(closed) == 1
+    assert train.train(run.parse_args(["--resume", str(tmp_path / "run")]))[-1]["step"] == TINY["total_steps"]
 
 
 @pytest.mark.usefixtures("unreported")
@@ -3772,6 +3778,28 @@ def test_kept_answers_train_without_asking(tmp_path):
     assert math.isfinite(after[-1]["reward_accuracy"])
     config = run.resolve(run.Config(labels_from=str(tmp_path / "asked")))
     assert "offline stand-in (not a VLM)" in run.who_labels(config) and "-kept-" in train.prepare(config)[0].out
+
+
+@pytest.mark.usefixtures("unreported")
+def test_kept_answers_all_fit_where_a_run_goes_on(tmp_path, monkeypatch):
+    """More kept answers than --max-pairs, in a run interrupted before its first session: none may be lost."""
+    train.train(tiny(tmp_path, "asked"))
+    changes = dict(labels_from=str(tmp_path / "asked" / "labels.jsonl"), max_pairs=2, explore_steps=200)
+    train.train(tiny(tmp_path, "whole", **changes))
+
+    add = sac.ReplayBuffer.add
+
+    def interrupted(self, *transition):
+        if self.added == 150:
+            raise KeyboardInterrupt
+        add(self, *transition)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(sac.ReplayBuffer, "add", interrupted)
+        train.train(tiny(tmp_path, "part", **changes))
+    train.train(run.parse_args(["--resume", str(tmp_path / "part")]))
+    whole, part = ((tmp_path / name / "metrics.csv").read_text() for name in ("whole", "part"))
+    assert whole == part and len(whole.splitlines()) == 5
 
 
 @pytest.mark.parametrize("arguments, said", [

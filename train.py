@@ -503,7 +503,7 @@ def ready_reward(config, run, env, labeler):
 
         try:
             return learn_programs(config, run, env, labeler)  # STEPs C1 to C3
-        except (vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
+        except (UserError, vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
             labeler.close()
             raise resumable(error, run) from None
     if config.reward != "clip":
