@@ -38,7 +38,7 @@ from torch import nn
 
 HOLD_OUT = 8  # every eighth answer only measures, and says when to stop
 SHARPNESS = 10.0  # P[second is better] reaches 0.9999 at a difference of one; see "Differs" 3
-PRICED_AT_ONCE = 6 * 2**20  # bytes of pictures given to a network: more no longer fit its cache
+PRICED_AT_ONCE = 6 * 2**20  # bytes of pictures: among the fastest here, from 64 to 200 px
 # channels, kernel, stride: the paper's CNN
 LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))
 
@@ -271,9 +271,10 @@ class RewardModel:
                  patience=3, shift=0, mirror=False, paper=False, bfloat16=False):
         self.image_shape, self.members, self.lr = image_shape, members, lr
         self.patience, self.shift, self.mirror, self.paper = patience, shift, mirror, paper
-        self.device, self.batch, self.bfloat16 = torch.device(device), batch, bfloat16
-        # trap: handed over in float32, each member's first convolution would convert them again
-        self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # of the pictures
+        self.device, self.batch = torch.device(device), batch
+        # of pictures and convolutions.  trap: pictures handed over in float32 would be converted
+        # again by each member's first convolution
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.sharpness = 1.0 if paper else SHARPNESS  # of the rewards in P
         self.rng = np.random.default_rng(seed)
         self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted pictures
@@ -345,7 +346,8 @@ class RewardModel:
 
     def precision(self):
         """The context in which networks are called."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        half = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def views(self, images):
         """The pictures as a fit sees them: the same scenes, moved or mirrored at random."""

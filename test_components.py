@@ -566,9 +566,9 @@ def test_in_half_the_bits_the_order_is_learned_too_and_rewards_keep_all_their_bi
     data.add(images[:80], images[80:], (np.abs(angle[80:]) < np.abs(angle[:80])).astype(int))
     model = reward_model.RewardModel((64, 64, 3), bfloat16=True)
     kinds = []
-    model.nets[0].convolutions[0].register_forward_hook(lambda module, x, y: kinds.append(y.dtype))
+    model.nets[0].convolutions[0].register_forward_hook(lambda module, x, y: kinds.extend([x[0].dtype, y.dtype]))
     model.member_rewards(images[:2])
-    assert kinds == [torch.bfloat16]
+    assert kinds == [torch.bfloat16] * 2  # given so already: converted once, not by each member
     model.fit(data, epochs=8)
     unseen, angle = reward_model.demo_pictures(500, np.random.default_rng(1))
     reward = model.predict(unseen)
@@ -3704,7 +3704,7 @@ def test_a_resumed_run_may_ask_for_less_than_it_has(tmp_path, monkeypatch):
     ({"vlm": "local/m", "vlm_mistakes": 0.2}, "--vlm-mistakes is a flaw of the offline stand-in"),
     ({"reward": "clip", "clip_alpha": 0.5}, "--clip-alpha needs --clip-baseline"),
     ({"env": "Pendulum-v1", "goal": "up", "reward": "code"}, "no scripted expert"),
-    ({"horizon": 9, "goal": "without OpenGL"}, "apt-get"), ({"horizon": 9, "goal": "on a full disk"}, "0 are free")])
+    ({"horizon": 9, "goal": "without OpenGL"}, "apt-get"), ({"horizon": 9, "goal": "on a full disk"}, "0.0 are free")])
 def test_what_cannot_work_here_is_said_before_anything_is_made(tmp_path, monkeypatch, changes, says):
     """A missing GPU, expert, OpenGL or disk must end in one line and leave no run folder."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -3715,6 +3715,19 @@ def test_what_cannot_work_here_is_said_before_anything_is_made(tmp_path, monkeyp
     with pytest.raises(run.UserError, match=says):
         train.train(tiny(tmp_path, **changes))
     assert not os.listdir(tmp_path)
+
+
+def test_candidates_need_disk_too(tmp_path, monkeypatch):
+    """Room for the steps' pictures alone is too little; with both pictures of every candidate it is enough."""
+    config = run.resolve(tiny(tmp_path))
+    steps = 3 * config.total_steps * config.reward_size**2
+    candidates = 3 * config.candidates * (config.reward_size**2 + config.query_size**2)
+    free = types.SimpleNamespace(free=steps + candidates)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    train.check_disk(config, config.out)
+    free.free -= 1
+    with pytest.raises(run.UserError, match="50 candidates need"):
+        train.check_disk(config, config.out)
 
 
 @pytest.mark.usefixtures("unreported")

@@ -642,8 +642,9 @@ def check_disk(config, out):
     pixels += config.candidates * config.query_size**2
     needed, free = 3 * pixels, shutil.disk_usage(place).free
     if needed > free:  # trap: the file is sparse at first; a disk that fills up later kills the run without a word
-        raise UserError(f"{config.total_steps:,} pictures of {config.reward_size} px need {needed / 2**30:,.0f} GiB of "
-                        f"disk, and {free / 2**30:,.0f} are free: fewer --total-steps, or a smaller --reward-size")
+        raise UserError(f"the pictures of {config.total_steps:,} steps and {config.candidates:,} candidates need "
+                        f"{needed / 2**30:,.1f} GiB of disk, and {free / 2**30:,.1f} are free: fewer --total-steps or "
+                        "--candidates, or a smaller --reward-size")
 
 
 def finish(config, run, finished, at, labeler, agent, price, env):
