@@ -3609,6 +3609,30 @@ def test_baselines_ask_nobody(tmp_path, reward):
     assert reward == "true" or set(prices.tolist()) <= {0.0, 1.0}
 
 
+@pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("reward", ["true", "sparse"])
+def test_a_reward_that_looks_at_no_pictures_learns_the_same_without_them(tmp_path, monkeypatch, reward):
+    """No picture may be stored, and with pictures all the same the numbers must be the same, resets included."""
+    add, seen = sac.ReplayBuffer.add, []
+    monkeypatch.setattr(sac.ReplayBuffer, "add", lambda self, *row: seen.append(row[4]) or add(self, *row))
+    train.train(tiny(tmp_path, "blind", reward=reward))
+    assert seen == [None] * 300
+    monkeypatch.setattr(train, "looks_at_pictures", lambda config: True)
+    train.train(tiny(tmp_path, "sees", reward=reward))
+    assert seen[-1].shape == (64, 64, 3)
+    blind, sees = (tmp_path / name / "metrics.csv" for name in ("blind", "sees"))
+    assert blind.read_text() == sees.read_text()
+
+
+def test_disk_is_not_asked_for_where_no_picture_is_stored(tmp_path, monkeypatch):
+    """A full disk must stop a run that stores pictures before it starts, and no run with the true reward."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))
+    for env in train.prepare(tiny(tmp_path, reward="true"))[1:]:
+        env.close()
+    with pytest.raises(run.UserError, match="of disk"):
+        train.prepare(tiny(tmp_path, reward="score"))
+
+
 def test_the_labeler_is_named_everywhere(tmp_path, capsys):
     """Banner, config, report and summary must all say that the oracle, not a VLM, spoke."""
     train.train(tiny(tmp_path, labels="oracle", vlm_mistakes=0.3))

@@ -67,9 +67,10 @@ def train(config):
     print(f"{config.env}: {config.goal}\nlabels from: {who_labels(config)}\nrun folder: {run.folder}", flush=True)
     rng, space = np.random.default_rng(config.seed), env.action_space
     small = (config.reward_size, config.reward_size, 3)
+    looks = looks_at_pictures(config)
     agent = sac.SAC(env.observation_space.shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount,
                     device=config.device, seed=config.seed)
-    buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small,
+    buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small if looks else None,
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
@@ -113,7 +114,7 @@ def train(config):
 
             # ---- STEP 1: act, and store the transition with the image seen after it ----
             next_obs, true_reward, terminated, truncated, info = env.step(action)
-            image = env.picture(config.reward_size)
+            image = env.picture(config.reward_size) if looks else None
             buffer.add(obs, action, next_obs, terminated, image, true_reward)
             successes.append(info["success"])
             if learned and rng.random() < candidate_share:  # drawn a second time, large
@@ -146,8 +147,9 @@ def train(config):
                     buffer.relabel(model.predict, only_new=True)
             elif done:
                 rows = buffer.newest(buffer.unpriced)
-                buffer.price(episode_rewards(config, price, buffer.image[rows], buffer.true_reward[rows],
-                                             np.array(successes), start_image, terminated))
+                images = buffer.image[rows] if looks else None
+                buffer.price(episode_rewards(config, price, images, buffer.true_reward[rows], np.array(successes),
+                                             start_image, terminated))
                 at["priced"] = True
 
             # ---- STEP 6: improve the policy with SAC on the learned reward ----
@@ -553,6 +555,11 @@ def learn_programs(config, run, env, labeler):
     return programs
 
 
+def looks_at_pictures(config):
+    """Does the reward come from pictures? Otherwise none are drawn while training."""
+    return config.reward not in ("true", "sparse")
+
+
 def episode_rewards(config, price, images, true_rewards, successes, start_image, terminated):
     """Rewards of an episode that has ended, from its images (T, S, S, 3) or what the environment said (T,) -> (T,)."""
     if config.reward == "true":
@@ -627,7 +634,7 @@ def prepare(config):
     out = config.resume or config.out or os.path.join("runs", name.replace(":", "_"))
     if os.path.exists(out) and not config.resume:
         raise UserError(f"{out} exists already; choose another --out, or go on with it: --resume {out}")
-    if not config.resume:
+    if looks_at_pictures(config) and not config.resume:
         check_disk(config, out)
     return dataclasses.replace(config, goal=env.goal, horizon=env.horizon, out=out), env, eval_env
 
