@@ -16,9 +16,9 @@ as text and pictures; 5. Phi - 1, for a bonus on every frame is earned by standi
 
 Sandbox: an allow-list over the syntax tree; its own process without environment in an empty folder;
 limits on time, memory, files, processes; on Linux (x86-64, arm64) a system-call filter: no network.
-NOT covered: bugs of kernel, Python or numpy; numbers left in uninitialised memory (where=); a busy
-core until the limit; network and system calls on macOS; Windows (refuses); wrong programs that C3
-lets pass.
+NOT covered: bugs of kernel, Python or numpy; numbers left in uninitialised memory (where=, "empty"
+padding); a busy core until the limit; network and system calls on macOS; Windows (refuses); wrong
+programs that C3 lets pass.
 
 Shapes: T frames of an episode, N images, K sub-tasks. ask(list of str | (H,W,3)) -> has .text
 To use it elsewhere:
@@ -38,6 +38,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -179,7 +180,11 @@ def _lock_down():
 
 def _serve(pipe):
     """Answer messages: a JSON object, then raw bytes, both ways."""
-    import numpy.ma  # noqa: F401  trap: numpy loads parts late (median: ma); soon no file opens
+    # trap: Python (a name like größe: unicodedata) and numpy (median: ma) load parts late; soon no
+    # file opens
+    import unicodedata  # noqa: F401
+
+    import numpy.ma  # noqa: F401
     np.seterr(all="ignore")
     active = _lock_down()
     gc.freeze()  # what is there by now stays
@@ -247,8 +252,11 @@ class Program:
 
     def __call__(self, images, first_image):
         images, first_image = np.asarray(images), np.asarray(first_image)
-        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1:] != first_image.shape:
-            raise ValueError(f"images must be (N,H,W,3) uint8, not {images.shape} {images.dtype}")
+        if (images.ndim != 4 or images.shape[1:] != first_image.shape
+                or not images.dtype == first_image.dtype == np.uint8):
+            raise ValueError("images must be (N,H,W,3) uint8 and first_image one of them, not "
+                             f"{images.shape} {images.dtype} and {first_image.shape} "
+                             f"{first_image.dtype}")
         # trap: "dies with its parent" means the *thread* that started it; it may be gone by now.
         if self.process is None or self.process.poll() is not None or self.busy > CPU_SECONDS / 2:
             self._start()
@@ -271,9 +279,14 @@ class Program:
         theirs.close()
         self._finalizer = weakref.finalize(self, _end, self.process, self.pipe, folder)
         self.busy = 0.0
-        self.active = self._exchange({"source": self.source}, b"", START_SECONDS)[0]["active"]
+        try:
+            message = {"source": self.source}
+            self.active = self._exchange(message, b"", START_SECONDS)[0]["active"]
+        except ProgramError:
+            self.close()  # trap: a process without a program would answer the next call
+            raise
         if sys.platform == "linux" and "system-calls" not in self.active:
-            warnings.warn("this kernel refuses the sandbox its system-call filter")
+            warnings.warn("the sandbox has no system-call filter on this machine")
 
     def _batch(self, images, first_image):
         pixels = first_image.tobytes() + images.tobytes()
@@ -336,11 +349,12 @@ def describe_subtasks(ask, start_image, goal_image, goal):
         "Answer with a numbered list, one short sentence per line, and nothing else."]).text
     # trap: the thoughts of a model that thinks first may hold a list of their own
     answer = (answer or "").rpartition("</think>")[2]
-    found = re.findall(r"^\s*(?:\d+[.):]|[-*])\s+(.+?)\s*$", answer, re.MULTILINE)
+    found = re.findall(r"^[ \t]*(?:\d+[.):]|[-*])[ \t]+(\S.*)$", answer, re.MULTILINE)
     if not 1 <= len(found) <= 5:
         raise CodeAsRewardError(f"the VLM was asked for 1 to 5 sub-tasks and gave {len(found)}: "
                                 f"{str(answer)[:200]!r}")
-    return [line.replace("**", "") for line in found]
+    # trap: a carriage return would end the comment that the sentence becomes in the program's file
+    return [" ".join(line.replace("**", "").split()) for line in found]
 
 
 # ---- STEP C2: write one program per sub-task ----
@@ -454,6 +468,8 @@ def verify(program, expert_episodes, random_episodes, other_episodes=None, succe
     The last one is a state to stay in: completed if progress is at DONE in the last frame.
     """
     report, expert = Report(), expert_episodes
+    if success is not None and [len(s) for s in success] != [len(e) for e in expert]:
+        raise ValueError("success must have an array for each expert episode, a value per frame")
     success = [None] * len(expert) if success is None else [np.asarray(s, bool) for s in success]
     try:
         said = [program(e, e[0]) for e in expert]  # per episode (T,)
@@ -576,6 +592,8 @@ def learn_programs(ask, start_image, goal_image, goal, expert_episodes, random_e
     with each failed program and, by save_picture(path, image), the pictures on which it failed.
     """
     kept, programs, reports = [], [], []
+    if folder:  # trap: programs of an attempt that was cut short would join those of this one
+        shutil.rmtree(Path(folder, "programs"), ignore_errors=True)
     subtasks = describe_subtasks(ask, start_image, goal_image, goal)
     for k, subtask in enumerate(subtasks):
         last, feedback = k == len(subtasks) - 1, None
@@ -601,6 +619,8 @@ def learn_programs(ask, start_image, goal_image, goal, expert_episodes, random_e
             if last or not go_on:
                 raise CodeAsRewardError(f"no program for the sub-task {subtask!r} passed in "
                                         f"{rounds} rounds: {'; '.join(report.reasons)}")
+    if folder:
+        Path(folder, "programs", "complete").touch()
     return ProgramReward(programs, kept), reports
 
 
@@ -628,7 +648,14 @@ def load_programs(folder):
     paths = sorted([*Path(folder).glob("programs/[1-9]_*.py"), *Path(folder).glob("[1-9]_*.py")])
     if not paths:
         raise CodeAsRewardError(f"no programs (1_*.py, 2_*.py, ...) in {folder}")
-    sources = [path.read_text(encoding="utf-8") for path in paths]
+    home = paths[0].parent
+    if (home.parent / "verification.json").exists() and not (home / "complete").exists():
+        raise CodeAsRewardError(f"the programs in {home} are not all: no program for some sub-task "
+                                "passed, or the attempt was cut short")
+    try:
+        sources = [path.read_text(encoding="utf-8") for path in paths]
+    except UnicodeDecodeError as error:
+        raise CodeAsRewardError(f"a program in {home} is no UTF-8 text: {error}") from None
     first_lines = [source.partition("\n")[0] for source in sources]
     reward = ProgramReward(sources, [line.removeprefix("# sub-task: ") for line in first_lines])
     reward.progress(np.zeros((0, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8))

@@ -424,7 +424,11 @@ class StraightenRope(SoftBodyEnv):
 
 # ---- Pass Water ----
 class PassWater(SoftBodyEnv):
-    """A cup full of water slides along x; each action moves it by at most 8.8 cm, at 1.1 m/s."""
+    """A cup full of water slides along x; each action moves it by at most 8.8 cm, at 1.1 m/s.
+
+    What is spilled counts in progress wherever it lies: drops that fell far from the target are
+    beyond the picture's edge, and there only the cup, less full, tells of them.
+    """
 
     goal = ("to move the container, which holds water, to be as close to the red circle as "
             "possible without causing too many water droplets to spill")

@@ -9,7 +9,7 @@ Which STEPs: none; every STEP acts or looks here. CartPole's physics (a angle, F
 Differs from the paper (RL-VLM-F, 2402.03681):
   1. Meta-World v3 in place of a changed v2, whose copy does not install any more.
   2. Its episodes last 50 steps, each three of Meta-World's with one action (theirs: 500, of one;
-     action repeat as in 2203.04955): the experts are done after 13 to 17. In Soccer and SweepInto
+     action repeat as in 2203.04955): the experts are done after 14 to 18. In Soccer and SweepInto
      the hand starts 5 cm lower, or random actions seldom touch the object.
   3. Its pictures have no shadows, reflections, multisampling, goal markers: much faster.
   4. The reward model sees 64 to 100 px, the VLM 200 to 308 px (theirs: both see 200 to 360 px).
@@ -88,7 +88,10 @@ class CartPole(gymnasium.Env):
         return self.state.astype(np.float32), self._info()
 
     def step(self, action):
-        force = self.FORCE * float(np.clip(np.asarray(action).reshape(-1)[0], -1.0, 1.0))
+        push = float(np.asarray(action).reshape(-1)[0])
+        if not math.isfinite(push):
+            raise ValueError(f"an action must be a number, not {push}")
+        force = self.FORCE * min(max(push, -1.0), 1.0)
         moved = self.state + self.SECONDS * self.derivative(self.state, force)  # Euler
         self.state = np.clip(moved, -self.LIMIT, self.LIMIT)
         # trap: without this the pole "falls on" at the clamp, and needs as long to turn round.
@@ -121,6 +124,9 @@ class CartPole(gymnasium.Env):
     def picture(self, size):
         """The cart is always drawn in the middle: its position cannot be seen."""
         return draw_pole(size, self.state[2])
+
+    def render(self):
+        return self.picture(300)
 
 
 # Lengths in sides of the picture. x to the right from the middle, y up from the lower edge.
@@ -235,6 +241,9 @@ class MetaWorld(gymnasium.Env):
         self.renderers[size].update_scene(self.sim.data, self.camera, self.options)
         return self.renderers[size].render()
 
+    def render(self):
+        return self.picture(300)
+
     def close(self):
         while self.renderers:
             self.renderers.popitem()[1].close()
@@ -300,7 +309,8 @@ class TaskEnv(gymnasium.Wrapper):
                 break
         # trap: many environments return numpy's bool, which a checkpoint would refuse to read back
         info = self._complete(info, reward)  # progress belongs to the picture, the last one
-        return obs, total, bool(terminated), bool(truncated), info
+        # what ends by itself in its last step is over (FoldCloth's one step)
+        return obs, total, bool(terminated), bool(truncated and not terminated), info
 
     def _complete(self, info, reward):
         success = info.get("success", info.get("is_success"))
@@ -326,9 +336,12 @@ class TaskEnv(gymnasium.Wrapper):
     def _foreign_picture(self):
         """What an environment that is not of this project draws, (height, width, 3) uint8."""
         try:
-            return np.asarray(self.env.render())
+            image = self.env.render()
         except gymnasium.error.DependencyNotInstalled as error:
             raise ValueError(f"{self.spec.id} cannot draw itself here: {error}") from None
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"{self.spec.id} drew no picture, but {type(image).__name__}")
+        return image
 
 
 def square(image, size):
@@ -556,10 +569,11 @@ def _from_gymnasium(name, horizon):
             env = gymnasium.make(
                 name, render_mode="rgb_array", max_episode_steps=horizon, disable_env_checker=True
             )
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+    except (gymnasium.error.Error, ImportError, TypeError) as error:  # TypeError: needs arguments
         raise ValueError(f"{name} cannot be made here: {str(error).splitlines()[0]}") from None
     if not env.spec.max_episode_steps:  # an episode has to end some time
-        env = gymnasium.wrappers.TimeLimit(env, horizon or 1000)
+        own = getattr(env.unwrapped, "horizon", None)
+        env = gymnasium.wrappers.TimeLimit(env, horizon or own or 1000)
     if hasattr(getattr(env.unwrapped, "model", None), "vis"):
         draw_fast(env.unwrapped.model)
     if not isinstance(env.observation_space, Box):

@@ -1586,6 +1586,64 @@ def test_discrete_actions_that_start_elsewhere_are_counted_from_0():
     del gymnasium.registry["Late-v0"]
 
 
+@pytest.mark.parametrize("name", ["CartPole", "DrawerOpen"])
+def test_our_environments_keep_gymnasiums_promises(name, env_of):
+    """check_env, drawing included, must find nothing in what TaskEnv wraps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would like observations to be bounded
+        check_env(env_of(name).unwrapped, skip_close_check=True)
+
+
+def test_what_ends_by_itself_in_its_last_step_is_not_cut_off():
+    """FoldCloth's only step terminates; Gymnasium's time limit says truncated too, and must not be heard."""
+    env = envs.make("FoldCloth")
+    env.reset(seed=0)
+    assert env.step(env.action_space.sample())[2:4] == (True, False)
+
+
+def test_an_environment_knows_its_own_horizon():
+    """Named by its id, with no horizon given, a task of ours must last as long as it says, not 1,000 steps."""
+    assert envs.make("gridworlds:DoorKey-5x5-v0", goal="to go").horizon == 250
+
+
+def test_what_gymnasium_cannot_make_is_one_line():
+    """An id that moved elsewhere (ImportError) or needs arguments (TypeError), and no picture, must be said plainly."""
+    class Fussy(gymnasium.Env):
+        observation_space, action_space = gymnasium.spaces.Box(-1, 1, (1,)), gymnasium.spaces.Box(-1, 1, (1,))
+        metadata = {"render_modes": ["rgb_array"]}
+
+        def __init__(self, needed, render_mode=None):
+            self.render_mode = render_mode
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros(1, np.float32), {}
+
+        def render(self):
+            return None
+
+    gymnasium.register("Fussy-v0", entry_point=Fussy)
+    for name, why in {"Reacher-v2": "moved to", "Fussy-v0": "needed"}.items():
+        with pytest.raises(ValueError, match=f"{name} cannot be made here: .*{why}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            envs.make(name, goal="to go")
+    del gymnasium.registry["Fussy-v0"]
+    gymnasium.register("Fussy-v0", entry_point=lambda render_mode: Fussy(0, render_mode))
+    env = envs.make("Fussy-v0", goal="to go")
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="Fussy-v0 drew no picture, but NoneType"):
+        env.picture(64)
+    del gymnasium.registry["Fussy-v0"]
+
+
+def test_a_push_that_is_no_number_is_refused():
+    """A nan must not become the state of a whole episode."""
+    env = envs.make("CartPole")
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="must be a number"):
+        env.step(np.array([np.nan]))
+
+
 def test_the_horizon_can_be_set(env_of):
     """horizon= must cut episodes off there, for tasks of the table and for foreign ones."""
     with pytest.raises(ValueError, match="DoorKey-5x5 ends after 250 steps; a horizon of 251 is too long"):
@@ -2100,6 +2158,33 @@ def test_a_program_sees_no_environment(monkeypatch):
     program.close()
 
 
+def test_a_program_may_use_names_that_are_not_ascii():
+    """Python loads its table of characters for them, after no file opens any more; disguised builtins stay out."""
+    program = Program(DEF + "größe = θ = 1.0\n    return np.full(len(images), größe * θ)")
+    assert program(BLACK, BLACK[0]).tolist() == [1, 1, 1]
+    program.close()
+    with pytest.raises(ProgramError, match="rejected: .*eval is not available"):
+        Program(DEF + "return \uff45\uff56\uff41\uff4c('1')")(BLACK, BLACK[0])  # full-width letters
+
+
+@pytest.mark.parametrize("source, kind", [("import os\n" + DEF + ONES, "rejected"), (DEF + "return (", "error: SyntaxError")])
+def test_a_program_that_was_refused_is_refused_again(source, kind):
+    """The second call must get the first one's verdict, not an answer from a process without a program."""
+    program = Program(source)
+    for _ in range(2):
+        with pytest.raises(ProgramError, match=kind):
+            program(BLACK, BLACK[0])
+    assert program.process is None
+
+
+def test_pictures_of_a_wrong_kind_are_not_blamed_on_the_program():
+    """A first image in float32, or one of another size, must be named as what is wrong."""
+    program = Program(DEF + ONES)
+    for first in (BLACK[0].astype(np.float32), np.zeros((9, 9, 3), np.uint8)):
+        with pytest.raises(ValueError, match="first_image one of them"):
+            program(BLACK, first)
+
+
 def test_a_program_that_prints_does_not_garble_its_answer():
     """What it prints must vanish: its standard output leads nowhere."""
     program = Program(DEF + "print('x' * 100000)\n    " + ONES)
@@ -2364,6 +2449,34 @@ def test_after_the_last_round_the_run_stops_and_names_the_sub_task():
     assert reward.subtasks == ["at the edge"] and [r.verdict for r in reports] == ["fail", "fail", "pass"]
 
 
+def test_programs_that_are_not_all_cannot_be_loaded(tmp_path):
+    """Of an attempt that stopped at the second sub-task, the first one's program alone must not become a reward, and a
+    new attempt must not keep it."""
+    half = Script("1. half way\n2. at the edge", GOOD.replace("/ 24", "/ 12").replace("return ", "return np.minimum(1, ")
+                  .replace("/ 12", "/ 12)"), BAD)
+    task = EXPERT[0][0], EXPERT[0][-1], "g", EXPERT, [e[:1] for e in EXPERT]
+    with pytest.raises(CodeAsRewardError, match="'at the edge'"):
+        learn_programs(half, *task, rounds=1, folder=tmp_path)
+    assert len(list(tmp_path.glob("programs/*.py"))) == 1
+    for folder in (tmp_path, tmp_path / "programs"):
+        with pytest.raises(CodeAsRewardError, match="are not all"):
+            load_programs(folder)
+    learn_programs(Script("1. at the edge", GOOD), *task, folder=tmp_path)[0].close()
+    with load_programs(tmp_path) as again:
+        assert again.subtasks == ["at the edge"]
+    (tmp_path / "programs" / "1_x.py").write_bytes(b"# \xff")
+    with pytest.raises(CodeAsRewardError, match="no UTF-8"):
+        load_programs(tmp_path)
+
+
+def test_verification_wants_a_success_for_every_frame():
+    """Success of too few episodes, or of too few frames, must be refused: it would let a wrong program pass."""
+    success = [np.zeros(len(episode), bool) for episode in EXPERT]
+    for wrong in (success[:1], [*success[:-1], success[-1][1:]]):
+        with pytest.raises(ValueError, match="a value per frame"):
+            verify(lambda pictures, first: place(pictures), EXPERT, RANDOM, success=wrong)
+
+
 def test_a_foreign_folder_of_programs_meets_the_allow_list_again(tmp_path):
     """A program that was edited into an attack must be refused before it runs."""
     (tmp_path / "1_x.py").write_text("# sub-task: x\nimport os\n" + DEF + ONES)
@@ -2377,7 +2490,8 @@ def test_answers_are_read_for_sub_tasks_and_code():
     """Numbered and bulleted lists, fenced and bare code must be read; anything else must be said to be wrong."""
     black = BLACK[0]
     lists = {"1. one\n2) **two**": ["one", "two"], "Sure!\n- one": ["one"],
-             "<think>\n1. no\n2. nor this\n</think>\n1. one": ["one"]}
+             "<think>\n1. no\n2. nor this\n</think>\n1. one": ["one"], "1. one\rtwo\r\n": ["one two"],
+             "\n" * 50_000 + "1." + " " * 50_000 + "one": ["one"]}  # in a blink: no step back over all of it
     for answer, expected in lists.items():
         assert describe_subtasks(Script(answer), black, black, "g") == expected
     for answer in ("I cannot", None, "\n".join(f"{i}. x" for i in range(9))):

@@ -530,8 +530,6 @@ def learn_programs(config, run, env, labeler):
     if config.programs or os.path.exists(os.path.join(folder, "programs", "complete")):  # the latter: a resumed run
         programs = code_as_reward.load_programs(config.programs or folder)
     else:
-        # trap: programs of an attempt that was cut short would join those of this one
-        shutil.rmtree(os.path.join(folder, "programs"), ignore_errors=True)
         expert = envs.expert(env)
         start_image = start_picture(env, EVAL_SEED + 1000 * config.seed, config.query_size)
         goal_image = run_episode(env, expert, EVAL_SEED + 1000 * config.seed, config.query_size)[0][-1]
@@ -549,7 +547,6 @@ def learn_programs(config, run, env, labeler):
             ask, start_image, goal_image, config.goal, episodes["expert_episodes"],
             episodes["random_episodes"], others, episodes["success"], config.rounds,
             go_on=config.unverified == "skip", folder=folder, save_picture=imageio.imwrite)
-        open(os.path.join(folder, "programs", "complete"), "w").close()
         print(code_as_reward.verification_table(reports), flush=True)
     labeler.programs = programs
     return programs
