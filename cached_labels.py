@@ -40,6 +40,7 @@ import numpy as np
 LARGEST = 2048  # pixels; a wider picture (of a pair: a half) is taken for a mistake or an attack
 LARGEST_FILE = 2**31  # bytes of one pickle; the official ones have some ten million
 MOST_OBJECTS = 10_000  # in one pickle; the official ones have some fifty
+HASHING = ("DICT", "SETITEM", "SETITEMS", "ADDITEMS", "FROZENSET")  # what looks at a key in a pickle
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -61,7 +62,7 @@ class _DType:
 
 
 class _Array:
-    """What a pickle says of an array: it gets its content at once (_from_buffer) or afterwards (__setstate__)."""
+    """What a pickle says of an array: it gets its content at once (_FromBuffer) or afterwards (__setstate__)."""
 
     def __init__(self, *_):
         self.array = None
@@ -71,14 +72,14 @@ class _Array:
         self.array = np.frombuffer(data, dtype.order + dtype.code).reshape(shape, order="F" if fortran else "C")
 
 
-def _from_buffer(data, dtype, shape, order):
-    out = _Array()
-    out.__setstate__((1, shape, dtype, order == "F", data))
-    return out
+class _FromBuffer(_Array):  # trap: as a function, it could be given other defaults by the pickle
+    def __init__(self, data, dtype, shape, order):
+        self.__setstate__((1, shape, dtype, order == "F", data))
 
 
-def _scalar(dtype, data):
-    return _from_buffer(data, dtype, (), "C")
+class _Scalar(_Array):
+    def __init__(self, dtype, data):
+        self.__setstate__((1, (), dtype, False, data))
 
 
 class _Unpickler(pickle.Unpickler):
@@ -87,8 +88,8 @@ class _Unpickler(pickle.Unpickler):
     NAMES = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _DType}
     for _core in ("numpy.core", "numpy._core"):
         NAMES[_core + ".multiarray", "_reconstruct"] = _Array
-        NAMES[_core + ".multiarray", "scalar"] = _scalar
-        NAMES[_core + ".numeric", "_frombuffer"] = _from_buffer  # pickle protocol 5, which the official files use
+        NAMES[_core + ".multiarray", "scalar"] = _Scalar
+        NAMES[_core + ".numeric", "_frombuffer"] = _FromBuffer  # pickle protocol 5, which the official files use
 
     def find_class(self, module, name):
         if (module, name) not in self.NAMES:
@@ -107,6 +108,9 @@ def read_pickle(path):
             # trap: a forged length, or slot of its memory, makes pickle reserve that much before it looks any further
             if opcode.name.endswith("PUT") and int(value) > MOST_OBJECTS:
                 raise pickle.UnpicklingError(f"it counts {value} objects")
+            # trap: the hash of a tuple of itself, twice, thirty deep takes for ever
+            if opcode.name in HASHING:
+                raise pickle.UnpicklingError("it holds a dict or a set, and only arrays are allowed")
         content.seek(0)
         parts = _Unpickler(content).load()
         images, labels = parts[0].array, parts[2].array.reshape(-1)
@@ -230,6 +234,8 @@ def main(arguments=None):
     parser.add_argument("--size", type=int, help="give all pictures this side, in pixels")
     parser.add_argument("--out", default="contact_labels.png", help="the contact sheet to write")
     options = parser.parse_args(arguments)
+    if options.size is not None and options.size < 1:
+        parser.error(f"--size {options.size}: it must be at least 1")
     try:
         first, second, label, source = read_labels(options.path, options.size)
     except CachedLabelsError as error:
@@ -237,7 +243,11 @@ def main(arguments=None):
         return 2
     print(f"{len(label)} labels by {source}: {(label == 0).sum()} prefer the first picture, {label.sum()} the second; "
           f"pictures of {first.shape[2]} x {first.shape[1]} pixels")
-    iio.imwrite(options.out, contact_sheet(first, second, label))
+    try:
+        iio.imwrite(options.out, contact_sheet(first, second, label))
+    except OSError as error:  # no such folder, no such kind of picture
+        print(f"cached_labels.py: {options.out}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        return 2
     print(f"{options.out}: {min(12, len(label))} of them; the preferred picture has a green frame")
     return 0
 

@@ -9,7 +9,7 @@ the embeddings, of unit length, of the picture, of the goal ("the drawer is open
 The goal is a sentence about a state, not an order: "the pole is upright", not "to balance the pole".
 
 Differs from the paper:
-  1. RL-VLM-F scales its score by 2 r - 1; SAC does not see the difference between two rewards that are so alike.
+  1. RL-VLM-F scales its score by 2 r - 1; where nothing terminates, as in its tasks, SAC learns the same from both.
   2. The default is a small CLIP that two CPU cores can run; VLM-RM found that larger ones judge much better.
 
 Shapes: pictures (N, H, W, 3) uint8; embeddings (N, D) float32 of unit length; rewards (N,) float32, in (-1, 1] for
@@ -132,7 +132,7 @@ def load(model):
     try:
         return CLIPModel.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ClipError(f"no CLIP model {model!r} ({reason}); name one on the Hugging Face hub, such as {MODEL}, or, "
                         "without a network, a folder with its config.json, model.safetensors and tokenizer") from None
 
@@ -142,15 +142,15 @@ def main(arguments):
     if len(arguments) < 2:
         print('usage: python clip_reward.py "the pole is upright" picture.png ...', file=sys.stderr)
         return 2
-    import imageio
+    import imageio.v3 as iio
 
     try:
+        pictures = [iio.imread(path, index=0, mode="RGB")[None] for path in arguments[1:]]
         reward = ClipReward(arguments[0])
-    except ClipError as error:
-        print(f"clip_reward.py: {error}", file=sys.stderr)
+    except (ClipError, OSError) as error:  # OSError: no such file, no picture
+        print(f"clip_reward.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    for path in arguments[1:]:
-        picture = np.asarray(imageio.imread(path))[None, ..., :3]
+    for path, picture in zip(arguments[1:], pictures):
         print(f"{reward.predict(picture)[0]:.4f}  {path}")
     return 0
 

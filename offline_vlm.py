@@ -28,6 +28,7 @@ To use it elsewhere (point any client at url, as if it were OpenAI's):
 """
 import argparse
 import base64
+import contextlib
 import hashlib
 import inspect
 import json
@@ -641,7 +642,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(400, wire.fail(400, "invalid_request_error", why, None))
         end, change = STRANGE.get(fault, ("complete", str))
         text = change(text)
-        # As many tokens as GPT-5 would count for an image; four characters of text are one token.
+        # A token for each 32 x 32 pixels and for four characters of text: about as many as real
+        # ones count.
         tokens = (sum(len(part) // 4 if isinstance(part, str) else
                       -(-part.shape[0] // 32) * -(-part.shape[1] // 32) for part in parts),
                   len(text) // 4)
@@ -720,6 +722,7 @@ class OfflineVLM:
         # Whatever changes its answers is in its name, so that no cache of answers mixes them up.
         version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:6]
         self.model = f"{NAME}-{version}-mistakes{mistakes}-unsure{unsure}-seed{seed}"
+        self.model += f"-{faults}" * (faults in STRANGE)
         self.lock, self.stopping = threading.Lock(), threading.Event()
 
     def start(self):
@@ -775,7 +778,8 @@ def main():
         parser.error(str(error))
     print("It measures pixels, for these goals only:", *READERS, sep="\n  ")
     print("Ask it with: python vlm_query.py a.png b.png --goal ... --vlm-url URL; Ctrl-C ends it.")
-    threading.Event().wait()
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
 
 
 if __name__ == "__main__":

@@ -127,6 +127,13 @@ def k_centers(points, k, rng):
     return np.array(centers)
 
 
+def check_pictures(stored, images, answers):
+    """ValueError unless images are uint8, of the stored ones' size, one for each answer."""
+    shape, images = (len(answers), *stored.shape[1:]), np.asarray(images)
+    if images.dtype != np.uint8 or images.shape != shape:
+        raise ValueError(f"pictures must be {shape} uint8, not {images.shape} {images.dtype}")
+
+
 class PreferenceDataset:
     """A ring of answered pairs: first, second (N, H, W, 3) uint8; label (N,) 0 or 1.
 
@@ -148,6 +155,8 @@ class PreferenceDataset:
     def add(self, first, second, label):
         """Store M sure answers: first, second (M, H, W, 3) uint8, label (M,) in {0, 1}."""
         label = np.asarray(label)
+        check_pictures(self.first, first, label)
+        check_pictures(self.second, second, label)
         if not np.isin(label, (0, 1)).all():
             raise ValueError(f"labels must be 0 or 1, got {sorted(set(label.tolist()))}; "
                              "leave out what is unsure")

@@ -178,6 +178,9 @@ def resolve(config):
              if getattr(config, name) and (name, config.labels) != ("vlm_mistakes", "oracle")]
     if flaws and (config.vlm != "offline" or config.labels == "oracle"):
         raise UserError(f"{flaws[0]} is a flaw of the offline stand-in, which is not asked here")
+    if config.vlm == "offline" and config.vlm_url:
+        raise UserError("--vlm offline starts a stand-in of its own; for one that runs already: "
+                        "--vlm offline/NAME --vlm-url URL")
     if config.reward == "clip" and config.clip_alpha and not config.clip_baseline:
         raise UserError("--clip-alpha needs --clip-baseline, a sentence for nothing achieved")
     try:
@@ -255,7 +258,8 @@ def who_labels(config):
     mistakes = f", wrong on purpose in {config.vlm_mistakes:.0%}" if config.vlm_mistakes else ""
     if config.labels == "oracle" and config.reward == "preference":
         return f"oracle (labels from true progress, not a VLM{mistakes})"
-    return f"offline stand-in (not a VLM{mistakes})" if config.vlm == "offline" else config.vlm
+    stand_in = config.vlm.split("/")[0] == "offline"
+    return f"offline stand-in (not a VLM{mistakes})" if stand_in else config.vlm
 
 
 # ---- the command line ----

@@ -5,8 +5,8 @@ picture, not two, and writes a number; the same ensemble of CNNs is fitted to th
 Which STEPs: 4 fit the reward model to the answers, in its place:
     loss = mean of (r - (2 score - 1))^2          r in (-1, 1), score in [0, 1]
 
-Differs from the paper: it gives no details; networks and epochs are RL-VLM-F's here; a fit
-also ends at a mean loss below 0.01.
+Differs from the paper: networks and epochs are those of RL-VLM-F here; a fit also ends at a
+mean loss below 0.01.
 
 Shapes: B batch, M pictures (M, H, W, 3) uint8, scores (M,) in [0, 1]. Needs reward_model.py.
   score_loss, ScoreDataset, fit(model, data, epochs). model: the RewardModel of reward_model.py.
@@ -23,7 +23,7 @@ To use it elsewhere:
 import numpy as np
 import torch
 
-from reward_model import HOLD_OUT, as_input
+from reward_model import HOLD_OUT, as_input, check_pictures
 
 
 def score_loss(r, score):
@@ -51,6 +51,7 @@ class ScoreDataset:
 
     def add(self, images, _, scores):
         """images (M, H, W, 3) uint8, scores (M,); the second place is that of a pair's picture."""
+        check_pictures(self.image, images, scores)
         if not ((np.asarray(scores) >= 0) & (np.asarray(scores) <= 1)).all():
             raise ValueError("scores must be in [0, 1]; leave out what has none")
         for image, score in zip(images, scores):

@@ -484,6 +484,19 @@ def test_unsure_answers_never_become_labels():
         reward_model.PreferenceDataset(4, (1, 1, 3)).add(numbered_images(1, 1), numbered_images(1, 1), [-1])
 
 
+@pytest.mark.parametrize("first, second, label", [
+    (np.ones((2, 8, 8, 3)), np.zeros((2, 8, 8, 3), np.uint8), [0, 1]), (np.zeros((2, 8, 8, 3), np.uint8), np.zeros((1, 8, 8, 3), np.uint8), [0, 1]),
+    (np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3), np.uint8), [0])])
+def test_pictures_that_do_not_fit_their_answers_are_refused(first, second, label):
+    """Floats would be stored as zeros, and what has no partner silently dropped: both data sets must say so."""
+    data = reward_model.PreferenceDataset(4, (8, 8, 3))
+    with pytest.raises(ValueError, match="pictures must be"):
+        data.add(first, second, label)
+    assert len(data) == 0
+    with pytest.raises(ValueError, match="pictures must be"):
+        score_reward.ScoreDataset(4, (8, 8, 3)).add(first if first.dtype != np.uint8 else second, None, [0.5] * 3)
+
+
 def test_the_reward_model_orders_pictures_it_has_not_seen():
     """Fitted to 60 answers about a pole, it must order unseen pictures of poles; the members must differ."""
     rng = np.random.default_rng(0)
@@ -1029,7 +1042,7 @@ def test_a_server_that_always_says_0_seconds_meets_the_deadline():
 @pytest.mark.parametrize("status, body, match", [
     (200, "<html><title>Log in</title></html>", "web page .Log in.: check the URL"),
     (200, '{"type": "error", "error": {"type": "authentication_error", "message": "no"}}', "HTTP 401"),
-    (200, '{"error": {"code": 403, "message": "no"}}', "HTTP 403"),
+    (200, '{"error": {"code": 403, "message": "no"}}', "HTTP 403"), (403, '{"message": "No key found"}', "No key found"),
     (301, "", "check the URL"), (413, '{"detail": [{"msg": "too big"}]}', "too big"),
     (400, '[{"error": {"code": 400, "message": "API key not valid"}}]', "API key not valid"),
     (404, '{"error": "model \'x\' not found"}', "model 'x' not found.*check the model's name")])
@@ -1042,12 +1055,12 @@ def test_what_cannot_be_cured_by_asking_again_stops_with_the_providers_words(sta
 
 @pytest.mark.parametrize("status, body", [
     (200, '{"error": {"type": "overloaded_error", "message": "busy"}}'), (200, '{"choices": [{"mess'),
-    (200, ""), (500, "Internal Server Error"), (408, ""), (409, ""), (529, "{}"), (502, "<html>"),
+    (200, ""), (200, "[" * 200_000), (200, '{"error": {"code": "\u00b2", "message": "x"}}'), (500, "Error"), (408, ""), (409, ""), (529, "{}"), (502, "<html>"),
     (429, '{"error": {"status": "RESOURCE_EXHAUSTED", "message": "check your plan and billing details"}}')])
 def test_what_may_pass_is_asked_again(status, body):
     """Overload in any dress must lead to a retry, Gemini's per-minute limit with its talk of billing too."""
     why, wish = VLM("local/m", url="http://127.0.0.1:1/v1")._judge(status, {}, body)
-    assert why and wish is None
+    assert why.startswith(f"HTTP {status} ") and wish is None
 
 
 def test_thinking_and_refusals_are_read_in_each_format():
@@ -1065,10 +1078,93 @@ def test_thinking_and_refusals_are_read_in_each_format():
     assert vlm_query.anthropic_read(answer) == ("0", "complete", 3, 3)
     answer = {"choices": [{"message": {"content": ""}, "finish_reason": "length"}]}
     assert vlm_query.openai_read(answer)[1] == "cut off"
+    assert vlm_query.gemini_read({"candidates": [{"finishReason": "RECITATION"}]})[1] == "refused"
+    assert vlm_query.anthropic_read({"content": [], "stop_reason": "max_tokens"})[1] == "cut off"
     with OfflineVLM() as url:
         vlm = quick(url)
         assert vlm._read('{"error": {"code": "content_filter"}}')[1] == "refused"
         assert vlm._judge(400, {}, '{"error": {"code": "content_filter"}}') == ("", None)
+
+
+@pytest.mark.parametrize("end", ["error", "abort", None])
+def test_an_end_that_is_the_servers_fault_is_not_kept(tmp_path, end):
+    """OpenRouter's "error" and vLLM's "abort" must be no answer, and must be asked again the next time."""
+    body = {"choices": [{"message": {"content": "0"}, "finish_reason": end}], "usage": {"prompt_tokens": 5}}
+    vlm = VLM("local/m", url="http://127.0.0.1:1/v1", cache=tmp_path)
+    vlm._post = lambda _: (200, {}, json.dumps(body))
+    assert vlm.ask(["hi"])[1:] == ("failed", 5, 0, False)
+    body["choices"][0]["finish_reason"] = "stop"
+    assert vlm.ask(["hi"]) == ("0", "complete", 5, 0, False) and vlm.ask(["hi"]).cached
+
+
+@pytest.mark.parametrize("said, meant", [(float("nan"), 0), ([1], 0), ("x", 0), (-3, 0), (None, 0), (7.0, 7)])
+def test_odd_token_counts_lose_no_answer(said, meant):
+    """What is no number of tokens must count as none, and the answer that was paid for must come through."""
+    body = {"choices": [{"message": {"content": "0"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": said}}
+    vlm = VLM("local/m", url="http://127.0.0.1:1/v1")
+    vlm._post = lambda _: (200, {}, json.dumps(body))
+    assert vlm.ask(["hi"]) == ("0", "complete", meant, 0, False)
+
+
+@pytest.mark.parametrize("provider, body", [
+    ("local/m", {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}),
+    ("gemini/m", {"usageMetadata": {"promptTokenCount": 5, "thoughtsTokenCount": 2}}),
+    ("anthropic/m", {"content": [], "usage": {"input_tokens": 5, "output_tokens": 2}})])
+def test_an_empty_answer_costs_what_it_says(provider, body):
+    """Tokens of an answer without choices must be in the books, or max_usd would never be met."""
+    vlm = VLM(provider, url="http://127.0.0.1:1/v1", key=KEY)
+    vlm._post = lambda _: (200, {}, json.dumps(body))
+    assert vlm.ask(["hi"]) == ("", "empty", 5, 2, False) and vlm.tokens_in == 5
+
+
+@pytest.mark.parametrize("url", ["http://localhost:abc/v1", "http://localhost:99999/v1", "http://local host/v1",
+                                 "http://.foo/v1", "http://[::1/v1", "localhost:8000/v1"])
+def test_a_mistyped_url_is_refused_at_once(url):
+    """None of these can ever answer: no waiting, no traceback."""
+    with pytest.raises(VLMError, match="needs its server's URL"):
+        VLM("local/m", url=url)
+
+
+def test_answers_under_way_are_kept_when_another_question_ends_the_batch(tmp_path):
+    """The quota ends while seven answers are on their way: they are paid for, so all must be in the cache."""
+    first, second, _ = grays(11)
+    vlm, asked = VLM("local/m", url="http://127.0.0.1:1/v1", cache=tmp_path), []
+
+    def post(body):
+        asked.append(body)
+        if len(asked) == 8:
+            time.sleep(0.05)
+            return 429, {}, '{"error": {"code": "insufficient_quota", "message": "quota"}}'
+        time.sleep(0.3)
+        return 200, {}, '{"choices": [{"message": {"content": "0"}, "finish_reason": "stop"}]}'
+
+    vlm._post = post
+    with pytest.raises(VLMError, match="the quota is used up"):
+        label_pairs(vlm.ask, first, second, BRIGHT, stages=1)
+    assert len(asked) == 8 and len(list(tmp_path.iterdir())) == 7
+
+
+def test_whatever_goes_wrong_in_a_thread_is_heard():
+    """SystemExit in an ask() must end label_pairs, not hang it; and nobody can ask with no threads."""
+    first, second, _ = grays(3)
+    with pytest.raises(SystemExit):
+        label_pairs(lambda parts: sys.exit(3), first, second, BRIGHT)
+    for wrong in ({"workers": 0}, {"stages": 3}):
+        with pytest.raises(ValueError, match="stages must be 1 or 2, and workers at least 1"):
+            label_pairs(says("1"), first, second, BRIGHT, **wrong)
+    with pytest.raises(ValueError, match=r"pictures of one size.*\(3, 40, 40, 3\)"):
+        label_pairs(says("1"), first, np.zeros((3, 40, 40, 3), np.uint8), BRIGHT)
+    with pytest.raises(ValueError, match="float64"):
+        label_pairs(says("1"), first / 255, second / 255, BRIGHT)
+
+
+def test_stand_ins_that_differ_share_no_answers(tmp_path):
+    """One that errs and one that does not must not answer for each other from one cache, under whatever name."""
+    first, second, right = draw_poles(1, size=64)
+    for mistakes, expected in ((1.0, 1 - right), (0.0, right)):
+        with OfflineVLM(mistakes=mistakes) as url:
+            assert label_pairs(quick(url, "offline", cache=tmp_path).ask, first, second, POLE)[0].tolist() == expected.tolist()
+    assert OfflineVLM(faults="refusal").model != OfflineVLM().model == OfflineVLM(faults=0.2).model
 
 
 @pytest.mark.parametrize("wrong", ["swapped", "blind", "text only"])
@@ -1303,6 +1399,24 @@ def test_mistakes_on_the_command_line_end_in_one_line_and_exit_code_2(tmp_path, 
         assert vlm_query.main([*files, "--goal", "to fly", *flags]) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and err.count("\n") == 1, err
+
+
+def test_of_a_gif_the_first_picture_is_taken(tmp_path):
+    """A GIF of one picture or of several is a picture, and its width counts."""
+    pictures = gray(20, 220, 90)
+    for many in (pictures[:1], pictures):
+        vlm_query.iio.imwrite(tmp_path / "a.gif", many)
+        assert np.array_equal(vlm_query.load_image(tmp_path / "a.gif"), pictures[0])
+    vlm_query.iio.imwrite(tmp_path / "wide.gif", np.zeros((2, 8, 6000, 3), np.uint8))
+    with pytest.raises(VLMError, match="6000 x 8 pixels is too large"):
+        vlm_query.load_image(tmp_path / "wide.gif")
+
+
+def test_a_stand_in_by_another_name_is_no_vlm(tmp_path):
+    """One that runs already, as offline/NAME, must be named as what it is in banner and folder."""
+    config = run.Config(env="CartPole", vlm="offline/x", vlm_url="http://localhost:1/v1")
+    assert run.who_labels(config) == "offline stand-in (not a VLM)"
+    assert "offline_stand-in" in train.prepare(config)[0].out
 
 
 def test_a_small_file_that_claims_to_be_huge_is_not_unpacked(tmp_path):
@@ -2961,6 +3075,9 @@ class Attack:
 
 
 HOSTILE_FILES = {
+    "a key that takes for ever to hash": lambda good: b"\x80\x02})" + b"2\x86" * 60 + b"Ns.",
+    "other defaults for a function": lambda good: b"\x80\x02cnumpy._core.numeric\n_frombuffer\n"
+                                                  b"N}X\x0c\x00\x00\x00__defaults__(K\x01ts\x86b.",
     "runs a command": lambda good: pickle.dumps([Attack()] * 7),
     "names a numpy function": lambda good: b"cnumpy\nload\n(S'x'\ntR.",
     "holds objects": lambda good: pickle.dumps([np.array([Attack()], dtype=object)] * 7),
@@ -3056,7 +3173,11 @@ def test_cached_labels_on_the_command_line(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "5 labels by offline stand-in (not a VLM)" in said and "3 prefer the first" in said
     assert imageio.imread("contact_labels.png").shape[2] == 3
-    assert cached_labels.main(["nowhere"]) == 2 and capsys.readouterr().err.count("\n") == 1
+    for wrong in (["nowhere"], [".", "--out", "no/such.png"], [".", "--out", "x.foo"]):
+        assert cached_labels.main(wrong) == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cached_labels.main([".", "--size", "0"])
+    assert "--size 0: it must be at least 1" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -3187,6 +3308,25 @@ def test_unreadable_answers_are_a_finding_and_an_outage_is_not(reply, stops):
     with pytest.raises(vlm_query.VLMError) if stops else contextlib.nullcontext():
         audit_vlm.ask_batch(vlm, images[:4], images[1:], config, 1, kept.append)
     assert {record["kind"] for record in kept} == {"no answer" if stops else "unreadable"} and len(kept) == 4
+
+
+def test_an_outage_is_one_though_a_limit_came_first():
+    """Three of four answers missing must stop the audit, however many pairs were left unasked."""
+    vlm, tries = vlm_query.VLM("local/m", url="http://127.0.0.1:1/v1", max_calls=2), []
+
+    def send(*_):
+        tries.append(1)
+        if len(tries) % 4:
+            raise TimeoutError("HTTP 503")
+        return '{"choices": [{"message": {"content": "0"}, "finish_reason": "stop"}]}'
+
+    vlm._send = send
+    images = np.stack([np.full((8, 8, 3), 20 * level, np.uint8) for level in range(13)])
+    kept, config = [], run.Config(goal="g", workers=1)
+    vlm.room = lambda stages: 4 if not tries else 0
+    with pytest.raises(vlm_query.VLMError, match="3 of 4 questions"):
+        audit_vlm.ask_batch(vlm, images[:12], images[1:], config, 1, kept.append)
+    assert [record["kind"] for record in kept].count("limit") == 8
 
 
 def test_half_trained_pictures_can_come_from_a_run(tmp_path):
@@ -3840,6 +3980,7 @@ def test_a_resumed_run_may_ask_for_less_than_it_has(tmp_path, monkeypatch):
     ({"programs": "."}, "--programs is for --reward code, not for preference"),
     ({"labels": "oracle", "vlm_unsure": 0.2}, "--vlm-unsure is a flaw of the offline stand-in"),
     ({"vlm": "local/m", "vlm_mistakes": 0.2}, "--vlm-mistakes is a flaw of the offline stand-in"),
+    ({"vlm_url": "http://localhost:1/v1"}, "--vlm offline starts a stand-in of its own"),
     ({"reward": "clip", "clip_alpha": 0.5}, "--clip-alpha needs --clip-baseline"),
     ({"env": "Pendulum-v1", "goal": "up", "reward": "code"}, "no scripted expert"),
     ({"horizon": 9, "goal": "without OpenGL"}, "apt-get"), ({"horizon": 9, "goal": "on a full disk"}, "0.0 are free")])

@@ -624,7 +624,7 @@ def prepare(config):
         import code_as_reward
 
         code_as_reward.load_programs(config.programs).close()  # a wrong folder should leave nothing behind
-    who = "offline_stand-in" if config.vlm == "offline" else config.vlm.replace("/", "_")
+    who = "offline_stand-in" if config.vlm.startswith("offline") else config.vlm.replace("/", "_")
     who = "kept" if config.labels_from or config.programs else "oracle" if config.labels == "oracle" else who
     kind = f"{config.reward}-{who}" if config.reward in ("preference", "score", "code") else config.reward
     name = f"{config.env}-{kind}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -127,34 +127,51 @@ def png_base64(image):
     return base64.b64encode(png).decode()
 
 
+def counted(tokens):
+    """What a server says of its tokens -> int; 0 for what is no number."""
+    number = isinstance(tokens, (int, float)) and 0 <= tokens < 1e12
+    return int(tokens) if number else 0
+
+
 def openai_read(data):
-    """The answer's JSON -> text, end, tokens in, tokens out; so do the next two."""
-    choice, usage = data["choices"][0], data.get("usage") or {}
-    end = {"stop": "complete", "content_filter": "refused"}.get(choice["finish_reason"], "cut off")
-    refusal = choice["message"].get("refusal")
-    return (choice["message"].get("content") or refusal, "refused" if refusal else end,
+    """The answer's JSON -> text, end, tokens in, tokens out; so do the next two.
+
+    trap: "choices": [] and its likes cost tokens too.  "failed": ends that no documentation of the
+    provider knows, such as OpenRouter's "error" and vLLM's "abort": the server's fault.
+    """
+    choice, usage = (data.get("choices") or [{}])[0], data.get("usage") or {}
+    message, reason = choice.get("message") or {}, choice.get("finish_reason")
+    ends = {"stop": "complete", "content_filter": "refused",
+            **dict.fromkeys(("length", "tool_calls", "function_call"), "cut off")}
+    refusal = message.get("refusal")
+    return (message.get("content") or refusal, "refused" if refusal else ends.get(reason, "failed"),
             usage.get("prompt_tokens"), usage.get("completion_tokens"))
 
 
 def gemini_read(data):
     blocked = (data.get("promptFeedback") or {}).get("blockReason")  # then no candidates at all
-    answer = {"finishReason": blocked} if blocked else data["candidates"][0]
+    answer = {"finishReason": blocked} if blocked else (data.get("candidates") or [{}])[0]
     cut_off = ("MAX_TOKENS", "MALFORMED_RESPONSE", "CONTINUATION", "LANGUAGE")
-    ends = {"STOP": "complete", **dict.fromkeys(cut_off, "cut off")}
+    ends = {"STOP": "complete", None: "failed", **dict.fromkeys(cut_off, "cut off")}
     parts = (answer.get("content") or {}).get("parts") or []  # may be missing when cut off
     text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
     usage = data.get("usageMetadata") or {}
     # trap: thinking is billed as output but counted apart.
-    out = sum(usage.get(kind) or 0 for kind in ("candidatesTokenCount", "thoughtsTokenCount"))
-    return text, ends.get(answer["finishReason"], "refused"), usage.get("promptTokenCount"), out
+    out = sum(counted(usage.get(kind)) for kind in ("candidatesTokenCount", "thoughtsTokenCount"))
+    end = ends.get(answer.get("finishReason"), "refused")  # many reasons, all of them refusals
+    return text, end, usage.get("promptTokenCount"), out
 
 
 def anthropic_read(data):
-    end = {"end_turn": "complete", "refusal": "refused"}.get(data["stop_reason"], "cut off")
-    text = "".join(block["text"] for block in data["content"] if block["type"] == "text")
+    ends = {"end_turn": "complete", "refusal": "refused", **dict.fromkeys(
+        ("max_tokens", "model_context_window_exceeded", "stop_sequence", "tool_use", "pause_turn"),
+        "cut off")}
+    end = ends.get(data.get("stop_reason"), "failed")
+    blocks = data.get("content") or []
+    text = "".join(block["text"] for block in blocks if block["type"] == "text")
     usage = data.get("usage") or {}
     kinds = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    return text, end, sum(usage.get(kind) or 0 for kind in kinds), usage.get("output_tokens")
+    return text, end, sum(counted(usage.get(kind)) for kind in kinds), usage.get("output_tokens")
 
 
 # url: the official one; who has one needs a key, from the environment.  text, image: one part of
@@ -196,7 +213,7 @@ ERROR_STATUS = {"authentication_error": 401, "permission_error": 403, "not_found
                 "invalid_request_error": 400, "billing_error": 402, "rate_limit_error": 429}
 CURE = {401: "check the key", 403: "check the key and what it may use",
         402: "check the plan and the spend limit", 404: "check the model's name and the URL",
-        429: "the quota is used up, waiting does not help: check the plan, then resume"}
+        429: "the quota is used up, waiting does not help: check the plan, then go on"}
 
 
 def error_in(raw):
@@ -206,7 +223,8 @@ def error_in(raw):
         data = data[0] if isinstance(data, list) else data  # Gemini: sometimes in a list
         error = data.get("error") or data.get("detail") or data.get("type") == "error"
         return error if isinstance(error, dict) else {"message": str(error)} if error else {}
-    except (ValueError, IndexError, AttributeError):  # no JSON, or none that a provider sends
+    # no JSON, or none that a provider sends
+    except (ValueError, IndexError, AttributeError, RecursionError):
         page = re.search(r"(?is)<title>(.*?)</title>", raw)
         return {"message": page.group(1) if page else raw or "(nothing)"}
 
@@ -253,7 +271,7 @@ def read_answer(file):
     try:
         raw = file.read_bytes().decode() if file else ""
         return raw if isinstance(json.loads(raw), dict) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -263,7 +281,8 @@ class VLM:
     name: "openai/MODEL", "gemini/MODEL", "anthropic/MODEL", "local/MODEL" or "offline".
     url: base of the server, where not the official one.  key: by default from the environment.
     cache: a folder.  workers: connections kept open.  extra: merged into every body.
-    timeout: seconds (to connect, for a whole try).  deadline: seconds; no try begins after it.
+    timeout: seconds (to connect, for the body of an answer: one read may add as much again).
+    deadline: seconds; no try begins after it.
     usd_per_mtok: dollars per million tokens (in, out), for usd and max_usd.
     The totals count every answer used, also those from the cache, so that a repeated or resumed
     run meets its limits at the same pair; cached_calls were free.
@@ -281,7 +300,12 @@ class VLM:
         self.wire, self.name = PROVIDERS[provider], name
         self.model = model or ("stand-in" if provider == "offline" else "")
         base = (url or self.wire.url or "").rstrip("/")
-        if not re.fullmatch(r"https?://[^/@?]+(/[^@?]*)?", base):  # no user, no query: no secrets
+        try:  # no user, no query: no secrets
+            shape = re.fullmatch(r"https?://[^/@?\s]+(/[^@?\s]*)?", base)
+            usable = shape and (urlsplit(base).port, requests.Request("POST", base).prepare())
+        except ValueError:  # a port that is none, half an IPv6 address
+            usable = False
+        if not usable:
             raise VLMError(f"{name} needs its server's URL, such as http://localhost:11434/v1")
         if not self.model:
             raise VLMError(f"name the model too: {name}/MODEL")
@@ -340,8 +364,9 @@ class VLM:
         content = [self.wire.text(part) if isinstance(part, str) else
                    self.wire.image(png_base64(part)) for part in parts]
         body = json.dumps(merged(self.wire.body(self.model, content), self.extra)).encode()
-        # trap: the stand-in gets another port at each start; its model name says all that matters.
-        where = "offline" if self.name.startswith("offline") else f"{self.name}\n{self.url}"
+        # trap: the stand-in gets another port at each start; its model name says all that matters
+        # (but for plain "offline", which names no model).
+        where = "offline" if self.name.startswith("offline/") else f"{self.name}\n{self.url}"
         key = hashlib.sha256(where.encode() + b"\n" + body).hexdigest()
         file = self.cache and self.cache / f"{key}.json"
         with self._lock:
@@ -357,8 +382,8 @@ class VLM:
             except TimeoutError as error:
                 return Reply("", f"unreachable: {error}", 0, 0, False)
             text, end, *tokens = self._read(raw)
-            # Refused and cut-off answers were paid for, so are kept too; errors never get here.
-            if file and not cached and end != "empty":
+            # Refused and cut-off answers were paid for, so are kept too; a server's failures not.
+            if file and not cached and end not in ("empty", "failed"):
                 write_answer(file, raw)
         if self.max_usd is not None and end == "complete" and not any(tokens):
             raise VLMError(f"{self.name} does not say how many tokens it used, so max_usd "
@@ -376,11 +401,11 @@ class VLM:
                 return "(filtered)", "refused", 0, 0  # _judge let no other error through
             text, end, tokens_in, tokens_out = self.wire.read(data)
         except (KeyError, IndexError, TypeError, AttributeError):
-            return "", "empty", 0, 0  # such as "choices": []
+            return "", "empty", 0, 0  # such as "choices": "none"
         text = text if isinstance(text, str) else ""
-        if end == "complete" and not after_thinking(text).strip():
+        if end in ("complete", "failed") and not after_thinking(text).strip():
             end = "cut off" if text.strip() else "empty"  # cut off: all of it was thinking
-        return text, end, int(tokens_in or 0), int(tokens_out or 0)
+        return text, end, counted(tokens_in), counted(tokens_out)
 
     def _send(self, body, deadline, stop):
         """POST until there is an answer -> its body. TimeoutError; VLMError if hopeless."""
@@ -439,7 +464,7 @@ class VLM:
         filtered = status == 400 and code.startswith(("content_filter", "content_policy"))
         if filtered or (status == 200 and not error):  # filtered: a refusal dressed as a 400
             return "", None
-        said = " ".join(str(error.get("message", "")).split())
+        said = " ".join(str(error.get("message") or raw).split())
         if self._key:  # some providers quote the key they did not like
             # trap: cut first, and a key across the cut would be shown in part
             said = said.replace(self._key, "[key]")
@@ -447,8 +472,10 @@ class VLM:
         if status == 200 and raw.lstrip().startswith("<"):
             raise VLMError(f"{self.url} answered with a web page ({said}): check the URL")
         if status == 200:
-            status = int(code) if code.isdigit() else ERROR_STATUS.get(kind, 500)
+            named = re.fullmatch("[45][0-9]{2}", code)
+            status = int(code) if named else ERROR_STATUS.get(kind, 200)
         why = f"HTTP {status} from {self.url}: {said}"
+        status = 500 if status == 200 else status
         gone = status == 429 and re.search(QUOTA_GONE, json.dumps(error))
         if not gone and (status in (408, 409, 425, 429) or status >= 500):
             return why, wait_wished(headers, error)
@@ -512,7 +539,9 @@ def ask_one(ask, task, parts, goal, stages):
 
 
 def in_threads(function, items, workers, stop):
-    """Yield (item, function(item)) as they come. An exception in a thread is raised here."""
+    """Yield (item, function(item)) as they come. An exception in a thread is raised here, when the
+    others, who begin nothing new, have come to an end too.
+    """
     todo, done = list(reversed(items)), queue.SimpleQueue()
 
     def work():
@@ -523,15 +552,19 @@ def in_threads(function, items, workers, stop):
                 return
             try:
                 done.put((item, function(item), None))
-            except Exception as error:  # whatever it is, the caller must hear of it
+            except BaseException as error:  # whatever it is, the caller must hear of it
+                stop.set()
                 done.put((None, None, error))
 
-    for _ in range(workers):
-        # Daemons: after Ctrl-C nobody has to wait for a server that takes two minutes.
-        threading.Thread(target=work, daemon=True).start()
+    # Daemons: after Ctrl-C nobody has to wait for a server that takes two minutes.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
     for _ in items:
         item, result, error = done.get()
         if error:
+            for thread in threads:  # trap: the answers under way are paid for, and not yet kept
+                thread.join()
             raise error
         yield item, result
 
@@ -542,6 +575,8 @@ def ask_batch(ask, task, questions, goal, stages, workers, log):
     questions: list of (dict of what the log should say of it, list of str and images to show); an
     empty list is a pair not worth asking.
     """
+    if stages not in (1, 2) or workers < 1:
+        raise ValueError(f"stages must be 1 or 2, and workers at least 1, not {stages}, {workers}")
     records, stop = [None] * len(questions), threading.Event()
     vlm = getattr(ask, "__self__", None)
     vlm = vlm if isinstance(vlm, VLM) else None
@@ -583,7 +618,7 @@ def count(records):
         ends = [r["ends"][-1] if r["kind"] == "no answer" else "unreadable, such as "
                 + repr(" ".join(r["answers"][-1].split())[-80:]) for r in lost]
         raise VLMError(f"{len(lost)} of {len(asked)} questions got no usable answer (mostly: "
-                       f"{max(ends, key=ends.count)}); answers are kept: resume when the server "
+                       f"{max(ends, key=ends.count)}); answers are kept: go on when the server "
                        "answers again, or with another --vlm-extra")
     names = ("unsure", "unreadable", "no_answer", "identical", "limit")
     return {"asked": len(asked), **{name: kinds.count(name.replace("_", " ")) for name in names},
@@ -606,7 +641,8 @@ def short_hash(image):
 def check_images(**arrays):
     for name, images in arrays.items():
         if getattr(images, "ndim", 0) != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-            raise ValueError(f"{name} must be (N, H, W, 3) uint8, not {np.shape(images)}")
+            raise ValueError(f"{name} must be (N, H, W, 3) uint8, not {np.shape(images)} "
+                             f"{getattr(images, 'dtype', type(images).__name__)}")
 
 
 def label_pairs(ask, first, second, goal, stages=2, workers=8, log=None):
@@ -618,8 +654,8 @@ def label_pairs(ask, first, second, goal, stages=2, workers=8, log=None):
     Raises VLMError when more than half of at least 4 pairs asked got no usable answer.
     """
     check_images(first=first, second=second)
-    if first.shape != second.shape or stages not in (1, 2):
-        raise ValueError("first and second must be alike in shape; stages must be 1 or 2")
+    if first.shape != second.shape:
+        raise ValueError(f"pictures of one size, please, not {first.shape} and {second.shape}")
     questions = [({"pair": i, "first": short_hash(one), "second": short_hash(two)},
                   [] if looks_identical(one, two) else ["Image 1:", one, "Image 2:", two])
                  for i, (one, two) in enumerate(zip(first, second))]
@@ -689,9 +725,9 @@ def load_image(path, most=4096):
     """File -> (H, W, 3) uint8. VLMError if it is no picture, or more than `most` pixels a side."""
     try:
         # trap: a few kilobytes of PNG can unpack to gigabytes; the header tells before.
-        height, width = iio.improps(path).shape[:2]
+        height, width = iio.improps(path, index=0).shape[:2]  # of a GIF, the first picture
         if max(height, width) <= most:
-            return np.ascontiguousarray(iio.imread(path, mode="RGB"))
+            return np.ascontiguousarray(iio.imread(path, index=0, mode="RGB"))
     except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise VLMError(f"{path}: not a picture that can be used ({reason})") from None
