@@ -110,6 +110,14 @@ def labelers(rows):
     return "; ".join(f"{name} ({method})" if len(names) > 1 else name for method, name in names) or "nobody"
 
 
+def spread(rows):
+    """What lines and bands are, and of how many seeds, for a title."""
+    runs = groups(rows, "task", "method", "setting").values()
+    least, most = (extreme(len({row["seed"] for row in its}) for its in runs) for extreme in (min, max))
+    seeds = f"{least} to {most} seeds" if least < most else f"{most} seed{'s' * (most > 1)}"
+    return f"(IQM and 95 % bootstrap interval of {seeds})"
+
+
 # ---- the pictures ----
 def canvas(columns, rows, title, labeler):
     """A transparent figure with columns x rows panels -> (figure, axes (rows, columns))."""
@@ -156,7 +164,7 @@ def draw_axis(path, rows, x, axes, varied, measure):
     tasks = {task: its for task, its in groups(rows, "task").items() if len({row[x] for row in its}) > 1}  # no lone dot
     others = ["method"] + [name for name in varied if name != x and name not in ("reward", "labels")]
     others = [name for name in others if len({row[name] for row in rows}) > 1]
-    figure, panels = canvas(len(tasks), 1, f"{words(measure)} by {words(x)} (IQM, 95 % interval)", labelers(rows))
+    figure, panels = canvas(len(tasks), 1, f"{words(measure)} by {words(x)} {spread(rows)}", labelers(rows))
     for ax, ((task,), its) in zip(panels[0], tasks.items()):
         for order, (key, cells) in enumerate(groups(its, *others).items()):
             at = {number(value): np.array([number(row[measure]) for row in seeds])
@@ -177,8 +185,7 @@ def draw_dots(path, rows, measure):
     """The measure of each setting as a dot with its interval: a panel a task."""
     tasks, settings = groups(rows, "task"), [key[0] for key in groups(rows, "setting")]
     columns = min(4, len(tasks))
-    figure, panels = canvas(columns, -(-len(tasks) // columns), f"{words(measure)} (IQM, 95 % interval)",
-                            labelers(rows))
+    figure, panels = canvas(columns, -(-len(tasks) // columns), f"{words(measure)} {spread(rows)}", labelers(rows))
     for ax in panels.flat[len(tasks):]:
         ax.set_visible(False)
     for ax, ((task,), its) in zip(panels.flat, tasks.items()):
@@ -198,7 +205,7 @@ def draw_curves(path, rows, labeler, measure):
     """Learning curves: the measure against environment steps, a panel a task, a line a setting."""
     tasks, settings = groups(rows, "task"), [key[0] for key in groups(rows, "setting")]
     columns = min(4, len(tasks))
-    figure, panels = canvas(columns, -(-len(tasks) // columns), f"{words(measure)} while learning (IQM, 95 % interval)",
+    figure, panels = canvas(columns, -(-len(tasks) // columns), f"{words(measure)} while learning {spread(rows)}",
                             labeler)
     for ax in panels.flat[len(tasks):]:
         ax.set_visible(False)

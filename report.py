@@ -98,7 +98,10 @@ def read_table(path):
     """A CSV file with a header -> {column: list of str}; {} where it has no row."""
     text = read_text(path)
     # trap: a killed run leaves half a line, and half of "-120" is a number too: no newline, no row
-    head, *rows = list(csv.reader(text[:text.rfind("\n") + 1].splitlines())) or [[]]
+    try:
+        head, *rows = list(csv.reader(text[:text.rfind("\n") + 1].splitlines())) or [[]]
+    except csv.Error:  # a cell larger than any of ours
+        return {}
     rows = [row for row in rows if len(row) == len(head)]
     return {name: [row[i] for row in rows] for i, name in enumerate(head)} if rows else {}
 

@@ -131,7 +131,7 @@ RANGES = dict(
         "eval_episodes", "workers", "rounds", "max_pairs"), AT_LEAST_1),
     candidates=(2, None), query_size=(16, None), reward_size=(47, None), vlm_latency=(0, None),
     vlm_mistakes=(0, 1), vlm_unsure=(0, 1), discount=(0, 1), clip_alpha=(0, 1), max_usd=(0, None),
-    reward_mirror=(0, 1), reward_bfloat16=(0, 1),
+    reward_mirror=(0, 1), reward_bfloat16=(0, 1), seed=(0, 2**31 - 1),
 )
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
 DEFAULTS = dict(
@@ -218,8 +218,9 @@ def check_ranges(config):
             continue
         above = "float" in kind and field.name not in RANGES  # a rate: any number above 0
         low, high = RANGES.get(field.name, (0, None))
-        # written so that nan is refused too
-        if not (value > low if above else value >= low) or not (high is None or value <= high):
+        # written so that nan and infinity are refused too
+        if not (value > low if above else value >= low) or not (
+                value < math.inf if high is None else value <= high):
             most = "" if high is None else f", at most {high}"
             least = f"above {low}" if above else f"at least {low}"
             flag = "--" + field.name.replace("_", "-")
@@ -234,6 +235,8 @@ def price_of(config):
         return None
     try:
         tokens_in, tokens_out = map(float, config.usd_per_mtok.split(","))
+        if not (0 <= tokens_in < math.inf and 0 <= tokens_out < math.inf):
+            raise ValueError  # a price below nothing would never meet --max-usd
     except ValueError:
         raise UserError(f"--usd-per-mtok {config.usd_per_mtok}: write two prices, IN,OUT, "
                         "such as 0.10,0.50") from None
@@ -316,10 +319,12 @@ def resumed(given):
         if os.path.exists(os.path.join(folder, "summary.json")):
             with open(os.path.join(folder, "summary.json")) as file:
                 summary = json.load(file)
+        if not isinstance(stored, dict) or not isinstance(summary, dict):
+            raise ValueError("config.json or summary.json is none of ours")
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {folder}: no run folder of train.py ({error})") from None
     # trap: killed between the summary and the report, a run must still be able to finish
-    if summary["finished"] and os.path.exists(os.path.join(folder, "report.html")):
+    if summary.get("finished") and os.path.exists(os.path.join(folder, "report.html")):
         raise UserError(f"the run in {folder} has finished: "
                         f"see {os.path.join(folder, 'report.html')}")
     names = {field.name for field in dataclasses.fields(Config)}
@@ -338,7 +343,11 @@ class Run:
         self.state = None  # the last checkpoint
         if config.resume and os.path.exists(self.path("checkpoint", "state.pt")):
             # weights_only: tensors, numbers and strings; a foreign run folder cannot run code here
-            self.state = torch.load(self.path("checkpoint", "state.pt"), weights_only=True)
+            try:
+                self.state = torch.load(self.path("checkpoint", "state.pt"), weights_only=True)
+            except Exception as error:  # a damaged file may raise anything
+                raise UserError(f"--resume {self.folder}: its checkpoint cannot be read "
+                                f"({' '.join(str(error).split())[:120]})") from None
         elif not config.resume:
             os.makedirs(self.folder)
         # trap: the first file of all: a folder without it could neither be resumed nor used again

@@ -146,6 +146,8 @@ def plan(name, seeds=None, extra=None):
     """
     if name not in SWEEPS:
         raise ValueError(f"no sweep {name!r}; there are {', '.join(SWEEPS)}; or make one: --grid field=value,value")
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"--seeds {seeds}: it must be at least 1")
     tasks, settings = SWEEPS[name].tasks, SWEEPS[name].settings
     varied = tuple(dict.fromkeys(field for each in settings.values() for field in each))
     cells = itertools.product(range(seeds or 5), tasks, settings.items())
@@ -229,15 +231,20 @@ def run_one(job):
     os.environ["TQDM_MININTERVAL"] = "30"  # seconds between two lines of a progress bar that nobody watches
     os.makedirs(os.path.dirname(job.folder), exist_ok=True)
     error, log_path = "", job.folder + ".log"  # beside the folder, which train() wants to make itself
-    with open(log_path, "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        try:
-            import train
+    with open(log_path, "a") as log:
+        try:  # trap: two sweeps of one name would both go on with the same run, and mix their rows
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return "another sweep is at work on this run", {}
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                import train
 
-            train.train(settings(job))
-            error = "" if stored(job)[1].get("finished") else "interrupted"
-        except Exception as problem:  # whatever it is, the other runs go on; the log has the traceback
-            traceback.print_exc()
-            error = " ".join(f"{type(problem).__name__}: {problem}".split())
+                train.train(settings(job))
+                error = "" if stored(job)[1].get("finished") else "interrupted"
+            except Exception as problem:  # whatever it is, the other runs go on; the log has the traceback
+                traceback.print_exc()
+                error = " ".join(f"{type(problem).__name__}: {problem}".split())
     if os.path.isdir(job.folder):
         os.replace(log_path, os.path.join(job.folder, "train.log"))
     paths = [path for path in (Path(job.folder, name) for name in SMALL) if path.is_file()]

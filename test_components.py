@@ -25,6 +25,7 @@ import os
 import pathlib
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -2918,6 +2919,12 @@ def test_report_is_one_file_that_loads_nothing(full_report):
     assert len(page) < 5_000_000 and 'class="missing"' not in page
 
 
+def test_a_table_that_cannot_be_read_costs_its_section_not_the_report(tmp_path):
+    """A cell larger than Python's csv takes must count as no table."""
+    (tmp_path / "a.csv").write_text("x\n" + "9" * 200_000 + "\n")
+    assert report.read_table(tmp_path / "a.csv") == {}
+
+
 def test_report_escapes_what_the_vlm_said(full_report):
     """Hostile answers must be shown as text, in full, and never become markup."""
     page = full_report[1]
@@ -3575,6 +3582,53 @@ def test_the_same_sweep_runs_on_ray(stub_train, monkeypatch, tmp_path):
     assert [(row["seed"], bool(row["error"])) for row in result()] == [("7", True), ("8", True), ("0", False)]
 
 
+def test_two_sweeps_never_work_on_one_run(here):
+    """A run that another process holds must be left to it: not trained, and no row of it lost."""
+    job, = sweep.plan_grid(["env=CartPole", "seed=0"])
+    assert sweep.sweep([job], "mine") == 0
+    folder = pathlib.Path("runs/sweeps/mine").resolve() / sweep.slug(job)
+    with open(f"{folder}.log", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        error, files = sweep.run_one(dataclasses.replace(job, folder=str(folder)))
+    assert error == "another sweep is at work on this run" and not files
+    assert (folder / "train.log").read_text().count("trained") == 1
+    with pytest.raises(ValueError, match="--seeds 0: it must be at least 1"):
+        sweep.plan("tasks", 0)
+
+
+def test_what_is_drawn_is_what_was_measured(here, monkeypatch):
+    """Lines and dots must stand at the IQM, bands at the interval; every title names measure, seeds and labeler."""
+    drawn, measured = {}, iter((0.2, 0.4, 0.9, 0.1, 0.6, 0.8))
+    monkeypatch.setattr(plots, "finish", lambda figure, axes, path: drawn.update({pathlib.Path(path).name: (figure, axes)}) or str(path))
+    sweep.sweep(sweep.plan_grid(["env=CartPole", "max_pairs=10,20", "sampler=uniform,best,entropy", "seed=0,1"]), "dots")
+    sweep.sweep(sweep.plan_grid(["env=CartPole", "max_pairs=10,20,40", "seed=0,1"]), "lines")
+    for name in ("dots", "lines"):
+        rows = result(name)
+        for row in rows if name == "lines" else ():
+            row["eval_success"] = str(next(measured))
+        with open(f"results/{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        plots.plot(f"results/{name}.csv")
+    rows = result("lines")
+    figure, axes = drawn["lines.png"]
+    at = {pairs: [float(row["eval_success"]) for row in rows if row["max_pairs"] == pairs] for pairs in ("10", "20", "40")}
+    line, = axes[0, 0].lines
+    assert line.get_xdata().tolist() == [10, 20, 40] and np.allclose(line.get_ydata(), [np.mean(v) for v in at.values()])
+    band = axes[0, 0].collections[0].get_paths()[0].vertices
+    assert {round(y, 3) for x, y in band if x == 10} == {round(v, 3) for v in at["10"]}
+    for figure, axes in drawn.values():
+        title = figure.get_suptitle()
+        assert "offline stand-in (not a VLM)" in title and "of 2 seeds" in title and "success at the end" in title
+    curve = drawn["lines_curves.png"][1][0, 0].lines[0]
+    assert curve.get_xdata().tolist() == [0, 100] and curve.get_ydata().tolist() == [0, 0.5]
+    plots.draw_dots("x.png", [{**row, "setting": row["max_pairs"]} for row in rows], "eval_success")
+    dots = {tick.get_text(): line.get_xdata()[0] for tick, line in zip(
+        drawn["x.png"][1][0, 0].get_yticklabels(), [each for each in drawn["x.png"][1][0, 0].lines if each.get_marker() == "o"])}
+    assert dots == pytest.approx({pairs: np.mean(v) for pairs, v in at.items()})
+
+
 def test_the_interquartile_mean_and_its_interval_are_right():
     """Of 5 seeds the lowest and the highest must go, of 3 none; the interval must hold the mean and shrink with n."""
     assert plots.iqm([0, 1, 2, 3, 100]) == 2 and plots.iqm([0, 1, 5]) == 2
@@ -4111,7 +4165,9 @@ def test_kept_answers_all_fit_where_a_run_goes_on(tmp_path, monkeypatch):
     (["--resume", "nowhere"], "no run folder"),
     (["--vlm-extra", "{"], "--vlm-extra"),
     (["--max-usd", "3"], "usd"),
-    (["--usd-per-mtok", "cheap"], "IN,OUT"),
+    (["--usd-per-mtok", "cheap"], "IN,OUT"), (["--max-usd", "1", "--usd-per-mtok=-1,-1"], "IN,OUT"),
+    (["--max-usd", "1", "--usd-per-mtok", "nan,1"], "IN,OUT"), (["--usd-per-mtok", "1,inf"], "IN,OUT"),
+    (["--seed", "99999999999999999999"], "--seed"),
     (["--reward", "code", "--programs", "nowhere"], "nowhere"),
 ])
 def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, said):
@@ -4198,10 +4254,60 @@ def test_a_discrete_policy_is_evaluated_as_the_stochastic_one_it_is(space, diffe
 
 
 @pytest.mark.usefixtures("unreported")
+def test_the_last_third_is_the_evaluations_of_the_last_third_of_the_steps(tmp_path, monkeypatch):
+    """Of evaluations at 0, 50, ..., 300 steps, those at 250 and 300; the one before learning is none of them."""
+    shares = iter((0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7))
+    monkeypatch.setattr(train, "evaluate", lambda *_: {
+        "eval_return": 0.0, "eval_success": next(shares), "eval_success_frames": 0.0, "eval_progress": 0.0})
+    train.train(tiny(tmp_path, reward="true", eval_every=50))
+    assert json.load(open(tmp_path / "run" / "summary.json"))["success_last_third"] == pytest.approx(0.6)
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_damaged_run_folder_is_one_line(tmp_path, monkeypatch):
+    """Whatever is wrong with config, summary or checkpoint, --resume must say so, in one line."""
+    monkeypatch.setattr(train, "finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(tiny(tmp_path, reward="true"))
+    folder = tmp_path / "run"
+    (folder / "checkpoint" / "state.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(run.UserError, match="its checkpoint cannot be read"):
+        train.train(run.resumed({"resume": str(folder)}))
+    (folder / "summary.json").write_text("{}")
+    assert run.resumed({"resume": str(folder)}).reward == "true"  # no word of an end: it goes on
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(run.UserError, match="no run folder of train.py"):
+        run.resumed({"resume": str(folder)})
+
+
+def test_the_command_that_a_run_writes_down_makes_it_again():
+    """config.json's command, given to the shell, must be the same settings; only `out` is another's."""
+    config = run.Config(env="DrawerOpen", seed=3, labels="oracle", vlm_mistakes=0.2, goal='to "open" it', max_pairs=7, out="x")
+    words = shlex.split(run.command_line(config))
+    assert words[:2] == ["python", "train.py"]
+    assert run.parse_args(words[2:]) == dataclasses.replace(config, out=None)
+
+
+def test_rows_after_the_checkpoint_are_written_once(tmp_path, monkeypatch):
+    """A kill after an evaluation and before the next checkpoint must not leave its row twice in metrics.csv."""
+    train.train(tiny(tmp_path, "whole", reward="true"))
+    monkeypatch.setattr(train, "finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(tiny(tmp_path, "cut", reward="true"))
+    monkeypatch.undo()
+    for name, line in (("metrics.csv", "999,9\n"), ("timing.csv", "999,9\n")):
+        with open(tmp_path / "cut" / name, "a") as file:
+            file.write(line)
+    train.train(run.resumed({"resume": str(tmp_path / "cut")}))
+    whole, cut = ((tmp_path / name / "metrics.csv").read_text() for name in ("whole", "cut"))
+    assert cut == whole and "999" not in (tmp_path / "cut" / "timing.csv").read_text()
+
+
+@pytest.mark.usefixtures("unreported")
 @pytest.mark.parametrize("field, value, says", [
     ("hold", 0, "--hold 0: it must be at least 1"), ("reward_shift", -1, "--reward-shift -1: it must be at least 0"),
     ("discount", 1.5, "--discount 1.5: it must be at least 0, at most 1"), ("discount", float("nan"), "--discount nan"),
-    ("sac_lr", 0.0, "--sac-lr 0.0: it must be above 0"), ("reward_size", 20, "--reward-size 20: it must be at least 47")])
+    ("sac_lr", 0.0, "--sac-lr 0.0: it must be above 0"), ("reward_lr", float("inf"), "--reward-lr inf"), ("reward_size", 20, "--reward-size 20: it must be at least 47")])
 def test_a_number_out_of_its_range_is_refused_before_anything_is_made(field, value, says):
     """One line with the flag, the value and what is possible; every value of every task's own entry must be in range."""
     with pytest.raises(run.UserError, match=re.escape(says)):

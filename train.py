@@ -658,7 +658,7 @@ def finish(config, run, finished, at, labeler, agent, price, env):
     write_gif(run.path("eval_after.gif"), env, learned_policy(agent), config)
     spearman = write_episodes(run.path("episodes.csv"), env, learned_policy(agent), price, config)
     text = closing_text(config, run, finished, at, labeler, spearman)
-    third = [row["eval_success"] for row in run.rows[-max(1, len(run.rows) // 3):] if "eval_success" in row]
+    third = [row["eval_success"] for row in run.rows if "eval_success" in row and 3 * row["step"] > 2 * at["step"]]
     solved = at["solved"] or [None, None]
     vlm = {key: labeler.vlm and getattr(labeler.vlm, key) for key in ("calls", "tokens_in", "tokens_out", "usd")}
     write_json(run.path("summary.json"), {
