@@ -2916,7 +2916,46 @@ def test_report_is_one_file_that_loads_nothing(full_report):
     assert len(sources) == 22 and len(drawn(page)) == 8
     assert all(re.match(r"data:image/(png|gif|svg\+xml);base64,", s) for s in sources)
     assert "http:" not in page and "https:" not in page and "@import" not in page
+    policy, = re.findall(r'Content-Security-Policy"\s+content="([^"]*)', page)
+    assert policy.startswith("default-src 'none'") and "script-src" not in policy
     assert len(page) < 5_000_000 and 'class="missing"' not in page
+
+
+def test_the_charts_of_a_report_draw_the_files_of_the_run(full_report, monkeypatch):
+    """Every line, bar and dot must stand where metrics.csv, labels.jsonl and episodes.csv say."""
+    from matplotlib.figure import Figure
+
+    def keep(run, title, draw):
+        kept[title] = Figure().add_axes((0, 0, 1, 1))
+        draw(kept[title])
+        return ""
+
+    kept, its = {}, report.read_run(full_report[0])
+    monkeypatch.setattr(report, "chart", keep)
+    report.curves(its, "curves", {"eval_return": ("k", "return"), "label_accuracy": ("r", "labels")})
+    report.outcome_chart(its)
+    report.episode_charts(its)
+    metrics = {name: report.column(its.metrics, name) for name in ("step", "eval_return", "label_accuracy")}
+    for drawn_line, name, skip in zip(kept["curves"].lines, ("eval_return", "label_accuracy"), (0, 1)):
+        assert np.array_equal(drawn_line.get_xdata(), metrics["step"][skip:])  # no label before the first step
+        assert np.array_equal(drawn_line.get_ydata(), metrics[name][skip:])
+    bars, = (axes for title, axes in kept.items() if title.startswith("What became"))
+    names = [bar.get_label() for bar in bars.containers]
+    heights = np.array([[patch.get_height() for patch in bar] for bar in bars.containers])  # (outcomes, bins)
+    asked = np.array([int(text.get_text()) for text in bars.texts])
+    assert np.allclose(heights.sum(0), 1) and asked.sum() == len(its.labels) == 40
+    for name, share in zip(names, heights):
+        assert round((share * asked).sum()) == sum(report.outcome(row) == name for row in its.labels) > 0
+    table = {name: report.column(its.episodes, name) for name in ("learned_reward", "progress", "true_reward")}
+    kind, episode = np.array(its.episodes["kind"]), report.column(its.episodes, "episode")
+    for title, name in (("scripted expert", "expert"), ("random actions", "random"), ("after learning", "after")):
+        for drawn_line, column in zip(kept[f"Reward along an episode, {title}"].lines, ("learned_reward", "progress")):
+            values = table[column]
+            expected = (values[(kind == name) & (episode == 0)] - values.min()) / np.ptp(values)
+            assert np.allclose(drawn_line.get_ydata(), expected) and drawn_line.get_xdata().tolist() == list(range(60))
+    dots, = (axes.lines[0] for title, axes in kept.items() if title.startswith("Learned against true"))
+    assert np.array_equal(dots.get_xdata(), table["true_reward"][kind == "random"])
+    assert np.array_equal(dots.get_ydata(), table["learned_reward"][kind == "random"])
 
 
 def test_a_table_that_cannot_be_read_costs_its_section_not_the_report(tmp_path):
@@ -3623,6 +3662,11 @@ def test_what_is_drawn_is_what_was_measured(here, monkeypatch):
         assert "offline stand-in (not a VLM)" in title and "of 2 seeds" in title and "success at the end" in title
     curve = drawn["lines_curves.png"][1][0, 0].lines[0]
     assert curve.get_xdata().tolist() == [0, 100] and curve.get_ydata().tolist() == [0, 0.5]
+    folder = next(pathlib.Path("runs/sweeps/lines").glob("*seed0"))
+    plots.draw_alignment([str(folder)], "a.png")
+    aligned = {line.get_label(): line.get_ydata().tolist() for line in drawn["a.png"][1][0, 0].lines}
+    assert aligned == {"true progress": [0, 2 / 3, 1 / 3, 1], "preference reward": [0, 1 / 3, 2 / 3, 1]}
+    assert "offline stand-in (not a VLM)" in drawn["a.png"][0].get_suptitle()
     plots.draw_dots("x.png", [{**row, "setting": row["max_pairs"]} for row in rows], "eval_success")
     dots = {tick.get_text(): line.get_xdata()[0] for tick, line in zip(
         drawn["x.png"][1][0, 0].get_yticklabels(), [each for each in drawn["x.png"][1][0, 0].lines if each.get_marker() == "o"])}
