@@ -9,7 +9,7 @@ the embeddings, of unit length, of the picture, of the goal ("the drawer is open
 The goal is a sentence about a state, not an order: "the pole is upright", not "to balance the pole".
 
 Differs from the paper:
-  1. RL-VLM-F scales its score by 2 r - 1; where nothing terminates, as in its tasks, SAC learns the same from both.
+  1. RL-VLM-F scales its score by 2 r - 1; where nothing terminates, as in its tasks, the best policy is that of both.
   2. The default is a small CLIP that two CPU cores can run; VLM-RM found that larger ones judge much better.
 
 Shapes: pictures (N, H, W, 3) uint8; embeddings (N, D) float32 of unit length; rewards (N,) float32, in (-1, 1] for

@@ -279,8 +279,8 @@ class Program:
         theirs.close()
         self._finalizer = weakref.finalize(self, _end, self.process, self.pipe, folder)
         self.busy = 0.0
+        message = {"source": self.source}
         try:
-            message = {"source": self.source}
             self.active = self._exchange(message, b"", START_SECONDS)[0]["active"]
         except ProgramError:
             self.close()  # trap: a process without a program would answer the next call

@@ -261,7 +261,7 @@ def who_labels(config):
     mistakes = f", wrong on purpose in {config.vlm_mistakes:.0%}" if config.vlm_mistakes else ""
     if config.labels == "oracle" and config.reward == "preference":
         return f"oracle (labels from true progress, not a VLM{mistakes})"
-    stand_in = config.vlm.split("/")[0] == "offline"
+    stand_in = config.vlm.startswith("offline")  # offline/NAME: one that runs already
     return f"offline stand-in (not a VLM{mistakes})" if stand_in else config.vlm
 
 

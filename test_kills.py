@@ -129,7 +129,7 @@ def kill_and_resume(server, folder, settings, kills, span, rng):
         known = set(server.asked[:began])
         wait = float(rng.uniform(0, span)) if killed < kills else None
         from_start, answers = bool(rng.random() < 0.1), 0
-        if kills and not killed:
+        if not killed:
             # trap: a kill with no answer on disk, or none after the checkpoint, proves nothing of the cache; this one
             # comes in the middle of the second session
             wait, answers = 0, 3 * SETTINGS["pairs_per_session"]

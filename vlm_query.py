@@ -223,8 +223,8 @@ def error_in(raw):
         data = data[0] if isinstance(data, list) else data  # Gemini: sometimes in a list
         error = data.get("error") or data.get("detail") or data.get("type") == "error"
         return error if isinstance(error, dict) else {"message": str(error)} if error else {}
-    # no JSON, or none that a provider sends
     except (ValueError, IndexError, AttributeError, RecursionError):
+        # no JSON, or none that a provider sends
         page = re.search(r"(?is)<title>(.*?)</title>", raw)
         return {"message": page.group(1) if page else raw or "(nothing)"}
 
