@@ -3,13 +3,14 @@
     python hack_search.py CartPole DoorKey-6x6        two tasks; none named: all of TASKS
     python hack_search.py --steps 0                   without SAC, which takes most of the time
 
-What this is: STEPs C1 to C4 with the offline stand-in (no VLM), on episodes that C3 has not seen:
-accuracy = share of frames where (progress >= DONE) agrees with the true state of the sub-task (an
-earlier one is an event: done from its first such frame on); hacking = random shooting, and SAC,
-from one start for the largest sum(Phi - 1), the programs alone: a hack is more than the expert's
-from an episode that is never at the goal; one that is there and leaves again is counted apart, as
-`left`. It leaves results/code_accuracy.csv and results/reward_hacking.csv, where the rows
-of tasks not named stay as they are. T frames, K sub-tasks.
+What this is: STEPs C1 to C4 with the offline stand-in (no VLM), on episodes of other seeds than C3's
+(where the start is fixed, the expert's is the same): accuracy = share of frames where (progress >=
+DONE) agrees with the true state of the sub-task (an earlier one is an event: done from its first
+such frame on); hacking = random shooting, and SAC, from one start for the largest sum(Phi - 1), the
+programs alone: a hack is more than the expert's from an episode that is never at the goal; one that
+is there and leaves again is counted apart, as `left` (CartPole starts at its goal: read that one).
+It leaves results/code_accuracy.csv and results/reward_hacking.csv, where the rows of tasks not
+named stay as they are. T frames, K sub-tasks.
 To use it elsewhere:
     import hack_search
     accuracy, hacking = hack_search.examine("DoorKey-5x5", searched=2, steps=200)
@@ -34,7 +35,7 @@ TASKS = tuple(envs.TASKS)
 
 
 def at_goal(successes):
-    """(T+1,) bool -> at the goal at the "end" of the episode, only "before" it, or "never"."""
+    """bool of each frame -> at the goal at the "end" of the episode, only "before" it, or "never"."""
     return "end" if successes[-1] else "before" if any(successes) else "never"
 
 
@@ -57,7 +58,7 @@ def play(env, reward, size, act, seed):
         obs, _, terminated, truncated, info = env.step(act(obs, len(frames) - 1))
         over = terminated or truncated
     frames = np.stack(frames)
-    rewards = reward.episode_rewards(frames[1:], frames[0], terminated and not successes[-1])
+    rewards = reward.episode_rewards(frames[1:], frames[0])  # no word of the simulator's in it
     return frames, np.array(true, bool), float(rewards.sum()), at_goal(successes)
 
 
@@ -80,8 +81,7 @@ def sac_search(env, reward, settings, steps, seed):
             for _ in range(0 if blind else settings.updates):
                 agent.update(buffer.sample(settings.batch_size))
         frames = np.stack(frames)
-        rewards = reward.episode_rewards(
-            frames[1:], frames[0], terminated and not successes[-1], settings.discount)
+        rewards = reward.episode_rewards(frames[1:], frames[0])
         buffer.price(rewards)
         yield float(rewards.sum()), at_goal(successes)
 
@@ -140,10 +140,10 @@ def write(accuracy, hacking):
         path.parent.mkdir(exist_ok=True)
         if path.exists():
             with open(path, newline="") as file:
-                rows = rows + [row for row in csv.DictReader(file) if row["task"] not in new]
+                rows = rows + [row for row in csv.DictReader(file) if row.get("task") not in new]
         # older rows may have columns of their own
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        rows.sort(key=lambda row: TASKS.index(row["task"]))
+        rows.sort(key=lambda row: [*TASKS, row.get("task")].index(row.get("task")))
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, "", lineterminator="\n")
             writer.writeheader()
@@ -156,7 +156,10 @@ def main(tasks, steps=None):
     if unknown:
         sys.exit(f"hack_search.py: no programs for {unknown[0]}; there are {', '.join(TASKS)}")
     for task in tasks or TASKS:  # each is on disk before the next begins
-        accuracy, hacking = examine(task, steps=steps)
+        try:
+            accuracy, hacking = examine(task, steps=steps)
+        except (ValueError, code_as_reward.CodeAsRewardError) as error:
+            sys.exit(f"hack_search.py: {error}")
         write(accuracy, [hacking])
 
 

@@ -4,8 +4,8 @@ It lets everything run without a key, a network or a GPU. On loopback it speaks 
 OpenAI (chat completions), Gemini (generateContent) and Anthropic (messages), decodes the pictures
 it was sent, measures them with a few lines of numpy per goal (READERS), says in words what it
 measured, and decides from the words: the two stages of STEP 3. It never sees the simulator, and
-knows the goals of the built-in tasks only; any other is an HTTP 400 that names them. Its answers
-and its model name say that it is no VLM.
+knows the goals of the built-in tasks only, where a line or a sentence ends in one; any other is an
+HTTP 400 that names them. Its answers and its model name say that it is no VLM.
 
 What it does with a question, by what is in it:
   two images                  describe both; decide as well if the text asks for 0, 1 or -1
@@ -166,8 +166,8 @@ def read_cloth(image):
     cloth = (pixels[..., 0] > 60) & (pixels[..., 2] < 0.5 * pixels[..., 0])  # red or yellow
     if cloth.mean() < 0.02:
         return float("nan")
-    places = (np.arange(image.shape[1]) + 0.5) / image.shape[1]
-    row, column = places[:, None], places[None, :]
+    row, column = ((np.arange(n) + 0.5) / n for n in image.shape[:2])
+    row, column = row[:, None], column[None, :]
     should = (row < 0.855) & (column < 0.855) & (row + column > 1)
     return float(100 * (cloth & should).sum() / (cloth | should).sum())
 
@@ -185,7 +185,8 @@ def read_rope(image):
 
 
 def read_water(image):
-    """(H, W, 3) uint8 -> metres from cup to red circle, plus ten times the share of water lost."""
+    """(H, W, 3) uint8 -> metres from cup to red circle, plus ten times the share of water lost,
+    which is a rough one: drops hide each other."""
     pixels = image.astype(np.float64)
     red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
     water, circle = (blue > 80) & (blue > 2.5 * red), (red > 150) & (green < 0.4 * red)
@@ -198,7 +199,7 @@ def read_water(image):
         return float("nan")
     middle = (columns[0] + columns[-1] + 1) / 2 / size  # in picture widths; the circle is at 0.878
     water[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = False  # what is left is outside
-    # A picture width is 1.77 m there; all drops side by side would fill 1/27 of the picture.
+    # A picture width is 1.77 m there. 27 is set by eye: drops laid flat fill 1/16 to 1/22 of it.
     return float(1.77 * abs(middle - 0.878) + 10 * min(1.0, 27 * water.mean()))
 
 
@@ -498,18 +499,22 @@ def data_url(url):
     return picture(found.group(2), found.group(1))
 
 
-def read_messages(body):
-    """OpenAI's messages or Anthropic's: strings or lists of typed parts -> [str or image]."""
+def read_messages(body, kind, read_image):
+    """Messages of strings or of lists of parts, text or of one kind of image -> [str or image]."""
     parts = []
     for content in (message["content"] for message in body["messages"]):
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part["type"] == "text":
                 parts.append(part["text"])
-            elif part["type"] == "image_url":
-                parts.append(data_url(part["image_url"]["url"]))
-            else:
-                parts.append(picture(part["source"]["data"], part["source"]["media_type"]))
+            elif part["type"] == kind:
+                parts.append(read_image(part))
+            else:  # trap: OpenAI's image part at Anthropic's address, or the other way round
+                raise BadQuestion(f"no part of type {part['type']!r} here: text or {kind}")
     return parts
+
+
+def read_chat(body):
+    return read_messages(body, "image_url", lambda part: data_url(part["image_url"]["url"]))
 
 
 def write_chat(text, end, tokens):
@@ -546,7 +551,8 @@ def write_gemini(text, end, tokens):
 def read_anthropic(body):
     if "max_tokens" not in body:
         raise BadQuestion("max_tokens: field required")
-    return read_messages(body)
+    return read_messages(body, "image", lambda part: picture(
+        part["source"]["data"], part["source"]["media_type"]))
 
 
 def write_anthropic(text, end, tokens):
@@ -558,11 +564,13 @@ def write_anthropic(text, end, tokens):
 
 
 def fail_openai(status, kind, message, wait):
-    return {"error": {"message": message, "type": kind, "param": None, "code": kind}}
+    code = "rate_limit_exceeded" if kind == "rate_limit_error" else kind
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def fail_gemini(status, kind, message, wait):
-    name = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED"}
+    name = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 404: "NOT_FOUND",
+            429: "RESOURCE_EXHAUSTED", 500: "INTERNAL"}
     details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{wait}s"}]
     if kind == "insufficient_quota":
         details = [{"@type": "type.googleapis.com/google.rpc.QuotaFailure",
@@ -581,7 +589,7 @@ def fail_anthropic(status, kind, message, wait):
 
 
 Wire = namedtuple("Wire", "ending read write fail")
-WIRES = (Wire("/chat/completions", read_messages, write_chat, fail_openai),
+WIRES = (Wire("/chat/completions", read_chat, write_chat, fail_openai),
          Wire(":generateContent", read_gemini, write_gemini, fail_gemini),
          Wire("/messages", read_anthropic, write_anthropic, fail_anthropic))
 
@@ -603,7 +611,7 @@ STRANGE = {
     "think closed": ("complete", lambda text: f"<think>0 or 1? Say 1, or 0.</think>{text}"),
     "think unclosed": ("complete", lambda text: f"<think>Let me see. {text}"),
     "100% sure": ("complete", lambda text: re.sub(r"\n(-1|0|1)$", r"\n100% sure: \1", text)),
-    "0.5": ("complete", lambda text: re.sub(r"\n(-1|0|1)$", "\n0.5", text)),
+    "half": ("complete", lambda text: re.sub(r"\n(-1|0|1)$", "\n0.5", text)),
     "minus sign": ("complete", lambda text: re.sub(r"\n(-1|0|1)$", "\n\u22121", text)),
 }
 FAULTS = (*TRANSIENT, *HOPELESS, *STRANGE)
@@ -625,8 +633,10 @@ class Handler(BaseHTTPRequestHandler):
         wire = next((wire for wire in WIRES if path.endswith(wire.ending)), None)
         if wire is None:
             return self.send(404, {"error": {"message": f"{SAYS} ask at /v1/chat/completions"}})
-        digest, fault = vlm.register(raw, self.path, self.headers)
-        vlm.stopping.wait(vlm.latency)
+        fault = vlm.register(raw, self.path, self.headers)
+        if vlm.stopping.wait(vlm.latency):  # trap: open connections outlive the server's socket
+            self.close_connection = True
+            return
         if fault in HOPELESS or not vlm.key_fits(self.headers):
             status, kind, message = HOPELESS.get(fault, HOPELESS["wrong key"])
             return self.send(status, wire.fail(status, kind, message, None))
@@ -647,14 +657,14 @@ class Handler(BaseHTTPRequestHandler):
         tokens = (sum(len(part) // 4 if isinstance(part, str) else
                       -(-part.shape[0] // 32) * -(-part.shape[1] // 32) for part in parts),
                   len(text) // 4)
-        self.reply(wire, fault, json.dumps(wire.write(text, end, tokens)).encode(), digest)
+        self.reply(wire, fault, json.dumps(wire.write(text, end, tokens)).encode())
 
-    def reply(self, wire, fault, good, digest):
+    def reply(self, wire, fault, good):
         """Send the good answer, or what the fault makes of it."""
         vlm = self.server.vlm
         if fault in ("429", "429 hint", "500", "529"):
             status, wait = int(fault[:3]), 0.05 if fault == "429 hint" else None
-            kind = "rate_limit_error" if status == 429 else "overloaded_error"
+            kind = {429: "rate_limit_error", 500: "api_error", 529: "overloaded_error"}[status]
             # Gemini hints in the body only.
             header = wait and wire.fail is not fail_gemini and {"Retry-After": wait}
             self.send(status, wire.fail(status, kind, "Slow down, please", wait), header or {})
@@ -676,8 +686,6 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "hang":
             vlm.stopping.wait(vlm.hang)
         elif fault != "drop before":
-            with vlm.lock:
-                vlm.answers[digest] += 1
             self.send(200, good)
         self.close_connection |= fault in ("drop before", "drop middle", "hang")
 
@@ -706,7 +714,7 @@ class OfflineVLM:
     port: 0 picks a free one.  mistakes (on two pictures), unsure: shares of the questions.
     latency: seconds.  faults: share of tries that meet a transient fault, or the name of one of
     FAULTS, which then meets the first try of every question.  key: what the caller's must be.
-    requests, answers: Counters, hash of the body -> times asked, times answered without a fault.
+    requests: Counter, hash of the body -> times asked.  ValueError for what is out of its range.
     last: (path, headers, body) last received.  model: a name that tells its settings.
     """
 
@@ -716,19 +724,24 @@ class OfflineVLM:
                  key=None):
         if isinstance(faults, str) and faults not in FAULTS:
             raise ValueError(f"no fault {faults!r}: use a share or one of {', '.join(FAULTS)}")
+        for name, share in {"mistakes": mistakes, "unsure": unsure, "faults": faults}.items():
+            if not isinstance(share, str) and not 0 <= share <= 1:
+                raise ValueError(f"{name}={share}: a share is 0 to 1")
+        if not 0 <= latency < float("inf"):
+            raise ValueError(f"latency={latency}: seconds, 0 or more")
         self.port, self.mistakes, self.unsure, self.latency = port, mistakes, unsure, latency
         self.faults, self.seed, self.key = faults, seed, key
-        self.requests, self.answers, self.last = Counter(), Counter(), None
+        self.requests, self.last = Counter(), None
         # Whatever changes its answers is in its name, so that no cache of answers mixes them up.
         version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:6]
         self.model = f"{NAME}-{version}-mistakes{mistakes}-unsure{unsure}-seed{seed}"
         self.model += f"-{faults}" * (faults in STRANGE)
-        self.lock, self.stopping = threading.Lock(), threading.Event()
+        self.lock = threading.Lock()
 
     def start(self):
         """-> base URL, such as http://127.0.0.1:8080/v1"""
         self.server = Server(("127.0.0.1", self.port), Handler)
-        self.server.vlm = self
+        self.server.vlm, self.stopping = self, threading.Event()
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return f"http://127.0.0.1:{self.server.server_port}/v1"
 
@@ -744,17 +757,17 @@ class OfflineVLM:
         self.stop()
 
     def register(self, raw, path, headers):
-        """Count a request -> hash of its body, the fault it meets or None."""
+        """Count a request -> the fault it meets, or None."""
         digest = hashlib.sha256(raw).hexdigest()
         with self.lock:
             self.requests[digest] += 1
             attempt = self.requests[digest]
             self.last = path, dict(headers), raw
         if isinstance(self.faults, str):
-            return digest, self.faults if attempt == 1 else None
+            return self.faults if attempt == 1 else None
         if chance("fault", self.seed, digest, attempt) >= self.faults:
-            return digest, None
-        return digest, TRANSIENT[int(chance("which", self.seed, digest, attempt) * len(TRANSIENT))]
+            return None
+        return TRANSIENT[int(chance("which", self.seed, digest, attempt) * len(TRANSIENT))]
 
     def key_fits(self, headers):
         given = (headers.get("x-goog-api-key"), headers.get("x-api-key"),

@@ -46,6 +46,7 @@ import gymnasium
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 from gymnasium.utils.env_checker import check_env
@@ -737,7 +738,7 @@ FAULT_ROWS = {**dict.fromkeys(offline_vlm.TRANSIENT, (1, "label")),
               "quota gone": "waiting does not help",
               "empty choices": (-2, "no answer"), "cut off": (-2, "no answer"), "refusal": (-2, "no answer"),
               "think closed": (1, "label"), "think unclosed": (-2, "no answer"), "100% sure": (1, "label"),
-              "0.5": (-2, "unreadable"), "minus sign": (-1, "unsure")}
+              "half": (-2, "unreadable"), "minus sign": (-1, "unsure")}
 
 
 @pytest.mark.parametrize("provider", ["openai/m", "gemini/m", "anthropic/m"])
@@ -2697,6 +2698,7 @@ def draw_pole(degrees, size=200):
 
 
 POLE = "to balance the brown pole on the black cart to be upright"
+PIXEL = vlm_query.png_base64(np.zeros((1, 1, 3), np.uint8))
 
 
 def draw_poles(pairs, seed=0, size=100):
@@ -2705,6 +2707,16 @@ def draw_poles(pairs, seed=0, size=100):
     angles = angles[:, abs(abs(angles[0]) - abs(angles[1])) > 1][:, :pairs]
     first, second = (np.stack([draw_pole(angle, size) for angle in side]) for side in angles)
     return first, second, (abs(angles[1]) < abs(angles[0])).astype(np.int8)
+
+
+def test_a_search_for_hacks_scores_the_programs_alone(monkeypatch):
+    """A program that pays for a cloth left flat must be found out: an end short of the goal must not hide it."""
+    flat = types.SimpleNamespace(episode_rewards=lambda images, first, *failed: np.zeros(len(images)) - 99 * any(failed))
+    steps = iter([("obs", 0, True, False, {"success": 0.0})])
+    env = types.SimpleNamespace(reset=lambda seed: ("obs", {"success": 0.0}), picture=lambda size: np.zeros((size, size, 3)),
+                                step=lambda action: next(steps))
+    _, _, value, when = hack_search.play(env, flat, 4, lambda obs, t: 0, seed=0)
+    assert hack_search.count([(value, when)], target=-1.0) == (1, 0)
 
 
 @pytest.mark.parametrize("size", [64, 100, 200, 300])
@@ -2772,6 +2784,17 @@ def test_a_bad_request_is_a_400_in_the_formats_own_shape(path, body):
         assert caught.value.code == 400 and json.load(caught.value)["error"]["message"]
 
 
+@pytest.mark.parametrize("path, part", [
+    ("/messages", {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}),
+    ("/chat/completions", {"type": "image", "source": {"media_type": "image/png", "data": PIXEL}})])
+def test_an_image_in_the_other_providers_form_is_refused(path, part):
+    """A client that mixes the two up must not look right against the stand-in."""
+    body = {"max_tokens": 9, "messages": [{"content": [{"type": "text", "text": POLE}, part]}]}
+    with OfflineVLM() as url, pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(url + path, json.dumps(body).encode())
+    assert "no part of type" in json.load(caught.value)["error"]["message"]
+
+
 def test_a_wrong_media_type_is_refused():
     """A PNG that calls itself JPEG is a 400, as with Anthropic."""
     data = vlm_query.png_base64(draw_pole(0))
@@ -2798,6 +2821,18 @@ def test_the_stand_in_keeps_nobody_waiting_for_the_network():
     assert offline_vlm.Handler.disable_nagle_algorithm and offline_vlm.Server.request_queue_size >= 100
 
 
+def test_a_stand_in_that_stops_is_gone_for_open_connections_too_and_can_start_again():
+    """An outage that is played with stop() must be one, and must not take the latency away for ever."""
+    server, body = OfflineVLM(latency=0.2), {"messages": [{"content": offline_vlm.SIGHT}]}
+    for _ in range(2):
+        with server as url, requests.Session() as session:
+            began = time.monotonic()
+            assert session.post(url + "/chat/completions", json=body).ok and time.monotonic() - began >= 0.2
+            server.stop()
+            with pytest.raises(requests.ConnectionError):
+                session.post(url + "/chat/completions", json=body)
+
+
 @pytest.mark.parametrize("goal", ["to open the drawer and put the green ball into it", "to open the drawers"])
 def test_a_goal_that_only_begins_like_a_known_one_is_unknown(goal):
     """The stand-in must say that it does not know it, not answer another question."""
@@ -2809,6 +2844,14 @@ def test_an_unknown_fault_is_named():
     """A typo must not become a server without faults."""
     with pytest.raises(ValueError, match="no fault '430'"):
         OfflineVLM(faults="430")
+
+
+@pytest.mark.parametrize("wrong", [{"mistakes": 20}, {"unsure": -0.1}, {"faults": float("nan")}, {"latency": -1},
+                                   {"latency": float("nan")}])
+def test_a_setting_of_the_stand_in_out_of_range_is_named(wrong):
+    """20 for 20 % must not become a server that is always wrong."""
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        OfflineVLM(**wrong)
 
 
 def test_the_stand_in_knows_the_goal_of_every_built_in_task():
@@ -2830,12 +2873,13 @@ def test_each_reader_stands_alone_and_its_words_say_what_it_read(goal):
 def test_the_stand_in_serves_from_the_command_line_and_says_what_it_is():
     """The first line must name it and its URL; a bad flag or a taken port must be one line and exit code 2."""
     command = [sys.executable, offline_vlm.__file__, "--faults", "429 hint", "--port"]
-    with subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         url = line.split()[-1]
         VLM("offline", url=url).check_sight()
         taken = subprocess.run([*command, url.split(":")[2].split("/")[0]], capture_output=True, text=True, timeout=20)
-        process.terminate()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0 and process.stderr.read() == ""  # Ctrl-C is how it ends: no traceback
     wrong = subprocess.run([*command, "0", "--faults", "430"], capture_output=True, text=True, timeout=20)
     assert "not a VLM" in line and "no fault '430'" in wrong.stderr
     for done in (taken, wrong):
