@@ -7,7 +7,7 @@ VLM which image is closer to the goal, by the same code and with the same pictur
 
 Pictures come in equal parts from three kinds of episodes: random actions; half-trained; the task's scripted expert.
 Half-trained means: the expert, acting at random in 30, 50 or 70 % of the steps (it finds its way late and not always),
-or, with `--policy RUN_FOLDER`, the policy that a run of train.py came to. Pairs are spread evenly over BINS of their
+or, with `--policy RUN_FOLDER`, the newest policy of a run of train.py. Pairs are spread evenly over BINS of their
 difference in true progress, as a share of the range of all pictures. Each is asked in both orders, and in both ways:
 describe, then decide (two calls, the paper's), and all in one call.
 
@@ -44,7 +44,7 @@ BINS = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)  # edges; differences in progress as a sh
 CLEAR, ENOUGH_RIGHT, ENOUGH_LABELS = 0.1, 0.75, 0.5  # the rule of the verdict, see above
 PER_KIND, PER_EPISODE = 40, 10  # pictures of each kind of episode, and of one episode, evenly spaced in it
 NOISE = (0.3, 0.5, 0.7)  # share of random actions in "half-trained" episodes
-AUDIT_SEED = 3_000_000  # of the first episode; no picture that train.py learns from has it
+AUDIT_SEED = 3_000_000  # of the first episode; no picture that train.py learns from has it (--seed below 10)
 KINDS = ("right", "wrong", "unsure", "unreadable", "no answer", "limit")  # what can come of a question
 WAYS = {2: "two stages", 1: "one call"}
 
@@ -72,7 +72,7 @@ def policies(config, env, folder, rng):
 
 
 def trained_policy(folder, config, env):
-    """The policy of a run folder of train.py, exploring as it did in training -> obs -> action."""
+    """The newest policy of a run folder of train.py, exploring as it did in training -> obs -> action."""
     import torch
 
     import sac
@@ -293,6 +293,8 @@ def describe(rows, config, kinds):
 
 def cost_lines(row, stages, config):
     """What a question costs, and all questions of a run on the task's schedule."""
+    if not row["questions"]:
+        return ["cost: nothing was asked"]
     sessions = 1 + max(0, config.total_steps - config.explore_steps) // config.feedback_every
     pairs = min(config.max_pairs, sessions * config.pairs_per_session)
     hours = "all of it from the cache" if np.isnan(row["seconds"]) else (
@@ -344,6 +346,9 @@ def audit(config, pairs=100, policy=None):
     if config.out is None:
         name = f"audit-{config.env}-{config.vlm}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = dataclasses.replace(config, out=os.path.join("runs", name.replace("/", "_").replace(":", "_")))
+    if os.path.exists(config.out):
+        raise run.UserError(f"{config.out} exists already; choose another --out, and what was answered before is found "
+                            "in the vlm_cache beside it")
     config, env, _ = prepare(config)
     rng = np.random.default_rng(config.seed)
     labeler = Labeler(config)  # before anything is made: a wrong key or an unknown goal should leave nothing behind

@@ -42,6 +42,7 @@ LARGEST_FILE = 2**31  # bytes of one pickle; the official ones have some ten mil
 MOST_OBJECTS = 10_000  # in one pickle; the official ones have some fifty
 HASHING = ("DICT", "SETITEM", "SETITEMS", "ADDITEMS", "FROZENSET")  # what looks at a key in a pickle
 PNG = b"\x89PNG\r\n\x1a\n"
+CODES = ("b1", "u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8")  # numpy's, of plain numbers
 
 
 class CachedLabelsError(ValueError):
@@ -53,8 +54,10 @@ class _DType:
     """What a pickle says of numpy.dtype: a code such as "u1", later the order of its bytes."""
 
     def __init__(self, code, *_):
-        if code not in ("b1", "u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8"):
-            raise pickle.UnpicklingError(f"it holds values of type {str(code)[:20]!r}; only plain numbers are allowed")
+        # trap: anything but a string is not even printed: a tuple of itself, twice, forty deep, takes for ever
+        if not isinstance(code, str) or code not in CODES:
+            code = code[:20] if isinstance(code, str) else type(code).__name__
+            raise pickle.UnpicklingError(f"it holds values of type {code!r}; only plain numbers are allowed")
         self.code, self.order = code, "<"
 
     def __setstate__(self, state):

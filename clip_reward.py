@@ -130,8 +130,15 @@ def load(model):
     except ImportError:
         raise ClipError("CLIP needs transformers: pip install transformers") from None
     try:
-        return CLIPModel.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        clip, info = CLIPModel.from_pretrained(model, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        # trap: what a folder lacks, transformers makes up: random weights, an empty vocabulary
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks {len(info['missing_keys'])} of CLIP's weights")
+        if tokenizer("the pole")["input_ids"] == tokenizer("a drawer")["input_ids"]:
+            raise ValueError("its tokenizer tells no words apart")
+        return clip, tokenizer
+    except Exception as error:  # files that are cut short or of another model may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ClipError(f"no CLIP model {model!r} ({reason}); name one on the Hugging Face hub, such as {MODEL}, or, "
                         "without a network, a folder with its config.json, model.safetensors and tokenizer") from None
@@ -147,7 +154,7 @@ def main(arguments):
     try:
         pictures = [iio.imread(path, index=0, mode="RGB")[None] for path in arguments[1:]]
         reward = ClipReward(arguments[0])
-    except (ClipError, OSError) as error:  # OSError: no such file, no picture
+    except Exception as error:  # no such file, no picture, no CLIP: every decoder has errors of its own
         print(f"clip_reward.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     for path, picture in zip(arguments[1:], pictures):

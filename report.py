@@ -409,7 +409,7 @@ def gallery(run):
         cost = ", ".join(f"{name} {words(row.get(name))}" for name in (
             "index", "step", "ends", "tokens_in", "tokens_out", "seconds", "cached"))
         cards += (f'<div class="card" style="border-color: {OUTCOMES[outcome(row)]}">'
-                  f"{picture(file_of(row), 'first picture left, second right')}"
+                  f"{picture(file_of(row), '' if 'score' in row else 'first picture left, second right')}"
                   f"<p><b>{outcome(row)}</b>: the answer is {label}, the truth {truth}, difference "
                   f'{show(difference(row))}</p>{said}<p class="note">{safe(cost)}</p></div>')
     return cards and (

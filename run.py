@@ -319,8 +319,8 @@ def resumed(given):
         if os.path.exists(os.path.join(folder, "summary.json")):
             with open(os.path.join(folder, "summary.json")) as file:
                 summary = json.load(file)
-        if not isinstance(stored, dict) or not isinstance(summary, dict):
-            raise ValueError("config.json or summary.json is none of ours")
+        if not isinstance(stored, dict) or not isinstance(summary, dict) or "command" not in stored:
+            raise ValueError("config.json or summary.json is none of ours")  # an audit's has no command
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {folder}: no run folder of train.py ({error})") from None
     # trap: killed between the summary and the report, a run must still be able to finish

@@ -3166,6 +3166,7 @@ class Attack:
 
 HOSTILE_FILES = {
     "a key that takes for ever to hash": lambda good: b"\x80\x02})" + b"2\x86" * 60 + b"Ns.",
+    "a type that takes for ever to print": lambda good: b"\x80\x02cnumpy\ndtype\n)" + b"2\x86" * 60 + b"\x85R.",
     "other defaults for a function": lambda good: b"\x80\x02cnumpy._core.numeric\n_frombuffer\n"
                                                   b"N}X\x0c\x00\x00\x00__defaults__(K\x01ts\x86b.",
     "runs a command": lambda good: pickle.dumps([Attack()] * 7),
@@ -3278,6 +3279,27 @@ def small_audit(tmp_path_factory):
         out = str(tmp_path_factory.mktemp("runs") / "an_audit")
         config = run.Config(env="CartPole", horizon=30, out=out, usd_per_mtok="1,2")
         return Path(out), audit_vlm.audit(config, pairs=20)
+
+
+def test_an_audit_that_exists_is_neither_written_over_nor_trained_in(small_audit):
+    """Its answers were paid for: no command, nor one that a message names, may empty its labels.jsonl."""
+    folder, _ = small_audit
+    answers = (folder / "labels.jsonl").read_bytes()
+    with pytest.raises(run.UserError, match="choose another --out") as caught:
+        audit_vlm.audit(run.Config(env="CartPole", out=str(folder)))
+    assert "--resume" not in str(caught.value)
+    with pytest.raises(run.UserError, match="no run folder of train.py"):
+        run.parse_args(["--resume", str(folder)])
+    assert (folder / "labels.jsonl").read_bytes() == answers
+
+
+def test_an_audit_needs_no_disk_for_a_run_and_no_price_for_what_was_not_asked(tmp_path, monkeypatch):
+    """A long schedule changes only the projected cost, and where a limit left nothing to ask, nan is no cost."""
+    monkeypatch.setattr(audit_vlm, "PER_KIND", 5)
+    config = run.Config(env="CartPole", horizon=30, out=str(tmp_path / "it"), total_steps=10**12, max_calls=6, workers=1,
+                        usd_per_mtok="1,2")
+    text = audit_vlm.audit(config, pairs=1)["text"]
+    assert "cost: nothing was asked" in text and "nan" not in text
 
 
 def test_an_audit_asks_each_pair_in_both_orders_and_both_ways(small_audit):
@@ -3809,46 +3831,6 @@ def test_clip_without_transformers_or_model_says_the_cure_in_one_line(monkeypatc
         clip_reward.ClipReward("the pole is upright")
 
 
-def tiny_clip(folder):
-    """A CLIP with random weights and a vocabulary of a few words, saved like a real one."""
-    transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = ["<pad>", "<start>", "<end>", "<unk>", "the", "pole", "is", "upright", "a"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
-                                         unk_token="<unk>").save_pretrained(folder)
-    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
-    text = dict(size, vocab_size=len(words), max_position_embeddings=12, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    torch.manual_seed(0)
-    transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=text, vision_config=dict(size, image_size=32, patch_size=8), projection_dim=8)).save_pretrained(folder)
-    return str(folder)
-
-
-def test_a_tiny_random_clip_gives_the_rewards_that_transformers_gives(tmp_path):
-    """ClipReward must be the model's own cosine, the same in any batch size, and the regularised one with alpha."""
-    folder = tiny_clip(tmp_path)
-    transformers = sys.modules["transformers"]
-    images = np.random.default_rng(0).integers(0, 255, (5, 40, 60, 3), np.uint8)
-    reward = clip_reward.ClipReward("the pole is upright", model=folder)
-    found = reward.predict(images)
-    tokens = transformers.AutoTokenizer.from_pretrained(folder)("the pole is upright", return_tensors="pt")
-    with torch.no_grad():
-        model = transformers.CLIPModel.from_pretrained(folder).eval()
-        out = model(input_ids=tokens["input_ids"], pixel_values=clip_reward.preprocess(images, 32))
-    assert found.shape == (5,) and found.dtype == np.float32 and len(set(found.tolist())) == 5
-    assert np.allclose(found, (out.image_embeds @ out.text_embeds[0]).numpy(), atol=1e-5)
-    assert np.allclose(reward.embed_images(images, chunk=2) @ reward.goal, found, atol=1e-5)
-    assert reward.predict(images[:0]).shape == (0,)
-    regularised = clip_reward.ClipReward("the pole is upright", "a pole", alpha=0.5, model=folder)
-    expected = clip_reward.goal_baseline_reward(out.image_embeds, regularised.goal, regularised.baseline, 0.5)
-    assert np.allclose(regularised.predict(images), expected.numpy(), atol=1e-5)
-
-
 # ==== bench.py ====
 def test_a_rate_and_a_time_are_compared_in_opposite_directions():
     """Twice as many per second and half as many seconds must both be a ratio of 2, and be judged by it."""
@@ -4023,10 +4005,9 @@ def test_a_reward_that_looks_at_no_pictures_learns_the_same_without_them(tmp_pat
 def test_disk_is_not_asked_for_where_no_picture_is_stored(tmp_path, monkeypatch):
     """A full disk must stop a run that stores pictures before it starts, and no run with the true reward."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))
-    for env in train.prepare(tiny(tmp_path, reward="true"))[1:]:
-        env.close()
+    train.check_disk(run.resolve(tiny(tmp_path, reward="true")))
     with pytest.raises(run.UserError, match="of disk"):
-        train.prepare(tiny(tmp_path, reward="score"))
+        train.train(tiny(tmp_path, reward="score"))
 
 
 def test_the_labeler_is_named_everywhere(tmp_path, capsys):
@@ -4145,10 +4126,10 @@ def test_candidates_need_disk_too(tmp_path, monkeypatch):
     candidates = 3 * config.candidates * (config.reward_size**2 + config.query_size**2)
     free = types.SimpleNamespace(free=steps + candidates)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    train.check_disk(config, config.out)
+    train.check_disk(config)
     free.free -= 1
     with pytest.raises(run.UserError, match="50 candidates need"):
-        train.check_disk(config, config.out)
+        train.check_disk(config)
 
 
 @pytest.mark.usefixtures("unreported")

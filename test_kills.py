@@ -177,6 +177,8 @@ def main():
     parser.add_argument("--total-steps", type=int, default=3000, help="environment steps of a run")
     parser.add_argument("--out", default="results/kills.csv", help="the table")
     options = parser.parse_args()
+    if options.kills < 1 or options.total_steps < 600:
+        parser.error("--kills is 1 or more, --total-steps 600 or more: a shorter run has too few answers to lose")
     rng, rows = np.random.default_rng(options.seed), []
     call = f"python test_kills.py --kills {options.kills} --seed {options.seed} --total-steps {options.total_steps}"
     while (left := options.kills - sum(row["kills"] for row in rows)) > 0:

@@ -2,7 +2,8 @@
 
 Our client and our stand-in could share a misunderstanding. So the official SDKs of OpenAI, Anthropic and Google talk to
 the stand-in under strict validation, and must send the JSON that we send and read the text that we read; and a server
-we did not write, `transformers serve`, must see both pictures that our client sends, in order.
+we did not write, `transformers serve`, must see both pictures that our client sends, in order. And a tiny CLIP must be
+priced as `transformers` itself does.
 
     python -m venv witness && witness/bin/pip install -r requirements-witness.txt
     witness/bin/python -m pytest test_witness.py
@@ -107,7 +108,7 @@ def test_the_sdk_accepts_the_stand_ins_refusals_and_cut_off_answers(provider, fa
 
 @pytest.mark.parametrize("fault, name", [("429", "RateLimitError"), ("wrong key", "AuthenticationError"),
                                          ("unknown model", "NotFoundError"), ("500", "InternalServerError"),
-                                         ("invalid JSON", "Error"), ("drop before", "APIConnectionError")])
+                                         ("invalid JSON", "JSONDecodeError"), ("drop before", "APIConnectionError")])
 @pytest.mark.parametrize("provider", ["openai/m", "anthropic/m"])
 def test_the_sdk_knows_the_stand_ins_faults_by_name(provider, fault, name):
     """Each fault must be the exception that the SDK's users know it by."""
@@ -209,3 +210,100 @@ def test_a_model_that_cannot_see_is_found_out_before_it_is_trusted(tiny):
     """Random weights must not pass the sight check."""
     with pytest.raises(vlm_query.VLMError, match="sight check: cut off"):
         VLM(tiny[0], url=tiny[1], extra={"max_tokens": 24}).check_sight()
+
+
+# ---- CLIP as `transformers` has it, with a tiny one of random weights ----
+
+def make_tiny_clip(folder):
+    """A CLIP with random weights and a vocabulary of a few words, saved like a real one -> the folder."""
+    transformers = pytest.importorskip("transformers", reason=CURE)
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "<start>", "<end>", "<unk>", "the", "pole", "is", "upright", "a"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
+                                         unk_token="<unk>").save_pretrained(folder)
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
+    text = dict(size, vocab_size=len(words), max_position_embeddings=12, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(0)
+    transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text, vision_config=dict(size, image_size=32, patch_size=8), projection_dim=8)
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_tiny_random_clip_gives_the_rewards_that_transformers_gives(tmp_path):
+    """ClipReward must be the model's own cosine, the same in any batch size, and the regularised one with alpha."""
+    folder = str(make_tiny_clip(tmp_path))
+    import torch
+    import transformers
+
+    import clip_reward
+
+    images = np.random.default_rng(0).integers(0, 255, (5, 40, 60, 3), np.uint8)
+    reward = clip_reward.ClipReward("the pole is upright", model=folder)
+    found = reward.predict(images)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)("the pole is upright", return_tensors="pt")
+    with torch.no_grad():
+        model = transformers.CLIPModel.from_pretrained(folder).eval()
+        out = model(input_ids=tokens["input_ids"], pixel_values=clip_reward.preprocess(images, 32))
+    assert found.shape == (5,) and found.dtype == np.float32 and len(set(found.tolist())) == 5
+    assert np.allclose(found, (out.image_embeds @ out.text_embeds[0]).numpy(), atol=1e-5)
+    assert np.allclose(reward.embed_images(images, chunk=2) @ reward.goal, found, atol=1e-5)
+    assert reward.predict(images[:0]).shape == (0,)
+    regularised = clip_reward.ClipReward("the pole is upright", "a pole", alpha=0.5, model=folder)
+    expected = clip_reward.goal_baseline_reward(out.image_embeds, regularised.goal, regularised.baseline, 0.5)
+    assert np.allclose(regularised.predict(images), expected.numpy(), atol=1e-5)
+
+
+def no_tokenizer(folder):
+    for file in folder.glob("token*"):
+        file.unlink()
+
+
+def no_projections(folder):
+    from safetensors import torch as safetensors
+
+    weights = safetensors.load_file(folder / "model.safetensors")
+    safetensors.save_file({name: weight for name, weight in weights.items() if "projection" not in name},
+                          folder / "model.safetensors", {"format": "pt"})
+
+
+def cut_short(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+
+
+def other_words(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [no_tokenizer, no_projections, cut_short, other_words])
+def test_a_clip_that_is_not_whole_is_refused_in_one_line(tmp_path, damage):
+    """transformers makes up what a folder lacks, at random: such a CLIP must not price a single picture."""
+    make_tiny_clip(tmp_path)
+    damage(tmp_path)
+    import clip_reward
+
+    with pytest.raises(clip_reward.ClipError, match="no CLIP model") as error:
+        clip_reward.load(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_clip_prices_pictures_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """A line for each picture, the same as in a batch; a file that is no picture is one line and exit status 2."""
+    pytest.importorskip("transformers", reason=CURE)
+    import clip_reward
+
+    folder, load = str(make_tiny_clip(tmp_path)), clip_reward.load
+    monkeypatch.setattr(clip_reward, "load", lambda model: load(folder))
+    (tmp_path / "dark.png").write_bytes(png(DARK))
+    (tmp_path / "words.png").write_text("no picture")
+    assert clip_reward.main(["the pole is upright", str(tmp_path / "dark.png")]) == 0
+    expected = clip_reward.ClipReward("the pole is upright").predict(DARK[None])[0]
+    assert capsys.readouterr().out.split()[0] == f"{expected:.4f}"
+    assert clip_reward.main(["the pole is upright", str(tmp_path / "words.png")]) == 2
+    assert capsys.readouterr().err.startswith("clip_reward.py: ")

@@ -62,7 +62,9 @@ def train(config):
 
     torch.set_num_threads(1)  # two threads only get into each other's way on networks this small
     config, env, eval_env = prepare(config)
-    labeler = Labeler(config)  # before the run folder: a wrong key or an unknown goal should leave nothing behind
+    check_disk(config)
+    clip = clip_price(config)  # it and the labeler before the run folder: no CLIP here, a wrong key or an unknown goal
+    labeler = Labeler(config)  # should leave nothing behind
     run = Run(config)
     print(f"{config.env}: {config.goal}\nlabels from: {who_labels(config)}\nrun folder: {run.folder}", flush=True)
     rng, space = np.random.default_rng(config.seed), env.action_space
@@ -87,7 +89,7 @@ def train(config):
              "kept": kept}
     candidate_share = max(0.1, config.candidates / config.total_steps)  # as many as there is room for, or one in ten
     learned = labeler.compares  # otherwise an episode is priced as it ends, and no pictures are compared
-    price = model if learned else ready_reward(config, run, eval_env, labeler)
+    price = model if learned else clip or programs_price(config, run, eval_env, labeler)
     # priced: some rows have rewards.  explores: the critics still know nothing but novelty.
     at = {"step": 0, "episode": 0, "sessions": 0, "priced": False, "explores": True, "fit": {}, "solved": None}
     if run.state:
@@ -497,17 +499,8 @@ def random_action(space, rng):
 
 
 # ---- rewards that need no answers ----
-def ready_reward(config, run, env, labeler):
-    """What prices an episode where no pairs are compared: verified programs, CLIP, or None (the environment's own)."""
-    if config.reward == "code":
-        import code_as_reward
-        import vlm_query
-
-        try:
-            return learn_programs(config, run, env, labeler)  # STEPs C1 to C3
-        except (UserError, vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
-            labeler.close()
-            raise resumable(error, run) from None
+def clip_price(config):
+    """With --reward clip: the ClipReward that prices every picture. Otherwise None."""
     if config.reward != "clip":
         return None
     import clip_reward
@@ -520,6 +513,20 @@ def ready_reward(config, run, env, labeler):
 
 
 # ---- STEPs C1 to C4 (VLM-CaR, in place of STEPs 2 to 5) ----
+def programs_price(config, run, env, labeler):
+    """With --reward code: the verified programs. Otherwise None, and the environment's own reward is paid."""
+    if config.reward != "code":
+        return None
+    import code_as_reward
+    import vlm_query
+
+    try:
+        return learn_programs(config, run, env, labeler)  # STEPs C1 to C3
+    except (UserError, vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
+        labeler.close()
+        raise resumable(error, run) from None
+
+
 def learn_programs(config, run, env, labeler):
     """Ask the VLM for sub-tasks and programs and verify them -> ProgramReward. With --programs, nobody is asked."""
     import code_as_reward
@@ -631,14 +638,14 @@ def prepare(config):
     out = config.resume or config.out or os.path.join("runs", name.replace(":", "_"))
     if os.path.exists(out) and not config.resume:
         raise UserError(f"{out} exists already; choose another --out, or go on with it: --resume {out}")
-    if looks_at_pictures(config) and not config.resume:
-        check_disk(config, out)
     return dataclasses.replace(config, goal=env.goal, horizon=env.horizon, out=out), env, eval_env
 
 
-def check_disk(config, out):
+def check_disk(config):
     """Room for the picture of every step?  UserError if not."""
-    place = os.path.abspath(out)
+    if config.resume or not looks_at_pictures(config):
+        return
+    place = os.path.abspath(config.out)
     while not os.path.exists(place):
         place = os.path.dirname(place)
     # of every step the small picture; of every candidate for a question both
