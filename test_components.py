@@ -4524,6 +4524,62 @@ def test_house_rules(name):
     assert name == "test_components" or 3 <= len(ast.get_docstring(tree).splitlines()) <= 30
 
 
+def table(path, first_column):
+    """The rows of the Markdown table whose header begins with first_column -> list of lists of cells."""
+    lines = iter(Path(path).read_text().splitlines())
+    assert any(line.startswith(f"| {first_column} |") for line in lines), first_column
+    next(lines)  # |---|
+    return [[cell.strip("* ") for cell in line.strip("| ").split(" | ")]
+            for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+
+
+def measured(name):
+    """{(task, method, setting): rows of results/NAME.csv, a seed each}"""
+    rows = {}
+    for row in sorted(sweep.read_csv(f"results/{name}.csv"), key=lambda row: int(row["seed"])):
+        assert not row["error"]
+        rows.setdefault((row["task"], row["method"], row["setting"]), []).append(row)
+    return rows
+
+
+def column(rows, name):
+    return [round(float(row[name]), 2) for row in rows]
+
+
+METHODS = {"stand-in": "preference", "oracle": "oracle", "(true reward)": "true", "(sparse reward)": "sparse",
+           "score, stand-in": "score"}
+
+
+def test_the_evidence_has_the_numbers_of_its_csv():
+    """Each seed's success in the tables of results/README.md must be that of tasks.csv and few_questions.csv."""
+    rows, seen = measured("tasks"), set()
+    for task, labels, seeds, steps, pairs, _, end, third, *_ in table("results/README.md", "task | labels"):
+        of = rows[task, METHODS[labels], METHODS[labels]]
+        seen.add((task, METHODS[labels], METHODS[labels]))
+        assert (int(seeds), steps) == (len(of), f"{int(of[0]['steps']):,}"), (task, labels)
+        assert [float(x) for x in end.split(", ")] == column(of, "eval_success"), (task, labels)
+        assert [float(x) for x in third.split(", ")] == column(of, "success_last_third"), (task, labels)
+    assert seen == {key for key in rows if key[0] != "CartPole"}  # which has a table of its own
+    rows = measured("few_questions")
+    for pairs, *cells in table("results/README.md", "DrawerOpen (8,000 steps), pairs"):
+        for (sampler, name), cell in zip(itertools.product(("uniform", "diverse"), ("eval_success", "success_last_third")),
+                                         cells, strict=True):
+            of = rows["DrawerOpen", "preference", f"{sampler} {pairs.replace(',', '')}"]
+            assert [float(x) for x in cell.split(", ")] == column(of, name), (pairs, sampler, name)
+
+
+def test_the_readme_has_the_means_of_the_csv():
+    """Its table of seven tasks must be the mean over the seeds of tasks.csv."""
+    rows = measured("tasks")
+    for task, seeds, steps, pairs, *cells in table("README.md", "task | seeds"):
+        for method, cell in zip(METHODS.values(), cells, strict=True):
+            of = rows[task, method, method]
+            means = [sum(float(row[name]) for row in of) / len(of) for name in ("eval_success", "success_last_third")]
+            assert np.allclose([float(x) for x in cell.split(" / ")], means, atol=0.00501), (task, method)
+            assert (int(seeds), steps) == (len(of), f"{int(of[0]['steps']):,}"), (task, method)
+        assert pairs.split()[0] == f"{int(rows[task, 'preference', 'preference'][0]['pairs_asked']):,}", task
+
+
 def test_readme_python_blocks_run(tmp_path):
     """Every block marked python in the README must run as it stands, beside the repository's files."""
     blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)
