@@ -12,7 +12,7 @@ Differs from the paper (RL-VLM-F, 2402.03681):
      action repeat as in 2203.04955): the experts are done after 14 to 18. In Soccer and SweepInto
      the hand starts 5 cm lower, or random actions seldom touch the object.
   3. Its pictures have no shadows, reflections, multisampling, goal markers: much faster.
-  4. The reward model sees 64 to 100 px, the VLM 200 to 308 px (theirs: both see 200 to 360 px).
+  4. The reward model sees 64 to 100 px, the VLM 200 to 308 px (theirs: the VLM sees 200 to 720).
 
 Shapes: O observation, A action numbers; pictures (size, size, 3) uint8.
   make(name) -> env with .goal, .horizon, .picture(size), .render() = picture(300); obs (O,)
