@@ -2873,13 +2873,19 @@ def test_each_reader_stands_alone_and_its_words_say_what_it_read(goal):
 def test_the_stand_in_serves_from_the_command_line_and_says_what_it_is():
     """The first line must name it and its URL; a bad flag or a taken port must be one line and exit code 2."""
     command = [sys.executable, offline_vlm.__file__, "--faults", "429 hint", "--port"]
-    with subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # trap: what a shell starts in the background ignores SIGINT, and so do its children: hence preexec_fn
+    with subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         line = process.stdout.readline()
         url = line.split()[-1]
         VLM("offline", url=url).check_sight()
         taken = subprocess.run([*command, url.split(":")[2].split("/")[0]], capture_output=True, text=True, timeout=20)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0 and process.stderr.read() == ""  # Ctrl-C is how it ends: no traceback
+        try:
+            said = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()
+        assert process.returncode == 0 and said == ""  # Ctrl-C is how it ends: no traceback
     wrong = subprocess.run([*command, "0", "--faults", "430"], capture_output=True, text=True, timeout=20)
     assert "not a VLM" in line and "no fault '430'" in wrong.stderr
     for done in (taken, wrong):
