@@ -143,7 +143,8 @@ def write(accuracy, hacking):
                 rows = rows + [row for row in csv.DictReader(file) if row.get("task") not in new]
         # older rows may have columns of their own
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        rows.sort(key=lambda row: [*TASKS, row.get("task")].index(row.get("task")))
+        order = [*TASKS, *(row.get("task") for row in rows)]  # a task of another day comes last
+        rows.sort(key=lambda row: order.index(row.get("task")))
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, "", lineterminator="\n")
             writer.writeheader()

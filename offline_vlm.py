@@ -166,8 +166,8 @@ def read_cloth(image):
     cloth = (pixels[..., 0] > 60) & (pixels[..., 2] < 0.5 * pixels[..., 0])  # red or yellow
     if cloth.mean() < 0.02:
         return float("nan")
-    row, column = ((np.arange(n) + 0.5) / n for n in image.shape[:2])
-    row, column = row[:, None], column[None, :]
+    height, width = image.shape[:2]
+    row, column = (np.arange(height)[:, None] + 0.5) / height, (np.arange(width) + 0.5) / width
     should = (row < 0.855) & (column < 0.855) & (row + column > 1)
     return float(100 * (cloth & should).sum() / (cloth | should).sum())
 
@@ -185,8 +185,10 @@ def read_rope(image):
 
 
 def read_water(image):
-    """(H, W, 3) uint8 -> metres from cup to red circle, plus ten times the share of water lost,
-    which is a rough one: drops hide each other."""
+    """(H, W, 3) uint8 -> metres from cup to red circle, plus ten times the share of water lost.
+
+    That share is a rough one: drops hide each other.
+    """
     pixels = image.astype(np.float64)
     red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
     water, circle = (blue > 80) & (blue > 2.5 * red), (red > 150) & (green < 0.4 * red)

@@ -2055,6 +2055,23 @@ def test_water_settles_as_a_heap_and_not_as_columns(soft):
     assert env.spilled() == 0
 
 
+def test_a_goal_picture_that_fails_leaves_the_episode_as_it_was(soft):
+    """A size that is refused must not put the rope where the goal is."""
+    env = soft["StraightenRope"]
+    env.reset(seed=0)
+    state = env.data.qpos.copy()
+    with pytest.raises(ValueError, match="picture's size"):
+        env.goal_picture(8)
+    np.testing.assert_array_equal(env.data.qpos, state)
+
+
+def test_soft_tasks_without_opengl_say_the_cure_and_nothing_else():
+    """A renderer that could not be made must not add a traceback when it is thrown away."""
+    done = subprocess.run([sys.executable, deformables.__file__], capture_output=True, text=True, timeout=100,
+                          env={**os.environ, "MUJOCO_GL": "disabled"})
+    assert done.returncode and "apt-get install" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("name", SOFT_TASKS)
 def test_soft_pictures_change_with_the_state_and_leave_it_alone(name, soft):
     """A picture must show what was done, have the size asked for, and not disturb the physics."""
@@ -2671,6 +2688,10 @@ def test_the_search_for_hacks_keeps_the_rows_of_other_tasks(tmp_path, monkeypatc
     hack_search.main(["DrawerOpen"])
     for name, rows in (("code_accuracy", ["CartPole,1", "DrawerOpen,2"]), ("reward_hacking", ["CartPole,0", "DrawerOpen,3"])):
         assert open(f"results/{name}.csv").read().split()[1:] == rows
+    with open("results/reward_hacking.csv", "a") as file:
+        file.write("Chess,1\n")  # of another day
+    hack_search.main(["CartPole"])
+    assert open("results/reward_hacking.csv").read().split()[1:] == ["CartPole,3", "DrawerOpen,3", "Chess,1"]
     with pytest.raises(SystemExit, match="no programs for Chess"):
         hack_search.main(["Chess"])
 
