@@ -93,6 +93,7 @@ SWEEPS = {
     "weak_vlm": Sweep("How good must the VLM be?", TWO, {
         **grid(vlm_mistakes=(0.0, 0.1, 0.2, 0.3, 0.4), patience=(3, 0)),
         **grid(vlm_unsure=(0.2, 0.4, 0.6, 0.8)),
+        **grid(vlm_unsure=(0.2, 0.4, 0.6, 0.8), patience=(0,)),
     }),
     "what_matters": Sweep("What does each part contribute? One change at a time.", TWO, {
         "default": {},
