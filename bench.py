@@ -27,7 +27,9 @@ To use it elsewhere:
 """
 import argparse
 import csv
+import functools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -35,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -526,30 +529,47 @@ def pricing(size, device):
 
 
 # ---- pictures: Meta-World, drawn our way and as shipped ----
+@functools.cache
+def shipped():
+    """Meta-World's own drawer, drawn by Meta-World, on as many threads as Mesa likes."""
+    import envs
+
+    os.environ.pop("LP_NUM_THREADS", None)
+    envs.choose_opengl(small=False)
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    env = ALL_V3_ENVIRONMENTS["drawer-open-v3"](
+        render_mode="rgb_array", camera_name="corner2", width=300, height=300)
+    env._freeze_rand_vec, env._set_task_called = True, True
+    env._last_rand_vec = np.array([0.0, 0.9, 0.0])
+    env.reset()
+    assert env.render().shape == (300, 300, 3)
+    return env
+
+
+def shipped_pictures_per_second(seconds):
+    return per_second(shipped().render, 1, seconds)
+
+
 def drawing(size, device):
     import envs
 
-    envs.choose_opengl()
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-
-    ours = envs.make("DrawerOpen")
+    ours, seconds = envs.make("DrawerOpen"), size["seconds"]
     ours.reset(seed=0)
     ours.picture(84), ours.picture(300)
-    shipped = ALL_V3_ENVIRONMENTS["drawer-open-v3"](
-        render_mode="rgb_array", camera_name="corner2", width=300, height=300)
-    shipped._freeze_rand_vec, shipped._set_task_called = True, True
-    shipped._last_rand_vec = np.array([0.0, 0.9, 0.0])
-    shipped.reset()
-    assert shipped.render().shape == (300, 300, 3)
-    for side, target in ((300, ">= 20"), (84, ">= 60")):
-        yield compare(f"Meta-World pictures, {side} px", "pictures/s",
-                      lambda side=side: per_second(lambda: ours.picture(side), 1, size["seconds"]),
-                      lambda: per_second(shipped.render, 1, size["seconds"]),
-                      size["runs"], target, "against env.render() as shipped at 300 px, which draws "
-                      "shadows, reflections and the robot, multisampled",
-                      lambda side=side: python_spots(lambda: ours.picture(side)))
+    # trap: ours are drawn on one thread (choose_opengl), and a process has one setting for all it
+    # draws. Theirs are faster on two: they get a process of their own.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+        apart.submit(shipped_pictures_per_second, 0.0).result()  # the first one is slow
+        for side, target in ((300, ">= 20"), (84, ">= 60")):
+            yield compare(
+                f"Meta-World pictures, {side} px", "pictures/s",
+                lambda side=side: per_second(lambda: ours.picture(side), 1, seconds),
+                lambda: apart.submit(shipped_pictures_per_second, seconds).result(),
+                size["runs"], target, "against env.render() as shipped at 300 px, which draws "
+                "shadows, reflections and the robot, multisampled",
+                lambda side=side: python_spots(lambda: ours.picture(side)))
     ours.close()
-    shipped.close()
 
 
 # ---- labels: questions side by side (STEP 3) ----

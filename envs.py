@@ -11,7 +11,8 @@ Differs from the paper (RL-VLM-F, 2402.03681):
   2. Its episodes last 50 steps, each three of Meta-World's with one action (theirs: 500, of one;
      action repeat as in 2203.04955): the experts are done after 14 to 18. In Soccer and SweepInto
      the hand starts 5 cm lower, or random actions seldom touch the object.
-  3. Its pictures have no shadows, reflections, multisampling, goal markers: much faster.
+  3. Its pictures have no shadows, reflections, multisampling, goal markers, and what cannot move
+     is drawn once: much faster.
   4. The reward model sees 64 to 100 px, the VLM 200 to 308 px (theirs: the VLM sees 200 to 720).
 
 Shapes: O observation, A action numbers; pictures (size, size, 3) uint8.
@@ -177,9 +178,8 @@ class MetaWorld(gymnasium.Env):
             import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-        self.mujoco, self.expert_action, self.renderers = mujoco, expert, {}  # size -> Renderer
+        self.mujoco, self.expert_action, self.views = mujoco, expert, {}  # size -> FixedView
         self.one_way = one_way
-        mujoco.Renderer._gl_context = mujoco.Renderer._mjr_context = None  # what its close() asks
         sim = self.sim = ALL_V3_ENVIRONMENTS[name]()
         sim._freeze_rand_vec, sim._set_task_called = True, True
         sim._last_rand_vec, sim.hand_init_pos = np.array(layout, float), np.array(hand, float)
@@ -232,21 +232,67 @@ class MetaWorld(gymnasium.Env):
         draw_fast(model)
 
     def picture(self, size):
-        if size not in self.renderers:
-            model, flags = self.sim.model, self.mujoco.mjtRndFlag
-            model.vis.global_.offwidth = model.vis.global_.offheight = size
-            self.renderers[size] = renderer = self.mujoco.Renderer(model, size, size)
-            for name in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE", "FOG"):
-                renderer.scene.flags[getattr(flags, "mjRND_" + name)] = False
-        self.renderers[size].update_scene(self.sim.data, self.camera, self.options)
-        return self.renderers[size].render()
+        if size not in self.views:
+            view = FixedView(self.mujoco, self.sim.model, self.camera, self.options, size)
+            self.views[size] = view
+        return self.views[size].picture(self.sim.data)
 
     def render(self):
         return self.picture(300)
 
     def close(self):
-        while self.renderers:
-            self.renderers.popitem()[1].close()
+        while self.views:
+            self.views.popitem()[1].close()
+
+
+class FixedView:
+    """Pictures of a MuJoCo scene from one place: what cannot move is drawn once, the rest over it.
+
+    Of the two, the nearer one is seen: OpenGL's own rule, so pictures are those of mujoco.Renderer,
+    to the last bit, and come several times as fast.
+    trap: not with shadows, reflections or anything transparent, nor where the model itself changes.
+    """
+
+    def __init__(self, mujoco, model, camera, options, size):
+        """camera, options: MjvCamera and MjvOption.  size: of the square picture, px."""
+        self.mujoco, self.model, self.camera, self.options = mujoco, model, camera, options
+        model.vis.global_.offwidth = model.vis.global_.offheight = size
+        self.opengl = mujoco.GLContext(size, size)
+        self.opengl.make_current()
+        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR  # nearer is larger
+        self.scene, self.no_pull = mujoco.MjvScene(model, maxgeom=1000), mujoco.MjvPerturb()
+        for name in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE", "FOG"):
+            self.scene.flags[getattr(mujoco.mjtRndFlag, "mjRND_" + name)] = False
+        self.colour = np.empty((size, size, 3), np.uint8)[::-1]  # OpenGL's first row is the lowest
+        self.depth, self.still = np.empty((size, size), np.float32)[::-1], None
+
+    def _draw(self, data, which):
+        """Fill self.colour and self.depth with the things that stand still, or that can move."""
+        mujoco, rect = self.mujoco, self.mujoco.MjrRect(0, 0, *self.depth.shape)
+        mujoco.mjv_updateScene(self.model, data, self.options, self.no_pull, self.camera,
+                               getattr(mujoco.mjtCatBit, "mjCAT_" + which), self.scene)
+        mujoco.mjr_render(rect, self.scene, self.context)
+        mujoco.mjr_readPixels(self.colour[::-1], self.depth[::-1], rect, self.context)
+
+    def picture(self, data):
+        """data: MjData -> (size, size, 3) uint8."""
+        self.opengl.make_current()  # there is one a size
+        if self.still is None:
+            self._draw(data, "STATIC")
+            self.still = self.colour.copy(), self.depth.copy()
+        self._draw(data, "DYNAMIC")
+        colour, depth = self.still
+        image, nearer = colour.copy(), self.depth > depth  # (size, size, 3), (size, size)
+        # as pixels, three bytes each: by channels it takes three times as long
+        np.copyto(image.view("V3"), self.colour.view("V3"), where=nearer[..., None])
+        return image
+
+    def close(self):
+        self.opengl.make_current()
+        self.context.free()
+        self.opengl.free()
 
 
 def draw_fast(model):
@@ -367,10 +413,15 @@ def opengl_errors():
         raise
 
 
-def choose_opengl():
-    """Draw without a display where there is none. MuJoCo and SDL read these when they start."""
+def choose_opengl(small=True):
+    """Draw without a display where there is none. MuJoCo, Mesa and SDL read these when they start.
+
+    small: whether pictures are as quick to draw as those of this project's own tasks.
+    """
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
+    if small:  # trap: to wake a thread of Mesa's for every core takes longer than such a picture
+        os.environ.setdefault("LP_NUM_THREADS", "0")
     # trap: SDL, which draws Gymnasium's classic tasks, swallows SIGTERM: `kill` would do nothing
     os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
 
@@ -545,7 +596,7 @@ def make(name, seed=0, goal=None, horizon=None, action_repeat=None):
         raise ValueError(f"unknown environment {name}; there are {known}, {or_any}")
     if not (goal or task):
         raise ValueError(f'{name} needs a goal for the VLM, such as --goal "to stand upright"')
-    choose_opengl()
+    choose_opengl(small=task is not None)
     source, horizon = (task.make if task else name), horizon or (task.horizon if task else None)
     repeat = action_repeat or (task.action_repeat if task else 1)
     limit = horizon and horizon * repeat  # of the simulator

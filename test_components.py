@@ -1584,6 +1584,25 @@ def test_metaworld_pictures_hide_the_robot(env_of, name):
     assert (before != env.picture(84)).any(axis=2).mean() > 0.005
 
 
+@pytest.mark.parametrize("size", [84, 300])
+@pytest.mark.parametrize("name", METAWORLD)
+def test_what_stands_still_is_drawn_once_and_nobody_can_tell(env_of, name, size):
+    """MuJoCo's own renderer, which draws everything every time, must give the same pictures, to the last bit."""
+    env = env_of(name)
+    sim, mujoco, flags = env.unwrapped.sim, env.unwrapped.mujoco, env.unwrapped.mujoco.mjtRndFlag
+    obs, _ = env.reset(seed=0)
+    first = env.picture(size)
+    renderer = mujoco.Renderer(sim.model, size, size)
+    for flag in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION, flags.mjRND_SKYBOX, flags.mjRND_HAZE, flags.mjRND_FOG):
+        renderer.scene.flags[flag] = False
+    for step in range(24):  # the object on its way, at the goal, and where chance brings it
+        obs, *_ = env.step(envs.expert(env)(obs) if step < 18 else env.action_space.sample())
+        renderer.update_scene(sim.data, env.unwrapped.camera, env.unwrapped.options)
+        assert np.array_equal(env.picture(size), renderer.render())
+    assert not np.array_equal(first, env.picture(size))
+    renderer.close()
+
+
 @pytest.mark.parametrize("name", METAWORLD)
 def test_metaworld_observations_contain_the_goal(env_of, name):
     """The last three numbers must be the goal's place after a step too (Meta-World clips them to 0 by default)."""
