@@ -4597,7 +4597,7 @@ METHODS = {"stand-in": "preference", "oracle": "oracle", "(true reward)": "true"
 
 
 def test_the_evidence_has_the_numbers_of_its_csv():
-    """Each seed's success in the tables of results/README.md must be that of tasks.csv and few_questions.csv."""
+    """Each seed's success in the tables of results/README.md must be that of tasks.csv, few_questions.csv and weak_vlm.csv."""
     rows, seen = measured("tasks"), set()
     for task, labels, seeds, steps, pairs, _, end, third, *_ in table("results/README.md", "task | labels"):
         of = rows[task, METHODS[labels], METHODS[labels]]
@@ -4612,6 +4612,15 @@ def test_the_evidence_has_the_numbers_of_its_csv():
                                          cells, strict=True):
             of = rows["DrawerOpen", "preference", f"{sampler} {pairs.replace(',', '')}"]
             assert [float(x) for x in cell.split(", ")] == column(of, name), (pairs, sampler, name)
+    rows = measured("weak_vlm")
+    for flaw, field, default, first in (("wrong", "vlm_mistakes", " patience=3", []), ("unsure", "vlm_unsure", "", ["labels"])):
+        for share, *cells in table("results/README.md", f"{flaw} answers"):
+            settings = [f"{field}={int(share[:-2]) / 100}{patience}" for patience in (default, " patience=0")]
+            for (task, setting), cell in zip(itertools.product(("CartPole", "DrawerOpen"), settings), cells, strict=True):
+                names = [*first, "eval_success", "spearman" if task == "CartPole" else "success_last_third"]
+                for name, numbers in zip(names, cell.split("; "), strict=True):
+                    of = column(rows[task, "preference", setting], name)
+                    assert [float(x) for x in numbers.split(", ")] == of, (task, setting, name)
 
 
 def test_the_readme_has_the_means_of_the_csv():
