@@ -242,11 +242,17 @@ def half_bits(size, device):
                    lambda: gigaflops(device, torch.float32, 512), size["runs"])
 
 
+def halves(size, device):
+    """In float32 only, or in bfloat16 too, where it is worth while?"""
+    return (False, True) if half_bits(size, device).ratio() > WORTH_WHILE else (False,)
+
+
 # ---- sac: training steps per second (STEPs 1 and 6) ----
 class OurLoop:
     """act, step, store, sample, update: the plain loop around sac.py."""
 
-    def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000):
+    def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000,
+                 bfloat16=False):
         import gymnasium
 
         import sac
@@ -256,7 +262,8 @@ class OurLoop:
         self.env = gymnasium.wrappers.RescaleAction(env, *bounds)
         shape, space = self.env.observation_space.shape, self.env.action_space
         space.seed(seed)
-        self.agent = sac.SAC(shape[0], space, device=device, seed=seed, alpha=1.0)  # as SB3
+        self.agent = sac.SAC(shape[0], space, device=device, seed=seed, alpha=1.0,  # as SB3
+                             bfloat16=bfloat16)
         self.buffer = sac.ReplayBuffer(capacity, shape, space.shape, seed=seed)
         self.first_random, self.obs = first_random, self.env.reset(seed=seed)[0]
 
@@ -302,42 +309,57 @@ def sac_speed(size, device):
     yield against_the_machine("SAC update, against the machine", lambda: float(
         agent.update(batch)["q_mean"]), size, device, 1, "updates")
     for env_id in ("Pendulum-v1", "HalfCheetah-v5"):
-        rates, threads = [], []
-        loops = [kind(env_id, device, first_random=300) for kind in (OurLoop, TheirLoop)]
-        for loop in loops:
-            loop.learn(310)
-            rate, best = best_threads(
-                lambda loop=loop: per_second(lambda: loop.learn(steps), steps))
-            rates.append(rate)
-            threads.append(best)
-        yield compare(f"SAC training steps, {env_id}", "steps/s", *rates, size["runs"], ">= 1.5",
-                      f"against Stable-Baselines3; threads {threads[0]} and {threads[1]}",
-                      lambda loop=loops[0]: hot_spots(lambda: loop.learn(1), 50))
+        theirs, their_threads = sac_rate(TheirLoop(env_id, device, first_random=300), steps)
+        for half in halves(size, device):
+            loop = OurLoop(env_id, device, first_random=300, bfloat16=half)
+            ours, threads = sac_rate(loop, steps)
+            yield compare(f"SAC training steps, {env_id}{BFLOAT16 * half}", "steps/s", ours, theirs,
+                          size["runs"], ">= 1.5", "against Stable-Baselines3; threads "
+                          f"{threads} and {their_threads}",
+                          lambda loop=loop: hot_spots(lambda: loop.learn(1), 50))
+
+
+def sac_rate(loop, steps):
+    """() -> steps per second, on the number of threads that is best for it; that number."""
+    loop.learn(310)
+    return best_threads(lambda: per_second(lambda: loop.learn(steps), steps))
 
 
 # ---- learning: is it the same SAC? ----
 def learning(size, device):
     """Returns after the same number of steps: evaluation episodes with the same seeds for both."""
+    TheirLoop("Pendulum-v1", device)  # if it is not here, this says so before ours has trained
+    learners = {"theirs": TheirLoop, "ours": OurLoop}
+    if True in halves(size, device):
+        learners["ours" + BFLOAT16] = functools.partial(OurLoop, bfloat16=True)
+    jobs = [(name, env_id, seed, size["learn_steps"] or steps)
+            for env_id, steps in (("Pendulum-v1", 10_000), ("HalfCheetah-v5", 50_000))
+            for name in learners for seed in range(3)]
+    # one thread each, as many at once as there are cores
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(learned, learners[name], device, *rest) for name, *rest in jobs]
+        returns = {}
+        for (name, env_id, seed, steps), one in zip(jobs, waiting):
+            returns.setdefault((name, env_id), []).append(one.result())
+            print(f"  {env_id} {name} seed {seed}: {one.result():.0f}", flush=True)
+            if name == "theirs" or seed < 2:
+                continue
+            ours, theirs = returns[name, env_id], returns["theirs", env_id]
+            below = "within or above" if np.mean(ours) >= min(theirs) else "below"
+            lists = " and ".join(str([round(x) for x in part]) for part in (ours, theirs))
+            # No ratio: returns below zero have none.
+            yield Row(f"return after {steps:,} steps, {env_id}{name[4:]}", "return", ours,
+                      note=f"ours and Stable-Baselines3's, 3 seeds: {lists}: ours is {below} theirs")
+
+
+def learned(loop, device, env_id, seed, steps):
+    """The mean return after so many steps; loop: one of the two above."""
     import torch
 
     torch.set_num_threads(1)
-    TheirLoop("Pendulum-v1", device)  # if it is not here, this says so before ours has trained
-    for env_id, steps in (("Pendulum-v1", 10_000), ("HalfCheetah-v5", 50_000)):
-        steps = size["learn_steps"] or steps
-        returns = [[], []]
-        for seed in range(3):
-            for kind, into in zip((OurLoop, TheirLoop), returns):
-                loop = kind(env_id, device, seed, min(1000, steps // 10), steps)
-                loop.learn(steps)
-                into.append(mean_return(loop))
-                print(f"  {env_id} {kind.__name__} seed {seed}: {into[-1]:.0f}", flush=True)
-        ours, theirs = returns
-        below = "within or above" if np.mean(ours) >= min(theirs) else "below"
-        lists = " and ".join(str([round(x) for x in part]) for part in returns)
-        # No ratio: returns below zero have none.
-        row = Row(f"return after {steps:,} steps, {env_id}", "return", ours)
-        row.note = f"ours and Stable-Baselines3's, 3 seeds: {lists}: ours is {below} theirs"
-        yield row
+    loop = loop(env_id, device, seed, min(1000, steps // 10), steps)
+    loop.learn(steps)
+    return mean_return(loop)
 
 
 def mean_return(loop, episodes=10):
@@ -439,7 +461,7 @@ def channels_first(images):
 def reward_fit(size, device):
     import reward_model
 
-    rng, bfloat16 = np.random.default_rng(0), half_bits(size, device).ratio() > WORTH_WHILE
+    rng, bfloat16 = np.random.default_rng(0), True in halves(size, device)
     for name, small in (("CartPole", 64), ("DrawerOpen", 84)):
         sizes = (small, TEXTBOOK_SIZE)
         pictures, progress = task_pictures(name, sizes, size["pictures"])
@@ -516,7 +538,7 @@ def pricing(size, device):
     textbook = Textbook(TEXTBOOK_SIZE, device)
     theirs, their_threads = best_threads(
         lambda: per_second(lambda: textbook.predict(large), len(large), 0.3))
-    bfloat16 = half_bits(size, device).ratio() > WORTH_WHILE
+    bfloat16 = True in halves(size, device)
     for side, half, target in sides((84, 64), bfloat16):
         images = pictures[side]
         model = reward_model.RewardModel((side, side, 3), device=device, bfloat16=half)

@@ -303,10 +303,11 @@ def test_wrong_action_spaces_are_refused():
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-def test_sac_learns_a_point_mass(discrete):
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_sac_learns_a_point_mass(discrete, bfloat16):
     """A point that should be moved to 0 (reward -|x|) must end nearer to it than under random actions."""
-    space = gymnasium.spaces.Discrete(3) if discrete else box(1)
-    agent, rng = sac.SAC(1, space, hidden=(32, 32), lr=3e-3, discount=0.9), np.random.default_rng(0)
+    space, rng = gymnasium.spaces.Discrete(3) if discrete else box(1), np.random.default_rng(0)
+    agent = sac.SAC(1, space, hidden=(32, 32), lr=3e-3, discount=0.9, bfloat16=bfloat16)
     buffer, x = sac.ReplayBuffer(800, (1,), () if discrete else (1,)), 1.0
 
     def move(x, action):
@@ -327,6 +328,21 @@ def test_sac_learns_a_point_mass(discrete):
             x = move(x, agent.act([x], explore=False))
         ends.append(abs(x))
     assert np.mean(ends) < 0.25  # random actions: about 1
+
+
+def test_in_half_the_bits_are_the_hidden_layers_alone():
+    """In bfloat16 only hidden layers may be rounded: what comes out, values above all, and all weights keep their bits."""
+    agent, kinds = sac.SAC(2, box(1), hidden=(32, 32), bfloat16=True), []
+    for layer in agent.critic.q1:
+        layer.register_forward_hook(lambda module, x, y: kinds.append(y.dtype))
+    obs = torch.linspace(-1, 1, 2000)[:, None].repeat(1, 2)
+    values = agent.critic(obs, obs[:, :1])[0]
+    assert kinds == [torch.bfloat16] * 4 + [torch.float32] and values.dtype == torch.float32
+    assert len(values.unique()) > 2 * len(values.bfloat16().unique())
+    agent.reset_critic()
+    agent.update(filled_batch(16))
+    assert agent.critic.q1.bfloat16 and agent.target.q2.bfloat16 and agent.actor.bfloat16
+    assert {p.dtype for p in (*agent.actor.parameters(), *agent.critic.parameters())} == {torch.float32}
 
 
 def test_observations_are_seen_in_units_of_their_spread():
