@@ -107,6 +107,7 @@ SWEEPS = {
         "200 px": {"reward_size": 200},
         "one epoch a session": {"reward_epochs": 1},
         "fit to convergence": {"reward_epochs": 200},
+        "bfloat16": {"reward_bfloat16": 1, "sac_bfloat16": 1},
     }),
 }
 SMALL = ("config.json", "summary.json", "metrics.csv", "timing.csv", "labels.jsonl", "episodes.csv", "report.html",
