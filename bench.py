@@ -863,6 +863,9 @@ def main(arguments=None):
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         parser.error(f"no section {unknown[0]}; there are {', '.join(SECTIONS)}")
+    import envs
+
+    envs.choose_opengl()  # trap: the first import of mujoco, here that of HalfCheetah, settles it
     if args.device == "cuda":
         import torch
 

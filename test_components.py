@@ -3935,6 +3935,16 @@ def test_measured_rows_replace_their_own_question_only(tmp_path):
     assert [line.split(",")[:2] for line in lines] == [["question", "ours"], ["a", "1"], ["b", "3"]]
 
 
+def test_opengl_is_chosen_before_any_section_imports_mujoco(monkeypatch, capsys):
+    """A section without pictures imports mujoco first; on a machine without a display that one must find EGL asked for."""
+    seen = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items()
+                                        if name not in ("MUJOCO_GL", "DISPLAY")})
+    monkeypatch.setitem(bench.SECTIONS, "start", lambda size, device: seen.append(os.environ.get("MUJOCO_GL")) or [])
+    assert bench.main(["--quick", "--only", "start"]) == [] and seen == ["egl"]
+
+
 # ==== train.py and run.py ====
 TINY = dict(env="CartPole", total_steps=300, seed_steps=100, explore_steps=100, feedback_every=100, pairs_per_session=6,
             max_pairs=12, batch_size=16, hidden=16, reward_epochs=2, eval_every=100, eval_episodes=1, candidates=50)
