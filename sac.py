@@ -314,6 +314,7 @@ class SAC:
                 int(torch.randint(2**31, (1,), generator=self.rng, device=self.device)))
             self.critic = TwinCritic(*self.sizes).to(self.device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.target_weights = list(self.target.parameters())
         self.critic_optimizer = self._adam(self.critic.parameters())
 
     def standardise(self, obs, floor=0.01):
@@ -360,10 +361,10 @@ class SAC:
         """Expected min Q minus alpha times log-probability; the policy's entropy: (B,), (B,)."""
         action_or_probs, log_probs = policy
         if self.discrete:  # an exact expectation: every action's value is at hand
-            q = q.min(0).values  # (B, n)
+            q = q.amin(0)  # (B, n)
             entropy = -(action_or_probs * log_probs).sum(-1)
             return (action_or_probs * q).sum(-1) + self.log_alpha.exp().detach() * entropy, entropy
-        return q.min(0).values - self.log_alpha.exp().detach() * log_probs, -log_probs
+        return q.amin(0) - self.log_alpha.exp().detach() * log_probs, -log_probs
 
     def _value_of(self, critic, obs, policy):
         return self._soft_value(critic(obs) if self.discrete else critic(obs, policy[0]), policy)
@@ -398,8 +399,8 @@ class SAC:
         self.actor_optimizer.step()
 
         with torch.no_grad():  # Polyak: target <- (1 - tau) target + tau critic, in one call
-            torch._foreach_lerp_(
-                list(self.target.parameters()), list(self.critic.parameters()), self.tau)
+            critic_weights = self.critic_optimizer.param_groups[0]["params"]
+            torch._foreach_lerp_(self.target_weights, critic_weights, self.tau)
         return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(),
                 "q_mean": q.detach().mean(), "alpha": self.log_alpha.detach().exp(),
                 "entropy": entropy}
