@@ -3987,6 +3987,17 @@ def unreported(monkeypatch):
     monkeypatch.setattr(train, "write_episodes", lambda *_: 0.0)
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_half_the_bits_are_for_the_network_that_was_named(tmp_path, monkeypatch, unreported, half):
+    """--sac-bfloat16 must reach SAC and --reward-bfloat16 the reward model, each alone."""
+    made = {}
+    for kind in (sac.SAC, reward_model.RewardModel):
+        monkeypatch.setattr(kind, "__init__", lambda self, *given, real=kind.__init__, name=kind.__name__, **named: (
+            made.setdefault(name, named["bfloat16"]), real(self, *given, **named))[1])
+    train.train(tiny(tmp_path, total_steps=100, sac_bfloat16=half, reward_bfloat16=1 - half))
+    assert made == {"SAC": bool(half), "RewardModel": not half}
+
+
 @pytest.mark.usefixtures("unreported")
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     """Two runs with one seed must write identical metrics.csv; another seed must not."""
