@@ -335,8 +335,9 @@ def learning(size, device):
     jobs = [(name, env_id, seed, size["learn_steps"] or steps)
             for env_id, steps in (("Pendulum-v1", 10_000), ("HalfCheetah-v5", 50_000))
             for name in learners for seed in range(3)]
-    # one thread each, as many at once as there are cores
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    # one thread each; as many at once as there are cores, or one on a GPU
+    workers = os.cpu_count() if device == "cpu" else 1
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(learned, learners[name], device, *rest) for name, *rest in jobs]
         returns = {}
         for (name, env_id, seed, steps), one in zip(jobs, waiting):
