@@ -820,7 +820,7 @@ FULL = dict(runs=7, sac_steps=500, learn_steps=0, pictures=600, pairs=128, fit_e
             accuracy_epochs=20, priced=512, seconds=0.5, label_rounds=4, whole_runs=5,
             memory_steps=4000,
             growth_steps=500, relabel_rows=(2_000, 20_000), label_counts=(500, 2000))
-QUICK = dict(runs=5, sac_steps=40, learn_steps=600, pictures=64, pairs=32, fit_epochs=5,
+QUICK = dict(runs=3, sac_steps=40, learn_steps=600, pictures=64, pairs=32, fit_epochs=5,
              accuracy_epochs=0, priced=64, seconds=0.2, label_rounds=1, whole_runs=1,
              memory_steps=500,
              growth_steps=40, relabel_rows=(200, 1_000), label_counts=(500,))
