@@ -242,9 +242,9 @@ def half_bits(size, device):
                    lambda: gigaflops(device, torch.float32, 512), size["runs"])
 
 
-def halves(size, device):
-    """In float32 only, or in bfloat16 too, where it is worth while?"""
-    return (False, True) if half_bits(size, device).ratio() > WORTH_WHILE else (False,)
+def worth_while(size, device):
+    """Is bfloat16 so much faster that ours is measured in it too?"""
+    return half_bits(size, device).ratio() > WORTH_WHILE
 
 
 # ---- sac: training steps per second (STEPs 1 and 6) ----
@@ -308,9 +308,10 @@ def sac_speed(size, device):
     agent, batch = loop.agent, loop.buffer.sample(BATCH)
     yield against_the_machine("SAC update, against the machine", lambda: float(
         agent.update(batch)["q_mean"]), size, device, 1, "updates")
+    bfloat16 = worth_while(size, device)
     for env_id in ("Pendulum-v1", "HalfCheetah-v5"):
         theirs, their_threads = sac_rate(TheirLoop(env_id, device, first_random=300), steps)
-        for half in halves(size, device):
+        for half in (False, True) if bfloat16 else (False,):
             loop = OurLoop(env_id, device, first_random=300, bfloat16=half)
             ours, threads = sac_rate(loop, steps)
             yield compare(f"SAC training steps, {env_id}{BFLOAT16 * half}", "steps/s", ours, theirs,
@@ -326,31 +327,37 @@ def sac_rate(loop, steps):
 
 
 # ---- learning: is it the same SAC? ----
+LEARNING = {"Pendulum-v1": 10_000, "HalfCheetah-v5": 50_000}  # steps
+
+
 def learning(size, device):
     """Returns after the same number of steps: evaluation episodes with the same seeds for both."""
     TheirLoop("Pendulum-v1", device)  # if it is not here, this says so before ours has trained
-    learners = {"theirs": TheirLoop, "ours": OurLoop}
-    if True in halves(size, device):
-        learners["ours" + BFLOAT16] = functools.partial(OurLoop, bfloat16=True)
-    jobs = [(name, env_id, seed, size["learn_steps"] or steps)
-            for env_id, steps in (("Pendulum-v1", 10_000), ("HalfCheetah-v5", 50_000))
-            for name in learners for seed in range(3)]
+    loops = {"theirs": TheirLoop, "ours": OurLoop}
+    if worth_while(size, device):
+        loops["ours" + BFLOAT16] = functools.partial(OurLoop, bfloat16=True)
     # one thread each; as many at once as there are cores, or one on a GPU
     workers = os.cpu_count() if device == "cpu" else 1
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(learned, learners[name], device, *rest) for name, *rest in jobs]
-        returns = {}
-        for (name, env_id, seed, steps), one in zip(jobs, waiting):
-            returns.setdefault((name, env_id), []).append(one.result())
-            print(f"  {env_id} {name} seed {seed}: {one.result():.0f}", flush=True)
-            if name == "theirs" or seed < 2:
+        waiting = {(env_id, name): [
+            pool.submit(learned, loop, device, env_id, seed, size["learn_steps"] or steps)
+            for seed in range(3)] for env_id, steps in LEARNING.items()
+            for name, loop in loops.items()}
+        for (env_id, name), seeds in waiting.items():
+            returns = []
+            for seed, one in enumerate(seeds):
+                returns.append(one.result())
+                print(f"  {env_id} {name} seed {seed}: {returns[-1]:.0f}", flush=True)
+            if name == "theirs":  # the first of them
+                theirs = returns
                 continue
-            ours, theirs = returns[name, env_id], returns["theirs", env_id]
-            below = "within or above" if np.mean(ours) >= min(theirs) else "below"
-            lists = " and ".join(str([round(x) for x in part]) for part in (ours, theirs))
+            below = "within or above" if np.mean(returns) >= min(theirs) else "below"
+            lists = " and ".join(str([round(x) for x in part]) for part in (returns, theirs))
+            steps = size["learn_steps"] or LEARNING[env_id]
             # No ratio: returns below zero have none.
-            yield Row(f"return after {steps:,} steps, {env_id}{name[4:]}", "return", ours,
-                      note=f"ours and Stable-Baselines3's, 3 seeds: {lists}: ours is {below} theirs")
+            yield Row(f"return after {steps:,} steps, {env_id}{name.removeprefix('ours')}",
+                      "return", returns, note="ours and Stable-Baselines3's, 3 seeds: "
+                      f"{lists}: ours is {below} theirs")
 
 
 def learned(loop, device, env_id, seed, steps):
@@ -462,7 +469,7 @@ def channels_first(images):
 def reward_fit(size, device):
     import reward_model
 
-    rng, bfloat16 = np.random.default_rng(0), True in halves(size, device)
+    rng, bfloat16 = np.random.default_rng(0), worth_while(size, device)
     for name, small in (("CartPole", 64), ("DrawerOpen", 84)):
         sizes = (small, TEXTBOOK_SIZE)
         pictures, progress = task_pictures(name, sizes, size["pictures"])
@@ -539,7 +546,7 @@ def pricing(size, device):
     textbook = Textbook(TEXTBOOK_SIZE, device)
     theirs, their_threads = best_threads(
         lambda: per_second(lambda: textbook.predict(large), len(large), 0.3))
-    bfloat16 = True in halves(size, device)
+    bfloat16 = worth_while(size, device)
     for side, half, target in sides((84, 64), bfloat16):
         images = pictures[side]
         model = reward_model.RewardModel((side, side, 3), device=device, bfloat16=half)

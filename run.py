@@ -98,7 +98,7 @@ class Config:
     batch_size: int | None = None  # transitions in one update
     updates: int | None = None  # updates after each environment step
     hidden: int | None = None  # width of the two hidden layers
-    sac_bfloat16: int = 0  # 1: from one to the other in half the bits; faster where the above is
+    sac_bfloat16: int = 0  # 1: the second in half the bits; faster with AVX512-BF16 or AMX
     discount: float | None = None  # what a reward one step later is worth
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
     # Watching

@@ -430,7 +430,7 @@ def demo(steps=6000):
     import gymnasium
     from tqdm import tqdm
 
-    torch.set_num_threads(1)  # two threads only get into each other's way on networks this small
+    torch.set_num_threads(1)  # layers this small gain little from a second thread
     env = gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
     agent = SAC(3, env.action_space, lr=1e-3)
     buffer = ReplayBuffer(steps, (3,), (1,))

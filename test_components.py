@@ -146,9 +146,12 @@ def test_only_termination_stops_the_bootstrap(terminated, expected):
     assert float(q) == pytest.approx(expected, abs=0.1)
 
 
-def test_target_follows_by_tau():
-    """After one update every target weight must be (1 - tau) old + tau new critic weight."""
+@pytest.mark.parametrize("reset", [False, True])
+def test_target_follows_by_tau(reset):
+    """After one update every target weight must be (1 - tau) old + tau new critic weight; those of new critics too."""
     agent = sac.SAC(2, box(1), hidden=(8,), tau=0.25)
+    if reset:
+        agent.reset_critic()
     before = [p.clone() for p in agent.target.parameters()]
     agent.update(filled_batch(16))
     for old, now, critic in zip(before, agent.target.parameters(), agent.critic.parameters()):

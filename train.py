@@ -60,7 +60,7 @@ def train(config):
     import score_reward
     import vlm_query
 
-    torch.set_num_threads(1)  # two threads only get into each other's way on networks this small
+    torch.set_num_threads(1)  # layers this small gain little from a second thread: two runs at a time gain more
     config, env, eval_env = prepare(config)
     check_disk(config)
     clip = clip_price(config)  # it and the labeler before the run folder: no CLIP here, a wrong key or an unknown goal
