@@ -48,6 +48,7 @@ COLUMNS = ("question", "ours", "theirs", "unit", "ratio_median", "ratio_min", "r
            "target", "note")
 TEXTBOOK_SIZE = 200  # px, what the paper's reward networks see in CartPole
 BFLOAT16 = ", bfloat16"  # in the name of a row: --reward-bfloat16 1, which is not the default
+GRAPH = ", CUDA graph"  # likewise: --cuda-graph 1, on a GPU
 WORTH_WHILE = 1.2  # times as fast in matrix products: then bfloat16 is measured too
 BATCH = 256  # transitions in one update of both SACs
 
@@ -161,10 +162,11 @@ def hot_spots(do, times=10):
         print(f"    {share:6.1%}  {row.key[:50]:50s} {each:7.0f} calls each time")
 
 
-def gigaflops(device, dtype=None, size=1024):
+def gigaflops(device, dtype=None, size=None):
     """What this machine does in matrix products, GFLOP/s: the ceiling of all networks here."""
     import torch
 
+    size = size or (1024 if device == "cpu" else 8192)  # a GPU is not busy with small ones
     a = torch.randn(size, size, device=device, dtype=dtype)
 
     def products():
@@ -237,9 +239,10 @@ def half_bits(size, device):
     import torch
 
     torch.set_num_threads(1)
+    side = 512 if device == "cpu" else None
     return compare("bfloat16 against float32, products", "GFLOP/s",
-                   lambda: gigaflops(device, torch.bfloat16, 512),
-                   lambda: gigaflops(device, torch.float32, 512), size["runs"])
+                   lambda: gigaflops(device, torch.bfloat16, side),
+                   lambda: gigaflops(device, torch.float32, side), size["runs"])
 
 
 def worth_while(size, device):
@@ -247,12 +250,20 @@ def worth_while(size, device):
     return half_bits(size, device).ratio() > WORTH_WHILE
 
 
+def variants_here(size, device):
+    """{end of a row's name: what ours is given}: the default first, then what should be faster."""
+    if device == "cuda":
+        import cuda_graph
+
+        return {"": {}, GRAPH: {"record": cuda_graph.Recorded}}
+    return {"": {}, **({BFLOAT16: {"bfloat16": True}} if worth_while(size, device) else {})}
+
+
 # ---- sac: training steps per second (STEPs 1 and 6) ----
 class OurLoop:
     """act, step, store, sample, update: the plain loop around sac.py."""
 
-    def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000,
-                 bfloat16=False):
+    def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000, **flags):
         import gymnasium
 
         import sac
@@ -263,7 +274,7 @@ class OurLoop:
         shape, space = self.env.observation_space.shape, self.env.action_space
         space.seed(seed)
         self.agent = sac.SAC(shape[0], space, device=device, seed=seed, alpha=1.0,  # as SB3
-                             bfloat16=bfloat16)
+                             **flags)
         self.buffer = sac.ReplayBuffer(capacity, shape, space.shape, seed=seed)
         self.first_random, self.obs = first_random, self.env.reset(seed=seed)[0]
 
@@ -308,16 +319,46 @@ def sac_speed(size, device):
     agent, batch = loop.agent, loop.buffer.sample(BATCH)
     yield against_the_machine("SAC update, against the machine", lambda: float(
         agent.update(batch)["q_mean"]), size, device, 1, "updates")
-    bfloat16 = worth_while(size, device)
+    variants = variants_here(size, device)
     for env_id in ("Pendulum-v1", "HalfCheetah-v5"):
         theirs, their_threads = sac_rate(TheirLoop(env_id, device, first_random=300), steps)
-        for half in (False, True) if bfloat16 else (False,):
-            loop = OurLoop(env_id, device, first_random=300, bfloat16=half)
+        for name, flags in variants.items():
+            loop = OurLoop(env_id, device, first_random=300, **flags)
             ours, threads = sac_rate(loop, steps)
-            yield compare(f"SAC training steps, {env_id}{BFLOAT16 * half}", "steps/s", ours, theirs,
+            yield compare(f"SAC training steps, {env_id}{name}", "steps/s", ours, theirs,
                           size["runs"], ">= 1.5", "against Stable-Baselines3; threads "
                           f"{threads} and {their_threads}",
                           lambda loop=loop: hot_spots(lambda: loop.learn(1), 50))
+    if device == "cuda":
+        yield from who_sets_the_pace(variants, size, device)
+
+
+def who_sets_the_pace(variants, size, device):
+    """Updates per second from Python, against the GPU alone: it replays one recorded update."""
+    import torch
+
+    loops = {name: OurLoop("HalfCheetah-v5", device, first_random=BATCH, **flags)
+             for name, flags in variants.items()}
+    for loop in loops.values():
+        loop.learn(BATCH + 10)
+
+    def updates(loop):
+        for _ in range(size["sac_steps"]):
+            loop.agent.update(loop.buffer.sample(BATCH))
+        torch.cuda.synchronize()
+
+    def replays():
+        for _ in range(size["sac_steps"]):
+            loops[GRAPH].agent._step.graph.replay()
+        torch.cuda.synchronize()
+
+    for name, loop in loops.items():
+        yield compare(f"SAC updates from Python{name}", "updates/s",
+                      lambda loop=loop: per_second(lambda: updates(loop), size["sac_steps"]),
+                      lambda: per_second(replays, size["sac_steps"]), size["runs"], ">= 0.9",
+                      "drawn from the buffer, moved to the GPU; against the GPU alone, which "
+                      "replays one update: at 1, the GPU sets the pace",
+                      lambda loop=loop: python_spots(lambda: updates(loop), 1))
 
 
 def sac_rate(loop, steps):
@@ -333,9 +374,9 @@ LEARNING = {"Pendulum-v1": 10_000, "HalfCheetah-v5": 50_000}  # steps
 def learning(size, device):
     """Returns after the same number of steps: evaluation episodes with the same seeds for both."""
     TheirLoop("Pendulum-v1", device)  # if it is not here, this says so before ours has trained
-    loops = {"theirs": TheirLoop, "ours": OurLoop}
-    if worth_while(size, device):
-        loops["ours" + BFLOAT16] = functools.partial(OurLoop, bfloat16=True)
+    loops = {"theirs": TheirLoop}
+    for variant, flags in variants_here(size, device).items():
+        loops["ours" + variant] = functools.partial(OurLoop, **flags)
     # one thread each; as many at once as there are cores, or one on a GPU
     workers = os.cpu_count() if device == "cpu" else 1
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -469,7 +510,7 @@ def channels_first(images):
 def reward_fit(size, device):
     import reward_model
 
-    rng, bfloat16 = np.random.default_rng(0), worth_while(size, device)
+    rng, variants = np.random.default_rng(0), variants_here(size, device)
     for name, small in (("CartPole", 64), ("DrawerOpen", 84)):
         sizes = (small, TEXTBOOK_SIZE)
         pictures, progress = task_pictures(name, sizes, size["pictures"])
@@ -479,23 +520,23 @@ def reward_fit(size, device):
         textbook = Textbook(TEXTBOOK_SIZE, device)
         theirs, their_threads = best_threads(lambda: per_second(
             lambda: textbook.fit(first, second, label, 1), len(label)))
-        for side, half, target in sides((small,), bfloat16):
+        for side, variant, flags, target in sides((small,), variants):
             if side == TEXTBOOK_SIZE and name != "CartPole":
                 continue  # the pixels do not matter to the time
             data = preference_data(pictures[side], pairs, label)
             model = reward_model.RewardModel((side, side, 3), device=device, patience=0,
-                                             bfloat16=half)
+                                             **flags)
             epochs = size["fit_epochs"]  # after the last of them, fit() measures itself once
             once = lambda: model.fit(data, epochs, stop_accuracy=2.0)  # noqa: E731
             ours, threads = best_threads(
                 lambda: per_second(once, epochs * len(data.rows())))
-            row = compare(f"reward fit, ours at {side} px{BFLOAT16 * half} ({name})", "pairs/s",
+            row = compare(f"reward fit, ours at {side} px{variant} ({name})", "pairs/s",
                           ours, theirs, size["runs"], target,
                           why=lambda once=once: hot_spots(once, 2),
                           note=f"against the textbook way at 200 px; threads {threads} and "
                                f"{their_threads}")
             if side == small and size["accuracy_epochs"]:
-                row.note += "; " + equal_accuracy(pictures, progress, small, size, device, half)
+                row.note += "; " + equal_accuracy(pictures, progress, small, size, device, flags)
             yield row
     model = reward_model.RewardModel((64, 64, 3), device=device)
     net = model.nets[0]
@@ -509,16 +550,15 @@ def reward_fit(size, device):
                               forward_and_back, size, device, len(x), "pictures")
 
 
-def sides(small, bfloat16):
-    """What the reward network is timed at: (picture size, in bfloat16?, target) each."""
-    yield TEXTBOOK_SIZE, bfloat16, ">= 1.5"
+def sides(small, variants):
+    """What the reward network is timed at: (picture size, end of the row's name, flags, target)."""
+    yield TEXTBOOK_SIZE, *list(variants.items())[-1], ">= 1.5"
     for side in small:
-        yield side, False, ">= 10"  # the default
-        if bfloat16:
-            yield side, True, ">= 10"
+        for variant, flags in variants.items():
+            yield side, variant, flags, ">= 10"
 
 
-def equal_accuracy(pictures, progress, small, size, device, bfloat16):
+def equal_accuracy(pictures, progress, small, size, device, flags):
     """Both ways fitted to the same answers; then pairs of pictures never seen.
 
     As many epochs at most: ours stops when it knows the answers, and fits seven eighths of them.
@@ -528,7 +568,7 @@ def equal_accuracy(pictures, progress, small, size, device, bfloat16):
     half, rng = len(progress) // 2, np.random.default_rng(1)
     pairs, label = answered_pairs(progress[:half], size["pairs"], rng)
     unseen, better = answered_pairs(progress[half:], 500, rng)
-    ours = reward_model.RewardModel((small, small, 3), device=device, bfloat16=bfloat16)
+    ours = reward_model.RewardModel((small, small, 3), device=device, **flags)
     ours.fit(preference_data(pictures[small], pairs, label), size["accuracy_epochs"])
     theirs, large = Textbook(TEXTBOOK_SIZE, device), channels_first(pictures[TEXTBOOK_SIZE])
     theirs.fit(large[pairs[:, 0]], large[pairs[:, 1]], label, size["accuracy_epochs"])
@@ -546,13 +586,14 @@ def pricing(size, device):
     textbook = Textbook(TEXTBOOK_SIZE, device)
     theirs, their_threads = best_threads(
         lambda: per_second(lambda: textbook.predict(large), len(large), 0.3))
-    bfloat16 = worth_while(size, device)
-    for side, half, target in sides((84, 64), bfloat16):
+    variants = variants_here(size, device)
+    variants.pop(GRAPH, None)  # only fits are recorded
+    for side, variant, flags, target in sides((84, 64), variants):
         images = pictures[side]
-        model = reward_model.RewardModel((side, side, 3), device=device, bfloat16=half)
+        model = reward_model.RewardModel((side, side, 3), device=device, **flags)
         once = lambda: model.predict(images)  # noqa: E731
         ours, threads = best_threads(lambda: per_second(once, len(images), 0.3))
-        yield compare(f"pricing and relabelling, ours at {side} px{BFLOAT16 * half}", "pictures/s",
+        yield compare(f"pricing and relabelling, ours at {side} px{variant}", "pictures/s",
                       ours, theirs, size["runs"], target, "against the textbook way, 32 at a time, "
                       f"at 200 px; threads {threads} and {their_threads}",
                       lambda once=once: hot_spots(once, 2))
@@ -648,19 +689,30 @@ def programs(size, device):
 
 # ---- run: how long until CartPole is solved? ----
 def whole_run(size, device):
+    variants = {"": ("--device", "cpu")}
+    if device == "cuda":  # a processor may be the better choice
+        variants = {" on its processor": ("--device", "cpu"), "": ("--device", "cuda"),
+                    GRAPH: ("--device", "cuda", "--cuda-graph", 1)}
+    for variant, flags in variants.items():
+        solved, total = whole_runs(size, *flags)
+        yield Row("CartPole: until solved" + variant, "s", solved, target="<= 30",
+                  note="of an evaluation's steps, 99 % upright; the clock starts with the run "
+                       "folder, a second or two after the command")
+        yield Row("CartPole: until the report is written" + variant, "s", total, target="<= 60",
+                  note=f"whole command, --env CartPole, seeds 0 to {size['whole_runs'] - 1}")
+
+
+def whole_runs(size, *flags):
+    """Seconds until solved, and until the report is written: a list each."""
     solved, total = [], []
     for seed in range(size["whole_runs"]):
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "run")
             total.append(seconds_of(lambda: train_py(
-                "--env", "CartPole", "--seed", seed, "--out", out, "--device", device)))
+                "--env", "CartPole", "--seed", seed, "--out", out, *flags)))
             with open(os.path.join(out, "summary.json")) as file:
                 solved.append(json.load(file)["seconds_until_solved"] or float("inf"))
-    note = "whole command, --env CartPole, seeds 0 to " + str(size["whole_runs"] - 1)
-    yield Row("CartPole: until solved", "s", solved, target="<= 30",
-              note="of an evaluation's steps, 99 % upright; the clock starts with the run folder, "
-                   "a second or two after the command")
-    yield Row("CartPole: until the report is written", "s", total, target="<= 60", note=note)
+    return solved, total
 
 
 def train_py(*flags):
@@ -831,6 +883,7 @@ QUICK = dict(runs=3, sac_steps=40, learn_steps=600, pictures=64, pairs=32, fit_e
              accuracy_epochs=0, priced=64, seconds=0.2, label_rounds=1, whole_runs=1,
              memory_steps=500,
              growth_steps=40, relabel_rows=(200, 1_000), label_counts=(500,))
+GPU = dict(runs=5, sac_steps=150, whole_runs=1)  # instead of those of FULL, with --device cuda
 
 
 # ---- the table ----
@@ -865,7 +918,8 @@ def main(arguments=None):
     parser.add_argument("--only", default=",".join(usual), metavar="NAME,NAME",
                         help=f"which of {', '.join(SECTIONS)} (default: all but learning)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--csv", help="where to (default: results/bench.csv; --quick: nowhere)")
+    parser.add_argument("--csv", help="where to (default: results/bench.csv or, with "
+                        "--device cuda, results/bench_cuda.csv; --quick: nowhere)")
     args = parser.parse_args(arguments)
     names = args.only.split(",")
     unknown = [name for name in names if name not in SECTIONS]
@@ -881,8 +935,10 @@ def main(arguments=None):
             parser.error("--device cuda: torch sees no CUDA device here")
     print(f"{'question':50s}{'ours':>9s} {'theirs':>8s} {'unit':12s}{'ratio (min to max)':26s}"
           "target  verdict")
-    rows, path = [], args.csv or (None if args.quick else HERE / "results" / "bench.csv")
-    for row in sections_rows(names, QUICK if args.quick else FULL, args.device):
+    usual_path = HERE / "results" / ("bench.csv" if args.device == "cpu" else "bench_cuda.csv")
+    rows, path = [], args.csv or (None if args.quick else usual_path)
+    size = QUICK if args.quick else {**FULL, **(GPU if args.device == "cuda" else {})}
+    for row in sections_rows(names, size, args.device):
         show(row)
         rows.append(row)
         if path:  # at once: a killed run keeps what it has measured

@@ -38,7 +38,8 @@ from torch import nn
 
 HOLD_OUT = 8  # every eighth answer only measures, and says when to stop
 SHARPNESS = 10.0  # P[second is better] reaches 0.9999 at a difference of one; see "Differs" 3
-PRICED_AT_ONCE = 6 * 2**20  # bytes of pictures: among the fastest here, from 64 to 200 px
+# bytes of pictures: a CPU's cache holds what the layers make of them; a GPU is slowed by few
+PRICED_AT_ONCE = {"cpu": 6 * 2**20, "cuda": 192 * 2**20}
 # channels, kernel, stride: the paper's CNN
 LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))
 
@@ -210,10 +211,11 @@ def as_input(images, device, dtype=torch.float32):
     The permuted view *is* "channels last" memory: no copy, and the layout in which convolutions on
     a CPU are fastest.
     """
-    assert images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3, (
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.ascontiguousarray(images))
+    assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3, (
         images.dtype, images.shape)
-    return (torch.from_numpy(np.ascontiguousarray(images)).to(device)
-            .permute(0, 3, 1, 2).to(dtype).div_(255))
+    return images.to(device).permute(0, 3, 1, 2).to(dtype).div_(255)
 
 
 def shifted(images, most, rng):
@@ -274,13 +276,14 @@ class RewardModel:
     paper: fit as the paper does (see the header).
     bfloat16: convolutions in half the bits: faster on a processor with AVX512-BF16 or AMX, above
     all with large pictures (bench.py measures it); slower on one without.
+    record: cuda_graph.Recorded, for a GPU: one launch for a step of fit().
     """
 
     def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
-                 patience=3, shift=0, mirror=False, paper=False, bfloat16=False):
+                 patience=3, shift=0, mirror=False, paper=False, bfloat16=False, record=None):
         self.image_shape, self.members, self.lr = image_shape, members, lr
         self.patience, self.shift, self.mirror, self.paper = patience, shift, mirror, paper
-        self.device, self.batch = torch.device(device), batch
+        self.device, self.batch, self.record = torch.device(device), batch, record
         # of pictures and convolutions.  trap: pictures handed over in float32 would be converted
         # again by each member's first convolution
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
@@ -298,7 +301,15 @@ class RewardModel:
             self.nets = nn.ModuleList(RewardNet(height, width, self.paper)
                                       for _ in range(self.members)).to(self.device)
         self.nets.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.nets.parameters(), lr=self.lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.nets.parameters(), lr=self.lr, fused=True,
+                                          capturable=self.device.type == "cuda")
+        self._record_anew()
+
+    def _record_anew(self):
+        # trap: a replay works on the tensors it was recorded with, not on those of new networks
+        self._step = self._plain_step
+        if self.record:
+            self._step = self.record(self._plain_step, self.device)
 
     def fit(self, data, epochs, stop_accuracy=0.97):
         """Go over all training answers up to `epochs` times -> dict(loss, train_accuracy,
@@ -339,19 +350,33 @@ class RewardModel:
         """Each member once over all training answers -> mean loss, share it had in order."""
         losses, right = [], []
         for batches in zip(*(data.batches(self.batch, self.rng) for _ in self.nets)):
-            self.optimizer.zero_grad(set_to_none=True)
-            for net, (first, second, label) in zip(self.nets, batches):
-                # one pass, not two: (2 B, 3, H, W)
-                images = self.views(np.concatenate([first, second]))
-                with self.precision():
-                    r0, r1 = net(as_input(images, self.device, self.dtype)).chunk(2)
-                answer = torch.from_numpy(label).to(self.device)  # (B,)
-                loss = preference_loss(self.sharpness * r0, self.sharpness * r1, answer)
-                loss.backward()  # at once: one member's activations at a time stay in the cache
-                losses.append(float(loss.detach()))
-                right.extend(((r1 > r0) == answer.bool()).tolist())
-            self.optimizer.step()  # the members share nothing, so one optimiser serves all
-        return float(np.mean(losses)), float(np.mean(right))
+            # one pass for both, not two: (2 B, H, W, 3)
+            images = [self.views(np.concatenate([first, second])) for first, second, _ in batches]
+            labels = [label for *_, label in batches]  # (B,) each
+            # recorded are whole batches only; the last one may be smaller
+            step = self._step if len(labels[0]) == self.batch else self._plain_step
+            loss, agrees = step(*map(torch.from_numpy, images + labels))
+            losses.append(loss.clone())  # trap: a replay overwrites what the last one returned
+            right.append(agrees.clone())
+        # read at the end of the epoch: a GPU would have to be waited for each time
+        return float(torch.cat(losses).double().mean()), float(torch.cat(right).double().mean())
+
+    def _plain_step(self, *tensors):
+        """One gradient step of every member. tensors: images (2 B, H, W, 3) uint8 for each, the
+        first ones before the second ones, then label (B,) for each.
+        -> losses (members,), whether the rewards are in the order of the answer (members * B,)."""
+        losses, right, images = [], [], tensors[: self.members]
+        self.optimizer.zero_grad(set_to_none=True)
+        for net, both, label in zip(self.nets, images, tensors[self.members :]):
+            with self.precision():
+                r0, r1 = net(as_input(both, self.device, self.dtype)).chunk(2)
+            answer = label.to(self.device)  # (B,)
+            loss = preference_loss(self.sharpness * r0, self.sharpness * r1, answer)
+            loss.backward()  # at once: one member's activations at a time stay in the cache
+            losses.append(loss.detach())
+            right.append((r1 > r0) == answer.bool())
+        self.optimizer.step()  # the members share nothing, so one optimiser serves all
+        return torch.stack(losses), torch.cat(right)
 
     def precision(self):
         """The context in which networks are called."""
@@ -386,7 +411,8 @@ class RewardModel:
     def member_rewards(self, images):
         """(N, H, W, 3) uint8 -> (members, N) float32, each network's own opinion."""
         parts = []
-        chunk = max(1, PRICED_AT_ONCE // (np.prod(self.image_shape) * self.dtype.itemsize))
+        chunk = max(1, PRICED_AT_ONCE[self.device.type]
+                    // (int(np.prod(self.image_shape)) * self.dtype.itemsize))
         for start in range(0, len(images), chunk):
             x = as_input(images[start : start + chunk], self.device, self.dtype)
             views = (x, x.flip(-1)) if self.mirror else (x,)
@@ -412,6 +438,7 @@ class RewardModel:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.rng.bit_generator.state, self.mean, self.deviation = (
             state["rng"], state["mean"], state["deviation"])
+        self._record_anew()
 
 
 def demo_pictures(n, rng, size=64):

@@ -101,6 +101,7 @@ class Config:
     sac_bfloat16: int = 0  # 1: the second in half the bits; faster with AVX512-BF16 or AMX
     discount: float | None = None  # what a reward one step later is worth
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
+    cuda_graph: int = 0  # 1: updates of SAC and of a fit are recorded once and replayed; faster on a GPU
     # Watching
     horizon: int | None = None  # steps in an episode
     action_repeat: int | None = None  # the simulator's steps in one of ours, with the same action
@@ -132,7 +133,8 @@ RANGES = dict(
         "eval_episodes", "workers", "rounds", "max_pairs"), AT_LEAST_1),
     candidates=(2, None), query_size=(16, None), reward_size=(47, None), vlm_latency=(0, None),
     vlm_mistakes=(0, 1), vlm_unsure=(0, 1), discount=(0, 1), clip_alpha=(0, 1), max_usd=(0, None),
-    reward_mirror=(0, 1), reward_bfloat16=(0, 1), sac_bfloat16=(0, 1), seed=(0, 2**31 - 1),
+    reward_mirror=(0, 1), reward_bfloat16=(0, 1), sac_bfloat16=(0, 1), cuda_graph=(0, 1),
+    seed=(0, 2**31 - 1),
 )
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
 DEFAULTS = dict(
@@ -208,6 +210,8 @@ def resolve(config):
         if config.device == "cuda" and not there:
             raise UserError("--device cuda: torch finds no such GPU here; there are cpu, auto")
         config = dataclasses.replace(config, device="cuda" if there else "cpu")
+    if config.cuda_graph and config.device != "cuda":
+        raise UserError("--cuda-graph 1 needs a GPU: --device cuda")
     return config
 
 

@@ -272,10 +272,11 @@ class SAC:
     update(batch) -> dict of 0-d tensors (no .item(): nothing waits).
     alpha: the first temperature; 0.1 is for rewards of about one a step, as a fit gives them.
     bfloat16: see MLP: faster with AVX512-BF16 or AMX and wide layers; slower without.
+    record: cuda_graph.Recorded, for a GPU: one launch an update; batches are then of one size.
     """
 
     def __init__(self, obs_dim, action_space, hidden=(256, 256), lr=3e-4, discount=0.99, tau=0.005,
-                 device="cpu", seed=0, alpha=0.1, bfloat16=False):
+                 device="cpu", seed=0, alpha=0.1, bfloat16=False, record=None):
         self.discrete = hasattr(action_space, "n")
         # by name: this file does not need gymnasium
         if type(action_space).__name__ not in ("Box", "Discrete"):
@@ -283,6 +284,7 @@ class SAC:
         self.actions = int(action_space.n) if self.discrete else 0
         self.action_dim = 0 if self.discrete else int(np.prod(action_space.shape))
         self.discount, self.tau, self.lr, self.device = discount, tau, lr, torch.device(device)
+        self.record = record
         self.rng = torch.Generator(device=self.device).manual_seed(seed)
         self.sizes = (obs_dim, self.action_dim, self.actions, tuple(hidden), bfloat16)
         self.center = torch.zeros(obs_dim, device=self.device)
@@ -304,8 +306,16 @@ class SAC:
         self.actor_optimizer = self._adam([*self.actor.parameters(), self.log_alpha])
 
     def _adam(self, parameters):
-        # fused: one pass over memory for all weights
-        return torch.optim.Adam(parameters, lr=self.lr, fused=True)
+        # fused: one pass over memory for all weights; capturable: by a CUDA graph
+        return torch.optim.Adam(parameters, lr=self.lr, fused=True,
+                                capturable=self.device.type == "cuda")
+
+    def _record_anew(self):
+        # trap: a replay works on the tensors it was recorded with. Whatever replaces one, instead
+        # of writing to it, must call this: critics, units, an optimiser that was loaded
+        self._step = self._plain_step
+        if self.record:
+            self._step = self.record(self._plain_step, self.device, self.rng)
 
     def reset_critic(self):
         """Forget the values, keep the actor: after STEP 0 the critics' targets were novelty."""
@@ -316,6 +326,7 @@ class SAC:
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.target_weights = list(self.target.parameters())
         self.critic_optimizer = self._adam(self.critic.parameters())
+        self._record_anew()
 
     def standardise(self, obs, floor=0.01):
         """From now on the networks see observations as (o - mean) / deviation over obs (N, O).
@@ -325,6 +336,7 @@ class SAC:
         """
         obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
         self.center, self.spread = obs.mean(0), obs.std(0).clamp(min=floor)
+        self._record_anew()
 
     def _gaussian(self, obs):
         """The Gaussian before tanh, and a draw of unit noise: mean, log_std, noise (B, A)."""
@@ -371,10 +383,14 @@ class SAC:
 
     def update(self, batch):
         """One gradient step for critics, actor and temperature, from a batch of sample()."""
-        obs, action, reward, next_obs, terminated = (batch[name].to(self.device) for name in (
-            "obs", "action", "reward", "next_obs", "terminated"))
+        reward, terminated = batch["reward"], batch["terminated"]
         assert reward.ndim == 1 and terminated.shape == reward.shape, (
             reward.shape, terminated.shape)
+        return self._step(batch["obs"], batch["action"], reward, batch["next_obs"], terminated)
+
+    def _plain_step(self, *tensors):
+        """tensors: obs, action, reward, next_obs, terminated, as sample() returns them."""
+        obs, action, reward, next_obs, terminated = (x.to(self.device) for x in tensors)
         obs, next_obs = (obs - self.center) / self.spread, (next_obs - self.center) / self.spread
         # The critics learn what the reward and the target's own next value say.
         with torch.no_grad():
@@ -423,6 +439,7 @@ class SAC:
         self.log_alpha.data.copy_(state["log_alpha"])
         self.rng.set_state(state["rng"])
         self.center, self.spread = state["center"], state["spread"]
+        self._record_anew()
 
 
 def demo(steps=6000):

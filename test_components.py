@@ -9,6 +9,7 @@ import ast
 import base64
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import dataclasses
 import email.utils
@@ -57,6 +58,7 @@ import bench
 import cached_labels
 import clip_reward
 import code_as_reward
+import cuda_graph
 import deformables
 import envs
 import hack_search
@@ -158,8 +160,8 @@ def test_target_follows_by_tau(reset):
         assert torch.allclose(now, 0.75 * old + 0.25 * critic, atol=1e-6)
 
 
-def filled_batch(size):
-    generator = torch.Generator().manual_seed(0)
+def filled_batch(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     return {"obs": draw(size, 2), "action": draw(size, 1).tanh(), "reward": draw(size), "next_obs": draw(size, 2),
             "terminated": torch.zeros(size)}
@@ -333,6 +335,113 @@ def test_sac_learns_a_point_mass(discrete, bfloat16):
     assert np.mean(ends) < 0.25  # random actions: about 1
 
 
+class FakeGraph:
+    """What cuda_graph.Recorded asks of its users, on a CPU: the same shapes every time, results that get overwritten."""
+
+    def __init__(self, function, device, generator=None):
+        self.function, self.shapes, self.outputs, self.calls = function, None, None, 0
+
+    def __call__(self, *tensors):
+        shapes, new = [tensor.shape for tensor in tensors], self.function(*tensors)
+        assert self.shapes in (None, shapes)
+        self.shapes, self.calls = shapes, self.calls + 1
+        if self.outputs is None:
+            self.outputs = new
+        pairs = zip(*(x.values() if isinstance(x, dict) else x for x in (self.outputs, new)))
+        for old, fresh in pairs:
+            old.copy_(fresh)
+        return self.outputs
+
+
+def test_a_recorded_update_learns_the_same_and_whatever_replaces_a_tensor_records_anew():
+    """record must change no number, and no replay may go on with critics, units or moments that are gone."""
+    plain, recorded = (sac.SAC(2, box(1), hidden=(32, 32), record=record) for record in (None, FakeGraph))
+    other, before = sac.SAC(2, box(1), hidden=(32, 32), seed=1).state_dict(), None
+    for change in (lambda agent: None, lambda agent: agent.reset_critic(),
+                   lambda agent: agent.standardise(np.eye(2)), lambda agent: agent.load_state_dict(other)):
+        for agent in (plain, recorded):
+            change(agent)
+            values = [float(agent.update(filled_batch(16, seed))["q_mean"]) for seed in range(3)]
+        assert recorded._step is not before and recorded._step.calls == 3 and len(set(values)) == 3
+        assert all(torch.equal(a, b) for a, b in zip(plain.critic.parameters(), recorded.critic.parameters()))
+        assert float(plain.update(filled_batch(16))["q_mean"]) == float(recorded.update(filled_batch(16))["q_mean"])
+        before, recorded._step.calls = recorded._step, 0
+
+
+def test_a_recorded_fit_learns_the_same_also_from_a_last_batch_that_is_smaller():
+    """record must change no number of a fit; a batch that is not whole must not be replayed; a fit records anew."""
+    images, angle = reward_model.demo_pictures(60, np.random.default_rng(0))
+    data = reward_model.PreferenceDataset(40, images.shape[1:])  # 35 to fit: batches of 16, 16 and 3
+    data.add(images[:40], images[20:], (abs(angle[20:]) < abs(angle[:40])).astype(int))
+    plain, recorded = (reward_model.RewardModel(images.shape[1:], record=record) for record in (None, FakeGraph))
+    for _ in range(2):
+        first = recorded._step
+        assert plain.fit(data, epochs=2) == recorded.fit(data, epochs=2)
+        assert recorded._step is not first and recorded._step.calls == 4
+        assert np.array_equal(plain.predict(images), recorded.predict(images))
+    before = recorded._step
+    recorded.load_state_dict(plain.state_dict())
+    assert recorded._step is not before
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run it where there is one")
+
+
+@needs_gpu
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_replayed_update_is_the_update(discrete):
+    """On a GPU, forty recorded updates must give the weights of forty plain ones, to the bit; so must going on."""
+    space = gymnasium.spaces.Discrete(3) if discrete else box(2)
+    agents = [sac.SAC(4, space, device="cuda", record=record) for record in (None, cuda_graph.Recorded)]
+    rng, buffer = np.random.default_rng(0), sac.ReplayBuffer(500, (4,), () if discrete else (2,))
+    for _ in range(500):
+        buffer.add(rng.normal(size=4), rng.integers(3) if discrete else rng.uniform(-1, 1, 2), rng.normal(size=4),
+                   rng.random() < 0.1, None, 0.0)
+        buffer.price([rng.normal()])
+    batches = [buffer.sample(64) for _ in range(40)]
+    for number, batch in enumerate(batches):
+        if number == 20:
+            for agent in agents:
+                agent.reset_critic()
+                agent.standardise(buffer.obs)
+            state = copy.deepcopy(agents[1].state_dict())
+        results = [agent.update(batch) for agent in agents]
+        assert {name: float(x) for name, x in results[0].items()} == {name: float(x) for name, x in results[1].items()}
+    went_on = sac.SAC(4, space, device="cuda", seed=5, record=cuda_graph.Recorded)
+    went_on.load_state_dict(state)
+    for batch in batches[20:]:
+        went_on.update(batch)
+    for one, two, three in zip(*(agent.critic.parameters() for agent in (*agents, went_on))):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    with pytest.raises(AssertionError):
+        agents[1].update(buffer.sample(32))
+
+
+@needs_gpu
+def test_a_replayed_fit_is_the_fit():
+    """On a GPU, a recorded fit must know as much as a plain one, its last and smaller batches included."""
+    images, angle = reward_model.demo_pictures(400, np.random.default_rng(0))
+    data = reward_model.PreferenceDataset(200, images.shape[1:])
+    data.add(images[:200], images[200:], (abs(angle[200:]) < abs(angle[:200])).astype(int))
+    for record in (None, cuda_graph.Recorded):
+        model = reward_model.RewardModel(images.shape[1:], device="cuda", record=record)
+        assert model.fit(data, epochs=40)["train_accuracy"] > 0.95 and model.accuracy(data, held_out=False) > 0.95
+
+
+@needs_gpu
+def test_a_function_that_draws_noise_draws_another_one_at_every_replay():
+    """Recorded: the generator goes on, inputs are copied in, and what is written in place adds up."""
+    noise, weight = torch.Generator("cuda").manual_seed(0), torch.zeros(3, device="cuda")
+
+    def step(x):
+        weight.add_(x)
+        return weight.sum(), torch.rand(1, device="cuda", generator=noise)
+
+    step = cuda_graph.Recorded(step, "cuda", noise)
+    sums, draws = zip(*(map(float, step(torch.full((3,), float(n)))) for n in range(8)))
+    assert sums == (0, 3, 9, 18, 30, 45, 63, 84) and len(set(draws)) == 8
+
+
 def test_in_half_the_bits_are_neither_observations_nor_values_nor_weights():
     """In bfloat16 only what is between the first layer and the last may be rounded."""
     agent, kinds = sac.SAC(2, box(1), hidden=(32, 32), bfloat16=True), []
@@ -410,7 +519,7 @@ def test_predict_does_not_depend_on_how_images_are_batched(monkeypatch):
     assert model.predict(images).dtype == np.float32
     assert np.allclose(model.predict(images), one_by_one, atol=1e-5)
     at_once = model.member_rewards(images)
-    monkeypatch.setattr(reward_model, "PRICED_AT_ONCE", 3 * 4 * images[0].size)  # three pictures in float32
+    monkeypatch.setitem(reward_model.PRICED_AT_ONCE, "cpu", 3 * 4 * images[0].size)  # three pictures in float32
     assert np.allclose(model.member_rewards(images), at_once, atol=1e-5)
 
 
@@ -4185,6 +4294,7 @@ def test_a_resumed_run_may_ask_for_less_than_it_has(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes, says", [
     ({"device": "cuda"}, "torch finds no such GPU"), ({"device": "gpu"}, "there are auto, cpu, cuda"),
+    ({"cuda_graph": 1}, "--cuda-graph 1 needs a GPU"),
     ({"reward": "true", "labels": "oracle"}, "--reward true compares no pictures"),
     ({"reward": "score", "vlm_mistakes": 0.2}, "shows only one"),
     ({"programs": "."}, "--programs is for --reward code, not for preference"),

@@ -55,6 +55,7 @@ def train(config):
     from tqdm import tqdm
 
     import code_as_reward
+    import cuda_graph
     import reward_model
     import sac
     import score_reward
@@ -70,15 +71,17 @@ def train(config):
     rng, space = np.random.default_rng(config.seed), env.action_space
     small = (config.reward_size, config.reward_size, 3)
     looks = looks_at_pictures(config)
+    record = cuda_graph.Recorded if config.cuda_graph else None
     agent = sac.SAC(env.observation_space.shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount,
-                    device=config.device, seed=config.seed, bfloat16=bool(config.sac_bfloat16))
+                    device=config.device, seed=config.seed, bfloat16=bool(config.sac_bfloat16),
+                    record=record)
     buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small if looks else None,
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
                                      patience=config.patience, shift=config.reward_shift,
                                      mirror=bool(config.reward_mirror), paper=config.schedule == "paper",
-                                     bfloat16=bool(config.reward_bfloat16))
+                                     bfloat16=bool(config.reward_bfloat16), record=record)
     dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
     if config.reward == "score":
         dataset, fit = score_reward.ScoreDataset, score_reward.fit
