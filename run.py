@@ -100,8 +100,8 @@ class Config:
     hidden: int | None = None  # width of the two hidden layers
     sac_bfloat16: int = 0  # 1: the second in half the bits; faster with AVX512-BF16 or AMX
     discount: float | None = None  # what a reward one step later is worth
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one
-    cuda_graph: int = 0  # 1: updates of SAC and of a fit are recorded once and replayed; faster on a GPU
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one and --cuda-graph 1 or --reward clip gains by it
+    cuda_graph: int = 0  # 1: an update is recorded once and replayed; without, a GPU is slower than a CPU here
     # Watching
     horizon: int | None = None  # steps in an episode
     action_repeat: int | None = None  # the simulator's steps in one of ours, with the same action
@@ -203,15 +203,18 @@ def resolve(config):
     open_fields = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **open_fields)
     check_ranges(config)
-    if config.device != "cpu":
+    gains = config.cuda_graph or config.reward == "clip"  # launched one by one, kernels this small are slower
+    if config.device == "cuda" or (config.device == "auto" and gains):
         import torch
 
         there = torch.cuda.is_available()
         if config.device == "cuda" and not there:
             raise UserError("--device cuda: torch finds no such GPU here; there are cpu, auto")
         config = dataclasses.replace(config, device="cuda" if there else "cpu")
+    elif config.device == "auto":
+        config = dataclasses.replace(config, device="cpu")
     if config.cuda_graph and config.device != "cuda":
-        raise UserError("--cuda-graph 1 needs a GPU: --device cuda")
+        raise UserError("--cuda-graph 1 needs a GPU, and --device cuda or auto")
     return config
 
 

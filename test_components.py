@@ -438,7 +438,7 @@ def test_a_function_that_draws_noise_draws_another_one_at_every_replay():
         return weight.sum(), torch.rand(1, device="cuda", generator=noise)
 
     step = cuda_graph.Recorded(step, "cuda", noise)
-    sums, draws = zip(*(map(float, step(torch.full((3,), float(n)))) for n in range(8)))
+    sums, draws = zip(*([float(x) for x in step(torch.full((3,), float(n)))] for n in range(8)))
     assert sums == (0, 3, 9, 18, 30, 45, 63, 84) and len(set(draws)) == 8
 
 
@@ -4294,7 +4294,7 @@ def test_a_resumed_run_may_ask_for_less_than_it_has(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes, says", [
     ({"device": "cuda"}, "torch finds no such GPU"), ({"device": "gpu"}, "there are auto, cpu, cuda"),
-    ({"cuda_graph": 1}, "--cuda-graph 1 needs a GPU"),
+    ({"cuda_graph": 1}, "--cuda-graph 1 needs a GPU"), ({"cuda_graph": 1, "device": "auto"}, "needs a GPU"),
     ({"reward": "true", "labels": "oracle"}, "--reward true compares no pictures"),
     ({"reward": "score", "vlm_mistakes": 0.2}, "shows only one"),
     ({"programs": "."}, "--programs is for --reward code, not for preference"),
@@ -4639,6 +4639,15 @@ def test_every_config_field_is_read_and_explained():
     for field in dataclasses.fields(run.Config):
         assert len(run.field_help()[field.name]) > 10, field.name
         assert re.search(rf"config\.{field.name}\b", code), f"nothing reads Config.{field.name}"
+
+
+@pytest.mark.parametrize("changes, device", [
+    ({}, "cpu"), ({"cuda_graph": 1}, "cuda"), ({"reward": "clip", "goal": "up"}, "cuda"), ({"device": "cuda"}, "cuda"),
+    ({"device": "cpu", "reward": "clip", "goal": "up"}, "cpu")])
+def test_auto_takes_a_gpu_only_where_it_gains(monkeypatch, changes, device):
+    """With a GPU: small kernels that are launched one by one are faster on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run.resolve(run.Config(**changes)).device == device
 
 
 def test_numbers_on_the_command_line_may_be_written_as_floats():
