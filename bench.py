@@ -2,6 +2,7 @@
 
     python bench.py                   all but the learning curves; about 25 minutes
     python bench.py --quick           the same with little of each, within 3 minutes; writes no CSV
+    python bench.py --device cuda     on a GPU, also with what cuda_graph.py records
     PYTHONPATH=peers python bench.py  after pip install --target peers --no-deps \
                                       -r requirements-bench.txt: with Stable-Baselines3;
                                       with --only learning: what both have learned; hours
@@ -14,6 +15,7 @@ Which STEPs: 1, 3 to 6 and C4 are measured, and the whole:
 "The textbook way" of the reward model: channels-first float32, member by member, an optimiser
 each, two forward passes for a pair, at 200 px; the same networks and batch size. Ours in bfloat16
 (not the default), where this processor is faster in it: the name of the row says so.
+On a GPU, what a recording gains; results/bench_cuda.csv.
 
 Differs from the paper: it reports no speeds.
 Shapes: pictures (N, size, size, 3) uint8.  Names: compare, Row, SECTIONS, Textbook, write.
@@ -349,7 +351,7 @@ def who_sets_the_pace(variants, size, device):
 
     def replays():
         for _ in range(size["sac_steps"]):
-            loops[GRAPH].agent._step.graph.replay()
+            loops[GRAPH].agent._recorded.graph.replay()
         torch.cuda.synchronize()
 
     for name, loop in loops.items():

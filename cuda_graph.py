@@ -27,6 +27,8 @@ class Recorded:
     returns is overwritten by the next one.  generator: the random numbers that function draws.
     trap: whatever *replaces* a tensor that the function uses, instead of writing to it (new
     weights, an optimiser that was loaded), is not seen by a replay: make a new Recorded then.
+    trap: a replay repeats kernels, not Python: numbers (a learning rate), ifs, prints and what
+    numpy draws stay as they were at the recording.
     """
 
     AS_USUAL = 3
@@ -38,8 +40,7 @@ class Recorded:
     def __call__(self, *tensors):
         self.calls += 1
         if self.calls <= self.AS_USUAL:
-            # trap: not in the default stream, which cannot be recorded: what autograd does once
-            # per stream must have been done
+            # trap: not in the default stream, whose gradients a recording could not take over
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -49,13 +50,14 @@ class Recorded:
         if self.calls == self.AS_USUAL + 1:
             self.inputs = [tensor.to(self.device, copy=True) for tensor in tensors]
             self.graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:  # trap: or every replay would draw the same noise
+            if self.generator is not None:  # trap: torch records no draws of one it was not told of
                 self.graph.register_generator_state(self.generator)
             with torch.cuda.graph(self.graph):  # nothing is computed yet
                 self.outputs = self.function(*self.inputs)
         for tensor, place in zip(tensors, self.inputs, strict=True):
-            # trap: copy_ would stretch a batch of one over the whole
-            assert tensor.shape == place.shape, (tensor.shape, place.shape)
+            # trap: copy_ would stretch a batch of one over the whole, and convert other types
+            assert (tensor.shape, tensor.dtype) == (place.shape, place.dtype), (
+                tensor.shape, tensor.dtype)
             # pinned: or the copy would wait until the GPU has done all it was given
             tensor = tensor if tensor.is_cuda else tensor.pin_memory()
             place.copy_(tensor, non_blocking=True)

@@ -38,8 +38,7 @@ from torch import nn
 
 HOLD_OUT = 8  # every eighth answer only measures, and says when to stop
 SHARPNESS = 10.0  # P[second is better] reaches 0.9999 at a difference of one; see "Differs" 3
-# bytes of pictures: a CPU's cache holds what the layers make of them; a GPU is slowed by few
-PRICED_AT_ONCE = {"cpu": 6 * 2**20, "cuda": 192 * 2**20}
+PRICED_AT_ONCE = 6 * 2**20  # bytes of pictures: among the fastest here, from 64 to 200 px
 # channels, kernel, stride: the paper's CNN
 LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))
 
@@ -307,9 +306,8 @@ class RewardModel:
 
     def _record_anew(self):
         # trap: a replay works on the tensors it was recorded with, not on those of new networks
-        self._step = self._plain_step
-        if self.record:
-            self._step = self.record(self._plain_step, self.device)
+        self._recorded = self.record and self.record(
+            lambda *both: self._step(both[: self.members], both[self.members :]), self.device)
 
     def fit(self, data, epochs, stop_accuracy=0.97):
         """Go over all training answers up to `epochs` times -> dict(loss, train_accuracy,
@@ -350,24 +348,29 @@ class RewardModel:
         """Each member once over all training answers -> mean loss, share it had in order."""
         losses, right = [], []
         for batches in zip(*(data.batches(self.batch, self.rng) for _ in self.nets)):
-            # one pass for both, not two: (2 B, H, W, 3)
-            images = [self.views(np.concatenate([first, second])) for first, second, _ in batches]
-            labels = [label for *_, label in batches]  # (B,) each
-            # recorded are whole batches only; the last one may be smaller
-            step = self._step if len(labels[0]) == self.batch else self._plain_step
-            loss, agrees = step(*map(torch.from_numpy, images + labels))
+            # one pass for both, not two: (2 B, H, W, 3); a generator: one member's pictures at a
+            # time stay in the cache
+            images = (torch.from_numpy(self.views(np.concatenate([first, second])))
+                      for first, second, _ in batches)
+            labels = [torch.from_numpy(label) for *_, label in batches]  # (B,) each
+            if self._recorded and len(labels[0]) == self.batch:  # the last one may be smaller
+                loss, agrees = self._recorded(*images, *labels)
+            else:
+                loss, agrees = self._step(images, labels)
             losses.append(loss.clone())  # trap: a replay overwrites what the last one returned
             right.append(agrees.clone())
         # read at the end of the epoch: a GPU would have to be waited for each time
         return float(torch.cat(losses).double().mean()), float(torch.cat(right).double().mean())
 
-    def _plain_step(self, *tensors):
-        """One gradient step of every member. tensors: images (2 B, H, W, 3) uint8 for each, the
-        first ones before the second ones, then label (B,) for each.
-        -> losses (members,), whether the rewards are in the order of the answer (members * B,)."""
-        losses, right, images = [], [], tensors[: self.members]
+    def _step(self, images, labels):
+        """One gradient step of every member.
+
+        images: (2 B, H, W, 3) uint8 for each, the first ones before the second; labels: (B,) each
+        -> losses (members,); whether the rewards are in the order of the answer (members * B,).
+        """
+        losses, right = [], []
         self.optimizer.zero_grad(set_to_none=True)
-        for net, both, label in zip(self.nets, images, tensors[self.members :]):
+        for net, both, label in zip(self.nets, images, labels):
             with self.precision():
                 r0, r1 = net(as_input(both, self.device, self.dtype)).chunk(2)
             answer = label.to(self.device)  # (B,)
@@ -411,8 +414,8 @@ class RewardModel:
     def member_rewards(self, images):
         """(N, H, W, 3) uint8 -> (members, N) float32, each network's own opinion."""
         parts = []
-        chunk = max(1, PRICED_AT_ONCE[self.device.type]
-                    // (int(np.prod(self.image_shape)) * self.dtype.itemsize))
+        at_once = PRICED_AT_ONCE * (1 if self.device.type == "cpu" else 32)  # few slow a GPU down
+        chunk = max(1, at_once // (int(np.prod(self.image_shape)) * self.dtype.itemsize))
         for start in range(0, len(images), chunk):
             x = as_input(images[start : start + chunk], self.device, self.dtype)
             views = (x, x.flip(-1)) if self.mirror else (x,)

@@ -100,8 +100,8 @@ class Config:
     hidden: int | None = None  # width of the two hidden layers
     sac_bfloat16: int = 0  # 1: the second in half the bits; faster with AVX512-BF16 or AMX
     discount: float | None = None  # what a reward one step later is worth
-    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one and --cuda-graph 1 or --reward clip gains by it
-    cuda_graph: int = 0  # 1: an update is recorded once and replayed; without, a GPU is slower than a CPU here
+    device: str = "auto"  # cpu, cuda, or auto: cuda where there is one, for --cuda-graph 1 and --reward clip
+    cuda_graph: int = 0  # 1, for a GPU: an update of SAC, a step of a fit to answers is recorded once, then replayed
     # Watching
     horizon: int | None = None  # steps in an episode
     action_repeat: int | None = None  # the simulator's steps in one of ours, with the same action

@@ -272,7 +272,8 @@ class SAC:
     update(batch) -> dict of 0-d tensors (no .item(): nothing waits).
     alpha: the first temperature; 0.1 is for rewards of about one a step, as a fit gives them.
     bfloat16: see MLP: faster with AVX512-BF16 or AMX and wide layers; slower without.
-    record: cuda_graph.Recorded, for a GPU: one launch an update; batches are then of one size.
+    record: cuda_graph.Recorded, for a GPU: one launch an update. Batches are then of one size, and
+    an update overwrites what the last one returned.
     """
 
     def __init__(self, obs_dim, action_space, hidden=(256, 256), lr=3e-4, discount=0.99, tau=0.005,
@@ -313,9 +314,7 @@ class SAC:
     def _record_anew(self):
         # trap: a replay works on the tensors it was recorded with. Whatever replaces one, instead
         # of writing to it, must call this: critics, units, an optimiser that was loaded
-        self._step = self._plain_step
-        if self.record:
-            self._step = self.record(self._plain_step, self.device, self.rng)
+        self._recorded = self.record and self.record(self._step, self.device, self.rng)
 
     def reset_critic(self):
         """Forget the values, keep the actor: after STEP 0 the critics' targets were novelty."""
@@ -386,10 +385,10 @@ class SAC:
         reward, terminated = batch["reward"], batch["terminated"]
         assert reward.ndim == 1 and terminated.shape == reward.shape, (
             reward.shape, terminated.shape)
-        return self._step(batch["obs"], batch["action"], reward, batch["next_obs"], terminated)
+        step = self._recorded or self._step
+        return step(batch["obs"], batch["action"], reward, batch["next_obs"], terminated)
 
-    def _plain_step(self, *tensors):
-        """tensors: obs, action, reward, next_obs, terminated, as sample() returns them."""
+    def _step(self, *tensors):
         obs, action, reward, next_obs, terminated = (x.to(self.device) for x in tensors)
         obs, next_obs = (obs - self.center) / self.spread, (next_obs - self.center) / self.spread
         # The critics learn what the reward and the target's own next value say.

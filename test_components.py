@@ -362,10 +362,10 @@ def test_a_recorded_update_learns_the_same_and_whatever_replaces_a_tensor_record
         for agent in (plain, recorded):
             change(agent)
             values = [float(agent.update(filled_batch(16, seed))["q_mean"]) for seed in range(3)]
-        assert recorded._step is not before and recorded._step.calls == 3 and len(set(values)) == 3
+        assert recorded._recorded is not before and recorded._recorded.calls == 3 and len(set(values)) == 3
         assert all(torch.equal(a, b) for a, b in zip(plain.critic.parameters(), recorded.critic.parameters()))
         assert float(plain.update(filled_batch(16))["q_mean"]) == float(recorded.update(filled_batch(16))["q_mean"])
-        before, recorded._step.calls = recorded._step, 0
+        before, recorded._recorded.calls = recorded._recorded, 0
 
 
 def test_a_recorded_fit_learns_the_same_also_from_a_last_batch_that_is_smaller():
@@ -375,13 +375,13 @@ def test_a_recorded_fit_learns_the_same_also_from_a_last_batch_that_is_smaller()
     data.add(images[:40], images[20:], (abs(angle[20:]) < abs(angle[:40])).astype(int))
     plain, recorded = (reward_model.RewardModel(images.shape[1:], record=record) for record in (None, FakeGraph))
     for _ in range(2):
-        first = recorded._step
+        first = recorded._recorded
         assert plain.fit(data, epochs=2) == recorded.fit(data, epochs=2)
-        assert recorded._step is not first and recorded._step.calls == 4
+        assert recorded._recorded is not first and recorded._recorded.calls == 4
         assert np.array_equal(plain.predict(images), recorded.predict(images))
-    before = recorded._step
+    before = recorded._recorded
     recorded.load_state_dict(plain.state_dict())
-    assert recorded._step is not before
+    assert recorded._recorded is not before
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run it where there is one")
@@ -418,11 +418,12 @@ def test_a_replayed_update_is_the_update(discrete):
 
 
 @needs_gpu
-def test_a_replayed_fit_is_the_fit():
+@pytest.mark.parametrize("answers", [34, 200])  # one whole batch of 30, or ten of 175
+def test_a_replayed_fit_is_the_fit(answers):
     """On a GPU, a recorded fit must know as much as a plain one, its last and smaller batches included."""
-    images, angle = reward_model.demo_pictures(400, np.random.default_rng(0))
-    data = reward_model.PreferenceDataset(200, images.shape[1:])
-    data.add(images[:200], images[200:], (abs(angle[200:]) < abs(angle[:200])).astype(int))
+    images, angle = reward_model.demo_pictures(2 * answers, np.random.default_rng(0))
+    data = reward_model.PreferenceDataset(answers, images.shape[1:])
+    data.add(images[:answers], images[answers:], (abs(angle[answers:]) < abs(angle[:answers])).astype(int))
     for record in (None, cuda_graph.Recorded):
         model = reward_model.RewardModel(images.shape[1:], device="cuda", record=record)
         assert model.fit(data, epochs=40)["train_accuracy"] > 0.95 and model.accuracy(data, held_out=False) > 0.95
@@ -519,7 +520,7 @@ def test_predict_does_not_depend_on_how_images_are_batched(monkeypatch):
     assert model.predict(images).dtype == np.float32
     assert np.allclose(model.predict(images), one_by_one, atol=1e-5)
     at_once = model.member_rewards(images)
-    monkeypatch.setitem(reward_model.PRICED_AT_ONCE, "cpu", 3 * 4 * images[0].size)  # three pictures in float32
+    monkeypatch.setattr(reward_model, "PRICED_AT_ONCE", 3 * 4 * images[0].size)  # three pictures in float32
     assert np.allclose(model.member_rewards(images), at_once, atol=1e-5)
 
 
