@@ -349,7 +349,7 @@ class RewardModel:
         losses, right = [], []
         for batches in zip(*(data.batches(self.batch, self.rng) for _ in self.nets)):
             # one pass for both, not two: (2 B, H, W, 3); a generator: one member's pictures at a
-            # time stay in the cache
+            # time stay in the cache.  trap: not in _step: a recording would freeze numpy's draws
             images = (torch.from_numpy(self.views(np.concatenate([first, second])))
                       for first, second, _ in batches)
             labels = [torch.from_numpy(label) for *_, label in batches]  # (B,) each
