@@ -247,18 +247,14 @@ def half_bits(size, device):
                    lambda: gigaflops(device, torch.float32, side), size["runs"])
 
 
-def worth_while(size, device):
-    """Is bfloat16 so much faster that ours is measured in it too?"""
-    return half_bits(size, device).ratio() > WORTH_WHILE
-
-
 def variants_here(size, device):
     """{end of a row's name: what ours is given}: the default first, then what should be faster."""
     if device == "cuda":
         import cuda_graph
 
         return {"": {}, GRAPH: {"record": cuda_graph.Recorded}}
-    return {"": {}, **({BFLOAT16: {"bfloat16": True}} if worth_while(size, device) else {})}
+    worth_while = half_bits(size, device).ratio() > WORTH_WHILE
+    return {"": {}, BFLOAT16: {"bfloat16": True}} if worth_while else {"": {}}
 
 
 # ---- sac: training steps per second (STEPs 1 and 6) ----

@@ -203,19 +203,21 @@ def resolve(config):
     open_fields = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **open_fields)
     check_ranges(config)
-    gains = config.cuda_graph or config.reward == "clip"  # launched one by one, kernels this small are slower
+    return dataclasses.replace(config, device=choose_device(config))
+
+
+def choose_device(config):
+    """cpu or cuda. auto takes a GPU only where it gains: launched one by one, kernels this small are slower on it."""
+    gains, device = config.cuda_graph or config.reward == "clip", "cpu"
     if config.device == "cuda" or (config.device == "auto" and gains):
         import torch
 
-        there = torch.cuda.is_available()
-        if config.device == "cuda" and not there:
-            raise UserError("--device cuda: torch finds no such GPU here; there are cpu, auto")
-        config = dataclasses.replace(config, device="cuda" if there else "cpu")
-    elif config.device == "auto":
-        config = dataclasses.replace(config, device="cpu")
-    if config.cuda_graph and config.device != "cuda":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda" and device == "cpu":
+        raise UserError("--device cuda: torch finds no such GPU here; there are cpu, auto")
+    if config.cuda_graph and device == "cpu":
         raise UserError("--cuda-graph 1 needs a GPU, and --device cuda or auto")
-    return config
+    return device
 
 
 def check_ranges(config):

@@ -73,8 +73,7 @@ def train(config):
     looks = looks_at_pictures(config)
     record = cuda_graph.Recorded if config.cuda_graph else None
     agent = sac.SAC(env.observation_space.shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount,
-                    device=config.device, seed=config.seed, bfloat16=bool(config.sac_bfloat16),
-                    record=record)
+                    device=config.device, seed=config.seed, bfloat16=bool(config.sac_bfloat16), record=record)
     buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small if looks else None,
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
