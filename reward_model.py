@@ -289,25 +289,27 @@ class RewardModel:
         self.sharpness = 1.0 if paper else SHARPNESS  # of the rewards in P
         self.rng = np.random.default_rng(seed)
         self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted pictures
-        self.fresh_networks()
+        self.nets = self._new_networks()
+        self.optimizer = torch.optim.Adam(self.nets.parameters(), lr=lr, fused=True,
+                                          capturable=self.device.type == "cuda")
+        self._recorded = {}  # batch size -> a step of that size, recorded
 
-    def fresh_networks(self):
-        """New weights and a new optimiser; drawn from the model's own generator."""
+    def _new_networks(self):
+        """Drawn from the model's own generator."""
         height, width, _ = self.image_shape
         # layers draw their first weights from torch's global generator
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(self.rng.integers(2**31)))
-            self.nets = nn.ModuleList(RewardNet(height, width, self.paper)
-                                      for _ in range(self.members)).to(self.device)
-        self.nets.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.nets.parameters(), lr=self.lr, fused=True,
-                                          capturable=self.device.type == "cuda")
-        self._record_anew()
+            nets = nn.ModuleList(RewardNet(height, width, self.paper) for _ in range(self.members))
+        return nets.to(self.device).to(memory_format=torch.channels_last)
 
-    def _record_anew(self):
-        # trap: a replay works on the tensors it was recorded with, not on those of new networks
-        self._recorded = self.record and self.record(
-            lambda *both: self._step(both[: self.members], both[self.members :]), self.device)
+    def fresh_networks(self):
+        """New weights, and an optimiser that has seen nothing."""
+        # trap: written over the old ones, for a replay works on the tensors it was recorded with
+        self.nets.load_state_dict(self._new_networks().state_dict())
+        for moments in self.optimizer.state.values():
+            for moment in moments.values():  # Adam starts with zeros, its count of steps too
+                moment.zero_()
 
     def fit(self, data, epochs, stop_accuracy=0.97):
         """Go over all training answers up to `epochs` times -> dict(loss, train_accuracy,
@@ -353,14 +355,21 @@ class RewardModel:
             images = (torch.from_numpy(self.views(np.concatenate([first, second])))
                       for first, second, _ in batches)
             labels = [torch.from_numpy(label) for *_, label in batches]  # (B,) each
-            if self._recorded and len(labels[0]) == self.batch:  # the last one may be smaller
-                loss, agrees = self._recorded(*images, *labels)
+            if self.record:
+                loss, agrees = self._recorded_step(len(labels[0]))(*images, *labels)
             else:
                 loss, agrees = self._step(images, labels)
             losses.append(loss.clone())  # trap: a replay overwrites what the last one returned
             right.append(agrees.clone())
         # read at the end of the epoch: a GPU would have to be waited for each time
         return float(torch.cat(losses).double().mean()), float(torch.cat(right).double().mean())
+
+    def _recorded_step(self, batch):
+        """_step for this batch size, one recording for each: the last batch may be smaller."""
+        if batch not in self._recorded:
+            self._recorded[batch] = self.record(
+                lambda *both: self._step(both[: self.members], both[self.members :]), self.device)
+        return self._recorded[batch]
 
     def _step(self, images, labels):
         """One gradient step of every member.
@@ -441,7 +450,7 @@ class RewardModel:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.rng.bit_generator.state, self.mean, self.deviation = (
             state["rng"], state["mean"], state["deviation"])
-        self._record_anew()
+        self._recorded = {}  # trap: the optimiser now has other tensors than were recorded
 
 
 def demo_pictures(n, rng, size=64):
