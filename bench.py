@@ -53,6 +53,7 @@ BFLOAT16 = ", bfloat16"  # in the name of a row: --reward-bfloat16 1, which is n
 GRAPH = ", CUDA graph"  # likewise: --cuda-graph 1, on a GPU
 WORTH_WHILE = 1.2  # times as fast in matrix products: then bfloat16 is measured too
 BATCH = 256  # transitions in one update of both SACs
+OUR_BATCH = 16  # answers in one step of a fit: what reward_model.py takes
 
 
 class LeftOut(Exception):
@@ -423,7 +424,7 @@ def mean_return(loop, episodes=10):
 class Textbook:
     """The reward model as one writes it first. Pictures (N, 3, size, size) uint8."""
 
-    def __init__(self, size, device, members=3, seed=0):
+    def __init__(self, size, device, batch=OUR_BATCH, members=3, seed=0):
         import torch
 
         import reward_model
@@ -431,14 +432,14 @@ class Textbook:
         torch.manual_seed(seed)
         self.nets = [reward_model.RewardNet(size, size).to(device) for _ in range(members)]
         self.optimizers = [torch.optim.Adam(net.parameters(), lr=3e-4) for net in self.nets]
-        self.device, self.rng = device, np.random.default_rng(seed)
+        self.device, self.rng, self.batch = device, np.random.default_rng(seed), batch
 
     def float32(self, images):
         import torch
 
         return torch.from_numpy(images).to(self.device).float() / 255
 
-    def fit(self, first, second, label, epochs, batch=16):
+    def fit(self, first, second, label, epochs):
         import torch
 
         import reward_model
@@ -446,7 +447,7 @@ class Textbook:
         for _ in range(epochs):
             for net, optimizer in zip(self.nets, self.optimizers):
                 rows = self.rng.permutation(len(label))
-                for part in np.split(rows, range(batch, len(rows), batch)):
+                for part in np.split(rows, range(self.batch, len(rows), self.batch)):
                     rewards = [reward_model.SHARPNESS * net(self.float32(images[part]))
                                for images in (first, second)]
                     answer = torch.from_numpy(label[part]).to(self.device)
@@ -508,34 +509,15 @@ def channels_first(images):
 def reward_fit(size, device):
     import reward_model
 
-    rng, variants = np.random.default_rng(0), variants_here(size, device)
+    variants = variants_here(size, device)
     for name, small in (("CartPole", 64), ("DrawerOpen", 84)):
-        sizes = (small, TEXTBOOK_SIZE)
-        pictures, progress = task_pictures(name, sizes, size["pictures"])
-        pairs, label = answered_pairs(progress, size["pairs"], rng)
-        large = channels_first(pictures[TEXTBOOK_SIZE])
-        first, second = large[pairs[:, 0]], large[pairs[:, 1]]
-        textbook = Textbook(TEXTBOOK_SIZE, device)
-        theirs, their_threads = best_threads(lambda: per_second(
-            lambda: textbook.fit(first, second, label, 1), len(label)))
-        for side, variant, flags, target in sides((small,), variants):
-            if side == TEXTBOOK_SIZE and name != "CartPole":
-                continue  # the pixels do not matter to the time
-            data = preference_data(pictures[side], pairs, label)
-            model = reward_model.RewardModel((side, side, 3), device=device, patience=0,
-                                             **flags)
-            epochs = size["fit_epochs"]  # after the last of them, fit() measures itself once
-            once = lambda: model.fit(data, epochs, stop_accuracy=2.0)  # noqa: E731
-            ours, threads = best_threads(
-                lambda: per_second(once, epochs * len(data.rows())))
-            row = compare(f"reward fit, ours at {side} px{variant} ({name})", "pairs/s",
-                          ours, theirs, size["runs"], target,
-                          why=lambda once=once: hot_spots(once, 2),
-                          note=f"against the textbook way at 200 px; threads {threads} and "
-                               f"{their_threads}")
-            if side == small and size["accuracy_epochs"]:
-                row.note += "; " + equal_accuracy(pictures, progress, small, size, device, flags)
-            yield row
+        task = task_pictures(name, (small, TEXTBOOK_SIZE), size["pictures"])
+        for batch in size["fit_batches"]:
+            for side, variant, flags, target in sides((small,), variants):
+                if side == TEXTBOOK_SIZE and (name, batch) != ("CartPole", OUR_BATCH):
+                    continue  # the pixels do not matter to the time
+                yield fit_row(name, side, variant, target, task, size,
+                              {"device": device, "batch": batch, **flags})
     model = reward_model.RewardModel((64, 64, 3), device=device)
     net = model.nets[0]
     x = reward_model.as_input(task_pictures("CartPole", (64,), 32)[0][64], model.device)
@@ -548,6 +530,31 @@ def reward_fit(size, device):
                               forward_and_back, size, device, len(x), "pictures")
 
 
+def fit_row(name, side, variant, target, task, size, flags):
+    """Ours on pictures of that side against the textbook way, on the same answers."""
+    import reward_model
+
+    pictures, progress = task
+    pairs, label = answered_pairs(progress, size["pairs"], np.random.default_rng(0))
+    large = channels_first(pictures[TEXTBOOK_SIZE])
+    first, second = large[pairs[:, 0]], large[pairs[:, 1]]
+    textbook = Textbook(TEXTBOOK_SIZE, flags["device"], flags["batch"])
+    theirs, their_threads = best_threads(lambda: per_second(
+        lambda: textbook.fit(first, second, label, 1), len(label)))
+    data = preference_data(pictures[side], pairs, label)
+    model = reward_model.RewardModel((side, side, 3), patience=0, **flags)
+    epochs = size["fit_epochs"]  # after the last of them, fit() measures itself once
+    once = lambda: model.fit(data, epochs, stop_accuracy=2.0)  # noqa: E731
+    ours, threads = best_threads(lambda: per_second(once, epochs * len(data.rows())))
+    what = name if flags["batch"] == OUR_BATCH else f"{name}, batches of {flags['batch']}"
+    row = compare(f"reward fit, ours at {side} px{variant} ({what})", "pairs/s", ours, theirs,
+                  size["runs"], target, "against the textbook way at 200 px; threads "
+                  f"{threads} and {their_threads}", lambda: hot_spots(once, 2))
+    if side != TEXTBOOK_SIZE and size["accuracy_epochs"]:
+        row.note += "; " + equal_accuracy(pictures, progress, side, size, flags)
+    return row
+
+
 def sides(small, variants):
     """What the reward network is timed at: (picture size, end of the row's name, flags, target)."""
     yield TEXTBOOK_SIZE, *list(variants.items())[-1], ">= 1.5"
@@ -556,7 +563,7 @@ def sides(small, variants):
             yield side, variant, flags, ">= 10"
 
 
-def equal_accuracy(pictures, progress, small, size, device, flags):
+def equal_accuracy(pictures, progress, small, size, flags):
     """Both ways fitted to the same answers; then pairs of pictures never seen.
 
     As many epochs at most: ours stops when it knows the answers, and fits seven eighths of them.
@@ -566,9 +573,10 @@ def equal_accuracy(pictures, progress, small, size, device, flags):
     half, rng = len(progress) // 2, np.random.default_rng(1)
     pairs, label = answered_pairs(progress[:half], size["pairs"], rng)
     unseen, better = answered_pairs(progress[half:], 500, rng)
-    ours = reward_model.RewardModel((small, small, 3), device=device, **flags)
+    ours = reward_model.RewardModel((small, small, 3), **flags)
     ours.fit(preference_data(pictures[small], pairs, label), size["accuracy_epochs"])
-    theirs, large = Textbook(TEXTBOOK_SIZE, device), channels_first(pictures[TEXTBOOK_SIZE])
+    theirs = Textbook(TEXTBOOK_SIZE, flags["device"], flags["batch"])
+    large = channels_first(pictures[TEXTBOOK_SIZE])
     theirs.fit(large[pairs[:, 0]], large[pairs[:, 1]], label, size["accuracy_epochs"])
     both = [model.predict(images[half:])[unseen] for model, images in
             ((ours, pictures[small]), (theirs, large))]  # (P, 2) each
@@ -874,14 +882,17 @@ SECTIONS = {"machine": machine, "sac": sac_speed, "learning": learning, "fit": r
             "memory": memory, "start": starting, "growth": growth}
 LONG = ("learning",)  # only when named
 FULL = dict(runs=7, sac_steps=500, learn_steps=0, pictures=600, pairs=128, fit_epochs=10,
+            fit_batches=(OUR_BATCH, 64),  # 64: the official code's
             accuracy_epochs=20, priced=512, seconds=0.5, label_rounds=4, whole_runs=5,
             memory_steps=4000,
             growth_steps=500, relabel_rows=(2_000, 20_000), label_counts=(500, 2000))
 QUICK = dict(runs=3, sac_steps=40, learn_steps=600, pictures=64, pairs=32, fit_epochs=5,
+             fit_batches=(OUR_BATCH,),
              accuracy_epochs=0, priced=64, seconds=0.2, label_rounds=1, whole_runs=1,
              memory_steps=500,
              growth_steps=40, relabel_rows=(200, 1_000), label_counts=(500,))
-GPU = dict(runs=5, sac_steps=150, whole_runs=1)  # instead of those of FULL, with --device cuda
+# with --device cuda, instead of those of FULL
+GPU = dict(runs=5, sac_steps=150, whole_runs=1, fit_batches=(OUR_BATCH,))
 
 
 # ---- the table ----

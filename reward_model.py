@@ -11,7 +11,7 @@ Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) drops 3 t
   2. The networks see 64 to 100 pixels, the VLM 200 to 308. Pairs are drawn from all candidates.
   3. Rewards are sharpened in P, k = 10. With k = 1, P cannot leave [0.12, 0.88]: the loss falls
      only by pushing rewards to -1 and 1, and all pictures near the goal get the same.
-  4. Normalisation after each convolution, and fresh networks at every fit (1910.08475).
+  4. Normalised convolutions, fresh networks at every fit (1910.08475), 16 answers a step, not 64.
   5. predict() is standardised over the fitted pictures (mean 0, deviation 1; 1706.03741).
   6. Fits may move (shift; 2004.13649) or mirror pictures at random; a reward is then the mean over
      the picture and its mirror image. One CNN for all tasks.
@@ -269,6 +269,7 @@ class RewardModel:
 
     fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;
     member_rewards(same) -> (members, N) in (-1, 1).
+    batch: answers in one step of a fit; 16, or 64 with paper.
     patience: a fit ends when the held-out answers have not become less surprising for more epochs
     than that; 0: they have no say.  shift, mirror: see shifted() and mirrored(); mirror only where
     the goal has no left and right: a picture is then worth what its mirror image is.
@@ -278,11 +279,12 @@ class RewardModel:
     record: cuda_graph.Recorded, for a GPU: one launch for a step of fit().
     """
 
-    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
+    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=None,
                  patience=3, shift=0, mirror=False, paper=False, bfloat16=False, record=None):
-        self.image_shape, self.members, self.lr = image_shape, members, lr
+        self.image_shape, self.members = image_shape, members
         self.patience, self.shift, self.mirror, self.paper = patience, shift, mirror, paper
-        self.device, self.batch, self.record = torch.device(device), batch, record
+        self.device, self.record = torch.device(device), record
+        self.batch = batch or (64 if paper else 16)
         # of pictures and convolutions.  trap: pictures handed over in float32 would be converted
         # again by each member's first convolution
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32

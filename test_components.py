@@ -702,7 +702,7 @@ def test_the_paper_s_fit_is_bounded_and_goes_on_where_ours_begins_afresh(paper):
     data.add(numbered_images(32) * 0, numbered_images(32) * 0 + 250, [1] * 32)
     loss = model.fit(data, epochs=30, stop_accuracy=1)["loss"]
     assert loss > 0.126 if paper else loss < 0.05
-    assert (model.mean == 0) == paper
+    assert (model.mean == 0) == paper and model.batch == (64 if paper else 16)
     again = model.fit(data, epochs=1, stop_accuracy=1)["loss"]
     assert again < 0.14 if paper else again > 2 * loss
 
@@ -4052,6 +4052,7 @@ def test_the_textbook_way_computes_and_learns_the_same():
     before = textbook.predict(second) - textbook.predict(first)
     assert np.allclose(before, ours.predict(images[20:]) - ours.predict(images[:20]), atol=1e-5)
     textbook.fit(first, second, np.ones(20, np.int64), epochs=2)
+    assert ours.batch == textbook.batch == bench.OUR_BATCH
     assert (textbook.predict(second) - textbook.predict(first)).mean() > before.mean() + 0.01
 
 
