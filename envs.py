@@ -429,8 +429,8 @@ def choose_opengl(small=True):
 # ---- The table of tasks ----
 PAPER_SAC = dict(
     seed_steps=1_000, hold=1, explore_steps=10_000, sampler="uniform", reward_shift=0,
-    reward_mirror=0, sac_lr=3e-4, batch_size=512, hidden=256, updates=1, discount=0.99,
-    eval_every=10_000, eval_episodes=1, keep_best=0,
+    reward_mirror=0, reward_batch=64, sac_lr=3e-4, batch_size=512, hidden=256, updates=1,
+    discount=0.99, eval_every=10_000, eval_episodes=1, keep_best=0,
 )
 PAPER_METAWORLD = dict(
     PAPER_SAC, total_steps=1_000_000, feedback_every=4_000, pairs_per_session=40, max_pairs=20_000,

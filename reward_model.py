@@ -8,13 +8,13 @@ Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
 Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) drops 3 to 5:
   1. One answer in eight is held out; a fit ends when these have not become less surprising for
      more than three epochs, and goes back to the best (paper=True: they are only reported).
-  2. The networks see 64 to 100 pixels, the VLM 200 to 308. Pairs are drawn from all candidates.
+  2. Networks see 64 to 100 px, the VLM 200 to 308. A step of a fit takes 16 answers, not 64.
   3. Rewards are sharpened in P, k = 10. With k = 1, P cannot leave [0.12, 0.88]: the loss falls
      only by pushing rewards to -1 and 1, and all pictures near the goal get the same.
-  4. Normalised convolutions, fresh networks at every fit (1910.08475), 16 answers a step, not 64.
+  4. Normalisation after each convolution, and fresh networks at every fit (1910.08475).
   5. predict() is standardised over the fitted pictures (mean 0, deviation 1; 1706.03741).
   6. Fits may move (shift; 2004.13649) or mirror pictures at random; a reward is then the mean over
-     the picture and its mirror image. One CNN for all tasks.
+     the picture and its mirror image. One CNN for all tasks; pairs are drawn from all candidates.
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
   preference_loss, sample_pairs, RewardNet, PreferenceDataset, RewardModel.  Only numpy and torch.
 
@@ -269,7 +269,7 @@ class RewardModel:
 
     fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;
     member_rewards(same) -> (members, N) in (-1, 1).
-    batch: answers in one step of a fit; 16, or 64 with paper.
+    batch: answers in one step of a fit; 64 in the official code.
     patience: a fit ends when the held-out answers have not become less surprising for more epochs
     than that; 0: they have no say.  shift, mirror: see shifted() and mirrored(); mirror only where
     the goal has no left and right: a picture is then worth what its mirror image is.
@@ -279,12 +279,11 @@ class RewardModel:
     record: cuda_graph.Recorded, for a GPU: one launch for a step of fit().
     """
 
-    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=None,
+    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
                  patience=3, shift=0, mirror=False, paper=False, bfloat16=False, record=None):
         self.image_shape, self.members = image_shape, members
         self.patience, self.shift, self.mirror, self.paper = patience, shift, mirror, paper
-        self.device, self.record = torch.device(device), record
-        self.batch = batch or (64 if paper else 16)
+        self.device, self.batch, self.record = torch.device(device), batch, record
         # of pictures and convolutions.  trap: pictures handed over in float32 would be converted
         # again by each member's first convolution
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32

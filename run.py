@@ -87,6 +87,7 @@ class Config:
     members: int = 3  # networks in the ensemble
     reward_lr: float | None = None  # learning rate of the reward model
     patience: int = 3  # passes a fit goes on without gain on held-out answers; 0: no limit
+    reward_batch: int | None = None  # answers in one step of a fit: 16, in the official code 64
     reward_epochs: int | None = None  # passes over all answers in one session, at most
     query_size: int | None = None  # pixels of the picture the VLM sees
     reward_size: int | None = None  # pixels of the picture the reward model sees
@@ -128,7 +129,7 @@ CHOICES = {
 AT_LEAST_1 = (1, None)
 RANGES = dict(
     dict.fromkeys((
-        "total_steps", "hold", "feedback_every", "pairs_per_session", "members", "reward_epochs",
+        "total_steps", "hold", "feedback_every", "pairs_per_session", "members", "reward_batch", "reward_epochs",
         "batch_size", "updates", "hidden", "horizon", "action_repeat", "eval_every",
         "eval_episodes", "workers", "rounds", "max_pairs"), AT_LEAST_1),
     candidates=(2, None), query_size=(16, None), reward_size=(47, None), vlm_latency=(0, None),
@@ -139,7 +140,7 @@ RANGES = dict(
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
 DEFAULTS = dict(
     total_steps=50_000, seed_steps=1000, hold=1, explore_steps=4000, feedback_every=2000,
-    pairs_per_session=40, max_pairs=1000, sampler="uniform", reward_lr=3e-4, reward_epochs=50,
+    pairs_per_session=40, max_pairs=1000, sampler="uniform", reward_lr=3e-4, reward_batch=16, reward_epochs=50,
     query_size=300, reward_size=84, reward_shift=4, reward_mirror=0, sac_lr=3e-4, batch_size=256,
     updates=1, hidden=256, discount=0.99, action_repeat=1, eval_every=5000, eval_episodes=10,
     keep_best=0,

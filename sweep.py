@@ -105,6 +105,7 @@ SWEEPS = {
         "64 px": {"reward_size": 64},
         "100 px": {"reward_size": 100},
         "200 px": {"reward_size": 200},
+        "64 answers a step": {"reward_batch": 64},
         "one epoch a session": {"reward_epochs": 1},
         "fit to convergence": {"reward_epochs": 200},
         "bfloat16": {"reward_bfloat16": 1, "sac_bfloat16": 1},

@@ -78,7 +78,7 @@ def train(config):
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
     model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
-                                     patience=config.patience, shift=config.reward_shift,
+                                     batch=config.reward_batch, patience=config.patience, shift=config.reward_shift,
                                      mirror=bool(config.reward_mirror), paper=config.schedule == "paper",
                                      bfloat16=bool(config.reward_bfloat16), record=record)
     dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
