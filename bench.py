@@ -1,6 +1,6 @@
 """How fast is it: against the usual way, against the machine, and as the work grows?
 
-    python bench.py                   all but the learning curves; about 25 minutes
+    python bench.py                   all but the learning curves; half an hour
     python bench.py --quick           the same with little of each, within 3 minutes; writes no CSV
     python bench.py --device cuda     on a GPU, also with what cuda_graph.py records
     PYTHONPATH=peers python bench.py  after pip install --target peers --no-deps \
@@ -13,9 +13,9 @@ theirs, theirs, ours, ..., and the table has the median, smallest and largest of
 Which STEPs: 1, 3 to 6 and C4 are measured, and the whole:
     ratio = ours / theirs as rates (per second), theirs / ours as times: above 1, ours is faster.
 "The textbook way" of the reward model: channels-first float32, member by member, an optimiser
-each, two forward passes for a pair, at 200 px; the same networks and batch size. Ours in bfloat16
-(not the default), where this processor is faster in it: the name of the row says so.
-On a GPU, what a recording gains; results/bench_cuda.csv.
+each, two forward passes for a pair, at 200 px; the same networks and batch size, 16 or the official
+code's 64. Ours in bfloat16 (not the default), where this processor is faster in it: the name of
+the row says so. On a GPU, what a recording gains; results/bench_cuda.csv.
 
 Differs from the paper: it reports no speeds.
 Shapes: pictures (N, size, size, 3) uint8.  Names: compare, Row, SECTIONS, Textbook, write.
