@@ -8,7 +8,7 @@ Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
 Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) drops 3 to 5:
   1. One answer in eight is held out; a fit ends when these have not become less surprising for
      more than three epochs, and goes back to the best (paper=True: they are only reported).
-  2. Networks see 64 to 100 px, the VLM 200 to 308. A step of a fit takes 16 answers, not 64.
+  2. Networks see 64 to 100 px, the VLM 200 to 308. A fit takes 16 answers a step, officially 64.
   3. Rewards are sharpened in P, k = 10. With k = 1, P cannot leave [0.12, 0.88]: the loss falls
      only by pushing rewards to -1 and 1, and all pictures near the goal get the same.
   4. Normalisation after each convolution, and fresh networks at every fit (1910.08475).
@@ -302,7 +302,7 @@ class RewardModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(self.rng.integers(2**31)))
             nets = nn.ModuleList(RewardNet(height, width, self.paper) for _ in range(self.members))
-        return nets.to(self.device).to(memory_format=torch.channels_last)
+        return nets.to(self.device, memory_format=torch.channels_last)
 
     def fresh_networks(self):
         """New weights, and an optimiser that has seen nothing."""
