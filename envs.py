@@ -30,7 +30,9 @@ To use it elsewhere:
 import argparse
 import atexit
 import contextlib
+import copy
 import csv
+import inspect
 import math
 import os
 import re
@@ -48,6 +50,12 @@ OPENGL_CURE = (
     "pictures of this task need OpenGL, which is missing here: apt-get install -y libegl1 "
     "libgl1-mesa-dri (or set MUJOCO_GL to egl, osmesa or glfw, whichever this machine has)"
 )
+# No number from an environment may be larger: the learner squares it, and float32 ends at 3.4e38.
+LARGEST = 1e18
+
+
+class BadEnvironment(ValueError):
+    """An environment gave what nothing can be learned from. One line: which, what, in which step."""
 
 
 @dataclass
@@ -332,43 +340,128 @@ def sweep_expert(obs):
 
 # ---- Any environment: one face for all of them ----
 class TaskEnv(gymnasium.Wrapper):
-    """Adds the goal, square pictures of any size, and "success" and "progress" in every info."""
+    """The goal, square pictures, a time limit; and the one door for all that an environment says.
 
-    def __init__(self, env, goal, horizon, seed, action_repeat=1):
+    What passes is checked and copied: observation (O,) float32; reward, info["success"] (0 if it
+    is never told), info["progress"] (the reward, if it is never told) float; terminated, truncated
+    bool. An array of one element is a number. Every number must be finite and within LARGEST, also
+    a reward that nobody learns from: evaluation sums it. The exception is the progress of a start,
+    which may be unknown (nan).
+    Raises BadEnvironment otherwise, and where reset(), step() or render() are not Gymnasium's.
+    """
+
+    def __init__(self, env, goal, limit, seed, action_repeat=1):
+        """limit: steps of the simulator until an episode is cut off.  seed: of the first reset."""
         super().__init__(env)
-        self.goal, self.horizon, self.action_repeat = goal, horizon, action_repeat
+        self.goal, self.limit, self.action_repeat = goal, limit, action_repeat
+        self.horizon = -(-limit // action_repeat)  # the same in steps of ours
         self.first_seed = seed  # of the first reset that names none
         self.drawn = self.tells_success = False  # tells_success: whether it ever said
+        self.moves = self.steps = 0  # the simulator's in this episode; ours since the start
+        spec = self.unwrapped.spec
+        self.name = spec.id if spec else type(self.unwrapped).__name__
+        with np.errstate(over="ignore"):  # a float64 bound may be infinite in float32
+            low, high = (bound.ravel().astype(np.float32)
+                         for bound in (env.observation_space.low, env.observation_space.high))
+        self.observation_space = Box(low, high, dtype=np.float32)
         self.action_space.seed(seed)
+        try:
+            inspect.signature(self.unwrapped.reset).bind(seed=0, options=None)
+        except TypeError as error:
+            raise BadEnvironment(f"{self.name} has another reset() than Gymnasium's, which is "
+                                 f"reset(self, *, seed=None, options=None): {error}") from None
 
     def reset(self, *, seed=None, options=None):
         seed, self.first_seed = (self.first_seed if seed is None else seed), None
-        obs, info = self.env.reset(seed=seed, options=options)
-        return obs, self._complete(info, math.nan)  # a foreign one has no reward, no progress, yet
+        self.moves = 0
+        obs, info = self._parts("reset", self.env.reset(seed=seed, options=options))
+        # a foreign one has no reward, no progress, yet
+        return self._observation(obs), self._complete(info, math.nan)
 
     def step(self, action):
-        total = 0.0
+        total, self.steps = 0.0, self.steps + 1
         for _ in range(self.action_repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
+            self.moves += 1
+            # trap: an environment may clip the action it is given in place; what is stored must be
+            # what was chosen
+            result = self._parts("step", self.env.step(copy.copy(action)))
+            obs, reward, terminated, truncated, info = result
+            reward = self._number("reward", reward)
+            # trap: many return numpy's bool, which a checkpoint would refuse to read back
+            terminated = bool(self._number("terminated", terminated))
+            truncated = bool(self._number("truncated", truncated)) or self.moves >= self.limit
+            total += reward
             if terminated or truncated:
                 break
-        # trap: many environments return numpy's bool, which a checkpoint would refuse to read back
         info = self._complete(info, reward)  # progress belongs to the picture, the last one
         # what ends by itself in its last step is over (FoldCloth's one step)
-        return obs, total, bool(terminated), bool(truncated and not terminated), info
+        return self._observation(obs), total, terminated, truncated and not terminated, info
+
+    def _bad(self, what):
+        step = -(-self.moves // self.action_repeat)
+        when = f"step {step} of the episode, {self.steps} since the start" if step else "a reset"
+        return BadEnvironment(f"{self.name} {' '.join(what.split())} [at {when}]")
+
+    def _parts(self, call, result):
+        """What reset() or step() returned, if it has as many parts as Gymnasium's."""
+        parts = {"reset": ("observation", "info"),
+                 "step": ("observation", "reward", "terminated", "truncated", "info")}[call]
+        several = isinstance(result, (tuple, list))
+        # trap: an observation of two numbers, alone, looks like (observation, info)
+        if several and len(result) == len(parts) and isinstance(result[-1], (dict, type(None))):
+            return result
+        kinds = ", ".join(type(part).__name__ for part in result[:6]) if several else ""
+        raise self._bad(f"returned {type(result).__name__}({kinds}) from {call}(); Gymnasium's "
+                        f"returns ({', '.join(parts)}), the last of them a dict")
+
+    def _observation(self, obs):
+        """Any array of the space's shape -> (O,) float32, a copy."""
+        shape, numbers = self.env.observation_space.shape, None
+        with contextlib.suppress(Exception):  # whatever is no array of numbers
+            numbers = np.asarray(obs, np.float64)
+        # trap: numpy would later spread one number, stored as an observation, over the whole row
+        if numbers is None or ([n for n in numbers.shape if n != 1] != [n for n in shape if n != 1]):
+            what = type(obs).__name__ if numbers is None else f"the shape {numbers.shape}"
+            raise self._bad(f"gave an observation of {what}; its space says numbers of {shape}")
+        numbers = numbers.ravel()
+        wrong = np.flatnonzero(~(np.abs(numbers) <= LARGEST))  # nan too
+        if wrong.size:
+            raise self._bad(f"gave {numbers[wrong[0]]} as entry {wrong[0]} of the observation; "
+                            f"all must be finite and within {LARGEST:g}")
+        return numbers.astype(np.float32)
+
+    def _number(self, what, value, or_nan=False):
+        """A number or an array of one -> float."""
+        number = math.inf
+        with contextlib.suppress(Exception):
+            number = np.asarray(value, np.float64).item()
+        if not (abs(number) <= LARGEST or (or_nan and math.isnan(number))):
+            raise self._bad(f"gave {value!r:.60} as {what}; it must be one number, finite and "
+                            f"within {LARGEST:g}")
+        return number
 
     def _complete(self, info, reward):
-        success = info.get("success", info.get("is_success"))
+        info = info or {}
+        success, progress = info.get("success"), info.get("progress")
+        success = info.get("is_success") if success is None else success
         self.tells_success |= success is not None
-        progress = info.get("progress", reward)
-        return {**info, "success": float(success or 0.0), "progress": float(progress)}
+        progress = reward if progress is None else progress
+        return {**info,
+                "success": self._number("success", 0.0 if success is None else success),
+                "progress": self._number("progress", progress, or_nan=self.moves == 0)}
 
     def picture(self, size=300):
-        """(size, size, 3) uint8: what can be seen now."""
+        """(size, size, 3) uint8: all that can be seen now, a copy."""
+        own = getattr(self.unwrapped, "picture", None)  # draws at any size
         with opengl_errors():
-            ours = getattr(self.unwrapped, "picture", None)
-            image = ours(size) if ours else square(self._foreign_picture(), size)
+            image = own(size) if callable(own) else self._rendered()
+        if getattr(image, "dtype", None) == np.uint8 and image.shape == (size, size, 3):
+            image = np.array(image)
+        else:
+            try:
+                image = square(as_picture(image), size)
+            except ValueError as error:
+                raise self._bad(f"drew {error}") from None
         if not self.drawn:
             # trap: a renderer that outlives OpenGL prints tracebacks when Python ends. (Whoever
             # registers last is called first; OpenGL registered its own end before this.)
@@ -379,26 +472,71 @@ class TaskEnv(gymnasium.Wrapper):
     def render(self):
         return self.picture(300)
 
-    def _foreign_picture(self):
-        """What an environment that is not of this project draws, (height, width, 3) uint8."""
+    def _rendered(self):
         try:
-            image = self.env.render()
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise ValueError(f"{self.spec.id} cannot draw itself here: {error}") from None
-        if not isinstance(image, np.ndarray):
-            raise ValueError(f"{self.spec.id} drew no picture, but {type(image).__name__}")
-        return image
+            return self.env.render()
+        except Exception as error:  # a missing package, no screen, not implemented: anything
+            raise self._bad(
+                f"cannot draw itself here: {type(error).__name__}: {error}") from error
+
+
+def as_picture(drawn):
+    """Whatever render() returned -> (height, width, 3) uint8, the same picture.
+
+    Taken are uint8; numbers from 0 to 255; floats from 0 to 1; bool; grey as (H, W) or one channel;
+    three channels, or four (what is transparent lies on white), first or last; an image of Pillow;
+    of several frames the last. Raises ValueError, "no picture, but ...", for anything else.
+    """
+    if isinstance(drawn, (list, tuple)) and len(drawn) and not isinstance(drawn[-1], (list, tuple)):
+        drawn = drawn[-1]
+    try:
+        image = np.asarray(drawn.convert("RGBA") if hasattr(drawn, "getbands") else drawn)
+    except Exception:  # rows of different lengths, a tensor on a GPU
+        image = np.array(None)
+    if image.ndim == 4 and len(image):
+        image = image[-1]
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim == 3 and image.shape[2] not in (1, 3, 4) and image.shape[0] in (1, 3, 4):
+        image = np.moveaxis(image, 0, 2)
+    number = image.dtype.kind in "buif"
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or not image.size or not number:
+        what = f"{image.dtype} {image.shape}" if image.ndim else type(drawn).__name__
+        raise ValueError(f"no picture, but {what}; made with render_mode=\"rgb_array\", render() "
+                         "must return (height, width, 3)")
+    if image.dtype == bool:
+        image = image * np.uint8(255)
+    if image.dtype != np.uint8:
+        low, high = float(image.min()), float(image.max())
+        top = 1 if image.dtype.kind == "f" and high <= 1.01 else 255  # rounding goes a bit beyond 1
+        if not (-0.01 * top <= low and high <= 1.01 * top):  # written so that nan is refused too
+            raise ValueError(f"no picture, but numbers from {low:g} to {high:g}; they must go from "
+                             "0 to 255, or as floats from 0 to 1")
+        image = np.clip(np.rint(image * (255.0 / top)), 0, 255).astype(np.uint8)
+    if image.shape[2] == 4:
+        opaque = image[..., 3:] / 255.0
+        image = np.rint(image[..., :3] * opaque + 255 * (1 - opaque)).astype(np.uint8)
+    return np.broadcast_to(image, (*image.shape[:2], 3))
 
 
 def square(image, size):
-    """(height, width, 3) uint8 -> its middle square as (size, size, 3) uint8."""
+    """(height, width, 3) uint8 -> all of it as (size, size, 3) uint8.
+
+    What is not square is padded on both sides: the goal may be at any edge. Each edge goes on in
+    its own median colour, so that the sky stays above and no thing at the edge becomes a stripe.
+    """
     from PIL import Image  # comes with imageio; only foreign environments need it
 
-    side = min(image.shape[:2])
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    middle = np.ascontiguousarray(image[top : top + side, left : left + side, :3])
+    tall = image.shape[0] > image.shape[1]
+    image = image.swapaxes(0, 1) if tall else image
+    height, side = image.shape[:2]
+    before = (side - height) // 2
+    bands = [np.full((rows, side, 3), np.median(edge, axis=0), np.uint8)
+             for edge, rows in ((image[0], before), (image[-1], side - height - before))]
+    image = np.concatenate([bands[0], image, bands[1]])
+    image = np.ascontiguousarray(image.swapaxes(0, 1) if tall else image)
     how = Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR
-    return np.asarray(Image.fromarray(middle).resize((size, size), how))
+    return np.asarray(Image.fromarray(image).resize((size, size), how))
 
 
 @contextlib.contextmanager
@@ -601,46 +739,61 @@ def make(name, seed=0, goal=None, horizon=None, action_repeat=None):
     repeat = action_repeat or (task.action_repeat if task else 1)
     limit = horizon and horizon * repeat  # of the simulator
     if isinstance(source, str):
-        env = _from_gymnasium(source, limit)
+        env = _from_gymnasium(source)
+        limit = (limit or env.spec.max_episode_steps  # of a wrapper that it brings along
+                 or gymnasium.spec(env.spec.id).max_episode_steps)
     else:
         try:
-            env = gymnasium.wrappers.TimeLimit(source(), limit)
+            env = source()
         except ModuleNotFoundError as error:
             raise ValueError(f"{name} needs a package: pip install {error.name}") from None
-    limit, own = limit or env.spec.max_episode_steps, getattr(env.unwrapped, "horizon", None)
+    own = getattr(env.unwrapped, "horizon", None)
+    limit = limit or own or 1000  # an episode has to end some time
     if own and limit > own:
         raise ValueError(f"{name} ends after {own} steps; a horizon of {limit} is too long")
-    return TaskEnv(env, goal or task.goal, -(-limit // repeat), seed, repeat)
+    return TaskEnv(env, goal or task.goal, limit, seed, repeat)
 
 
-def _from_gymnasium(name, horizon):
-    """Any registered environment, with observations (O,) float32 and actions in [-1, 1] or int."""
+def _from_gymnasium(name):
+    """Any registered environment with Box observations, its actions now in [-1, 1] or int from 0.
+
+    It has no time limit: TaskEnv cuts off, so that nothing reads what is returned before TaskEnv.
+    """
     try:
         with opengl_errors():
             env = gymnasium.make(
-                name, render_mode="rgb_array", max_episode_steps=horizon, disable_env_checker=True
+                name, render_mode="rgb_array", max_episode_steps=-1, disable_env_checker=True
             )
-    except (gymnasium.error.Error, ImportError, TypeError) as error:  # TypeError: needs arguments
-        raise ValueError(f"{name} cannot be made here: {str(error).splitlines()[0]}") from None
-    if not env.spec.max_episode_steps:  # an episode has to end some time
-        own = getattr(env.unwrapped, "horizon", None)
-        env = gymnasium.wrappers.TimeLimit(env, horizon or own or 1000)
+    except Exception as error:  # a constructor may raise anything
+        why = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{name} cannot be made here: {why} [{type(error).__name__}; it is made "
+                         "with render_mode=\"rgb_array\"]") from error
     if hasattr(getattr(env.unwrapped, "model", None), "vis"):
         draw_fast(env.unwrapped.model)
-    if not isinstance(env.observation_space, Box):
-        raise ValueError(f"{name} observes {env.observation_space}; only Box observations will do")
-    if len(env.observation_space.shape) != 1:
-        env = gymnasium.wrappers.FlattenObservation(env)
-    bounds = (env.observation_space.low, env.observation_space.high)
-    space = Box(*(bound.astype(np.float32) for bound in bounds), dtype=np.float32)
-    env = gymnasium.wrappers.TransformObservation(env, np.float32, space)
-    actions = env.action_space
+    seen, actions = (getattr(env, space, None) for space in ("observation_space", "action_space"))
+    if not isinstance(seen, Box):
+        raise ValueError(f"{name} observes {seen}; only Box observations will do")
     if isinstance(actions, Discrete):  # the learner counts from 0
         return env if actions.start == 0 else gymnasium.wrappers.TransformAction(
             env, lambda action: action + actions.start, Discrete(actions.n))
-    if not isinstance(actions, Box) or len(actions.shape) != 1 or not actions.is_bounded():
-        raise ValueError(f"{name} acts in {actions}; only bounded Box (A,) and Discrete will do")
-    return gymnasium.wrappers.RescaleAction(env, *np.array([-1, 1], actions.dtype))
+    usable = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()
+    # in one comparison: [-1, 1] can be stretched to it, and a float tells its integers apart
+    low, high = (actions.low.astype(float), actions.high.astype(float)) if usable else (0, 0)
+    if not np.all((-2.0**53 < low) & (low < high) & (high < 2.0**53)):
+        raise ValueError(f"{name} acts in {actions}; only Discrete and Box (A,) will do, and every "
+                         "number of a Box needs a least and a larger most value")
+    if actions.dtype.kind == "f":
+        return gymnasium.wrappers.RescaleAction(env, *np.array([-1, 1], actions.dtype))
+    # trap: RescaleAction divides by 0 where the numbers are integers. Here [-1, 1] is cut into as
+    # many equal parts as there are integers.
+    count = high - low + 1
+
+    def to_integers(action):
+        part = np.floor((np.asarray(action, float) + 1) / 2 * count)
+        return (low + np.clip(part, 0, count - 1)).astype(actions.dtype)
+
+    return gymnasium.wrappers.TransformAction(
+        env, to_integers, Box(-1.0, 1.0, actions.shape, np.float32))
 
 
 def expert(env):

@@ -98,13 +98,27 @@ class ReplayBuffer:
         return min(self.added, self.capacity)
 
     def add(self, obs, action, next_obs, terminated, image, true_reward):
-        """Store one transition. true_reward is for `--reward true`; unread here."""
+        """Store one transition, copied. true_reward is for `--reward true`; unread here.
+
+        Raises ValueError, and counts no row, where a number is not finite in float32: a single nan
+        would make every weight of the networks nan, for good.
+        """
         row = self.added % self.capacity
-        self.obs[row], self.action[row], self.next_obs[row] = obs, action, next_obs
+        for name, value in (("obs", obs), ("action", action), ("next_obs", next_obs),
+                            ("true_reward", true_reward)):
+            place = getattr(self, name)
+            with np.errstate(over="ignore"):  # too large for float32: inf, and refused
+                # trap: without reshape, numpy would spread one number over a whole row
+                numbers = np.asarray(value, place.dtype).reshape(place.shape[1:])
+            wrong = np.flatnonzero(~np.isfinite(numbers))
+            if wrong.size:
+                raise ValueError(f"transition {self.added}: entry {wrong[0]} of {name} is "
+                                 f"{numbers.flat[wrong[0]]}; every number must be finite in float32")
+            place[row] = numbers
         # trap: a time limit is not a termination. Only `terminated` stops the bootstrap; a
         # truncated episode goes on.
         self.terminated[row] = terminated
-        self.reward[row], self.true_reward[row] = np.nan, true_reward
+        self.reward[row] = np.nan
         if self.image is not None:
             assert image.dtype == np.uint8 and image.shape == self.image.shape[1:], (
                 image.dtype, image.shape)
@@ -204,7 +218,8 @@ def novelty_batch(buffer, batch, against=1024):
     stored = torch.from_numpy(buffer.next_obs[rows])  # (N, O)
     # trap: states have units (metres, radians); without this the largest number alone would say
     # what is novel
-    scale = stored.std(0).clamp(min=1e-3)  # (O,)
+    # trap: the deviation of a single state is 0 / 0
+    scale = stored.std(0, correction=min(1, len(stored) - 1)).clamp(min=1e-3)  # (O,)
     bonus = novelty_bonus(drawn["next_obs"] / scale, stored / scale)  # (B,)
     return {**drawn, "reward": bonus / bonus.mean().clamp(min=1e-6)}
 

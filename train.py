@@ -56,6 +56,7 @@ def train(config):
 
     import code_as_reward
     import cuda_graph
+    import envs
     import reward_model
     import sac
     import score_reward
@@ -186,7 +187,7 @@ def train(config):
         finished = True
     except KeyboardInterrupt:
         finished = False
-    except (vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
+    except (vlm_query.VLMError, code_as_reward.CodeAsRewardError, envs.BadEnvironment) as error:
         raise resumable(error, run) from None
     finally:
         bar.close()
@@ -625,6 +626,10 @@ def prepare(config):
                          for _ in range(2))
         eval_env.reset(seed=config.seed)
         eval_env.picture(config.reward_size)  # now, not later, if there is no OpenGL
+        # and a step: nothing is left behind by an environment that cannot be used. (The action is drawn from a
+        # generator of its own, and every episode is reset with its seed: the run does not notice.)
+        eval_env.step(random_action(eval_env.action_space, np.random.default_rng(config.seed)))
+        eval_env.picture(config.query_size)
         if config.reward == "code" and not config.programs:
             envs.expert(env)  # programs are verified on its episodes
     except ValueError as error:
@@ -718,13 +723,14 @@ def main(arguments=None):
     try:
         config = parse_args(sys.argv[1:] if arguments is None else arguments)
         import code_as_reward  # after --help has been answered: these take a while
+        import envs
         import vlm_query
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     try:
         train(config)
-    except (UserError, vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
+    except (UserError, vlm_query.VLMError, code_as_reward.CodeAsRewardError, envs.BadEnvironment) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -676,11 +676,15 @@ def score_images(ask, images, goal, stages=2, workers=8, log=None):
 
 
 def oracle_labels(score0, score1, rng, error_rate=0.0):
-    """The paper's "GT Preference": (M,) scores twice -> (M,) int8 labels; equal scores -> -1."""
+    """The paper's "GT Preference": (M,) scores twice -> (M,) int8 labels.
+
+    -1: equal scores, or one that is not finite: it is neither more nor less than any other.
+    """
     score0, score1 = np.asarray(score0, float), np.asarray(score1, float)
     labels = (score1 > score0).astype(np.int8)  # (M,)
     flip = rng.random(len(labels)) < error_rate  # drawn for ties too
-    return np.where(score0 == score1, -1, labels ^ flip).astype(np.int8)
+    known = np.isfinite(score0) & np.isfinite(score1) & (score0 != score1)
+    return np.where(known, labels ^ flip, -1).astype(np.int8)
 
 
 class LabelLog:
