@@ -55,7 +55,7 @@ LARGEST = 1e18
 
 
 class BadEnvironment(ValueError):
-    """An environment gave what nothing can be learned from. One line: which, what, in which step."""
+    """An environment gave what nobody can learn from. One line: which one, what, in which step."""
 
 
 @dataclass
@@ -416,25 +416,30 @@ class TaskEnv(gymnasium.Wrapper):
 
     def _observation(self, obs):
         """Any array of the space's shape -> (O,) float32, a copy."""
-        shape, numbers = self.env.observation_space.shape, None
-        with contextlib.suppress(Exception):  # whatever is no array of numbers
+        shape = self.env.observation_space.shape
+        try:
             numbers = np.asarray(obs, np.float64)
+        except Exception:  # whatever is no array of numbers
+            raise self._bad(f"gave an observation of {type(obs).__name__}, not numbers") from None
         # trap: numpy would later spread one number, stored as an observation, over the whole row
-        if numbers is None or ([n for n in numbers.shape if n != 1] != [n for n in shape if n != 1]):
-            what = type(obs).__name__ if numbers is None else f"the shape {numbers.shape}"
-            raise self._bad(f"gave an observation of {what}; its space says numbers of {shape}")
+        plain = tuple(n for n in shape if n != 1)
+        if numbers.shape != shape and numbers.squeeze().shape != plain:
+            raise self._bad(f"gave an observation of shape {numbers.shape}; its observation_space "
+                            f"says {shape}")
         numbers = numbers.ravel()
-        wrong = np.flatnonzero(~(np.abs(numbers) <= LARGEST))  # nan too
-        if wrong.size:
-            raise self._bad(f"gave {numbers[wrong[0]]} as entry {wrong[0]} of the observation; "
-                            f"all must be finite and within {LARGEST:g}")
+        right = np.abs(numbers) <= LARGEST  # not so for nan
+        if not right.all():
+            entry = np.argmin(right)  # the first that is not
+            raise self._bad(f"gave {numbers[entry]} as entry {entry} of the observation; all must "
+                            f"be finite and within {LARGEST:g}")
         return numbers.astype(np.float32)
 
     def _number(self, what, value, or_nan=False):
         """A number or an array of one -> float."""
-        number = math.inf
-        with contextlib.suppress(Exception):
+        try:
             number = np.asarray(value, np.float64).item()
+        except Exception:  # several numbers, a text, anything
+            number = math.inf
         if not (abs(number) <= LARGEST or (or_nan and math.isnan(number))):
             raise self._bad(f"gave {value!r:.60} as {what}; it must be one number, finite and "
                             f"within {LARGEST:g}")

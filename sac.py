@@ -107,14 +107,13 @@ class ReplayBuffer:
         for name, value in (("obs", obs), ("action", action), ("next_obs", next_obs),
                             ("true_reward", true_reward)):
             place = getattr(self, name)
-            with np.errstate(over="ignore"):  # too large for float32: inf, and refused
-                # trap: without reshape, numpy would spread one number over a whole row
-                numbers = np.asarray(value, place.dtype).reshape(place.shape[1:])
-            wrong = np.flatnonzero(~np.isfinite(numbers))
-            if wrong.size:
-                raise ValueError(f"transition {self.added}: entry {wrong[0]} of {name} is "
-                                 f"{numbers.flat[wrong[0]]}; every number must be finite in float32")
-            place[row] = numbers
+            # trap: without reshape, numpy would spread one number over a whole row
+            place[row] = np.reshape(value, place.shape[1:])
+            finite = np.isfinite(place[row])
+            if not finite.all():
+                entry = np.argmin(finite)  # the first that is not
+                raise ValueError(f"transition {self.added}: entry {entry} of {name} is "
+                                 f"{np.ravel(value)[entry]}; all must be finite in float32")
         # trap: a time limit is not a termination. Only `terminated` stops the bootstrap; a
         # truncated episode goes on.
         self.terminated[row] = terminated

@@ -1802,7 +1802,7 @@ class Odd(gymnasium.Env):
 
     def render(self):
         picture = np.zeros((40, 100, 3), np.uint8)
-        picture[:, 30:70] = 200  # the middle square
+        picture[:, 30:70] = 200
         return picture
 
 
@@ -1814,7 +1814,7 @@ def odd_id():
 
 
 def test_any_gymnasium_id_gets_the_same_face():
-    """Flat float32 observations, actions in [-1, 1], square pictures of the middle, reward as progress, its own limit."""
+    """Flat float32 observations, actions in [-1, 1], square pictures of all of it, reward as progress, its own limit."""
     env = envs.make("Odd-v0", goal="to be odd")
     obs, _ = env.reset(seed=0)
     assert obs.shape == (6,) and obs.dtype == np.float32 and env.goal == "to be odd" and env.horizon == 9
@@ -1822,7 +1822,9 @@ def test_any_gymnasium_id_gets_the_same_face():
     *_, info = env.step(np.array([1.0], np.float32))
     assert env.unwrapped.got == 4.0 and info["progress"] == 7.0 and info["success"] == 1.0
     for size in (16, 40, 90):
-        assert np.array_equal(env.picture(size), np.full((size, size, 3), 200, np.uint8))
+        image = env.picture(size)  # 40 x 100 px: a light middle, padded above and below in the edges' colour
+        assert image.shape == (size, size, 3) and image.dtype == np.uint8 and image[size // 2, size // 2, 0] == 200
+        assert not image[0].any() and not image[-1].any() and not image[:, 0].any() and not image[:, -1].any()
 
 
 def test_an_environment_without_a_limit_of_its_own_gets_one(tmp_path, monkeypatch):
