@@ -339,6 +339,11 @@ def sweep_expert(obs):
 
 
 # ---- Any environment: one face for all of them ----
+def one_line(text):
+    """numpy and many libraries break what they say into lines."""
+    return " ".join(text.split())
+
+
 class TaskEnv(gymnasium.Wrapper):
     """The goal, square pictures, a time limit; and the one door for all that an environment says.
 
@@ -400,7 +405,7 @@ class TaskEnv(gymnasium.Wrapper):
     def _bad(self, what):
         step = -(-self.moves // self.action_repeat)
         when = f"step {step} of the episode, {self.steps} since the start" if step else "a reset"
-        return BadEnvironment(f"{self.name} {' '.join(what.split())} [at {when}]")
+        return BadEnvironment(one_line(f"{self.name} {what} [at {when}]"))
 
     def _parts(self, call, result):
         """What reset() or step() returned, if it has as many parts as Gymnasium's."""
@@ -777,7 +782,7 @@ def _from_gymnasium(name):
         draw_fast(env.unwrapped.model)
     seen, actions = (getattr(env, space, None) for space in ("observation_space", "action_space"))
     if not isinstance(seen, Box):
-        raise ValueError(f"{name} observes {seen}; only Box observations will do")
+        raise ValueError(one_line(f"{name} observes {seen}; only Box observations will do"))
     if isinstance(actions, Discrete):  # the learner counts from 0
         return env if actions.start == 0 else gymnasium.wrappers.TransformAction(
             env, lambda action: action + actions.start, Discrete(actions.n))
@@ -785,8 +790,9 @@ def _from_gymnasium(name):
     # in one comparison: [-1, 1] can be stretched to it, and a float tells its integers apart
     low, high = (actions.low.astype(float), actions.high.astype(float)) if usable else (0, 0)
     if not np.all((-2.0**53 < low) & (low < high) & (high < 2.0**53)):
-        raise ValueError(f"{name} acts in {actions}; only Discrete and Box (A,) will do, and every "
-                         "number of a Box needs a least and a larger most value")
+        raise ValueError(one_line(
+            f"{name} acts in {actions}; only Discrete and Box (A,) will do, and every number of a "
+            "Box needs a least value and a larger most"))
     if actions.dtype.kind == "f":
         return gymnasium.wrappers.RescaleAction(env, *np.array([-1, 1], actions.dtype))
     # trap: RescaleAction divides by 0 where the numbers are integers. Here [-1, 1] is cut into as

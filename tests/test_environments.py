@@ -1,0 +1,467 @@
+"""What comes in from an environment: copied, checked and drawn whole, or refused in one line."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from PIL import Image
+
+import envs
+import sac
+import train
+import vlm_query
+
+
+class Bar(gymnasium.Env):
+    """A red bar on white that is pushed to the left and to the right."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    observation_space = Box(-10, 10, (2,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.action_space = Box(-1, 1, (1,), np.float32)
+        self.render_mode, self.x, self.t, self.got = render_mode, np.zeros(2, np.float32), 0, []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.x[:] = 0, 0.5
+        return self.seen(), {}
+
+    def step(self, action):
+        self.t += 1
+        self.got.append(np.array(action))
+        self.x += 0.125
+        return self.seen(), self.reward(), False, False, self.info()
+
+    def seen(self):
+        return self.x.copy()
+
+    def reward(self):
+        return -1.0
+
+    def info(self):
+        return {}
+
+    def render(self):
+        picture = np.full((64, 64, 3), 255, np.uint8)
+        picture[20:44, 30:35] = (200, 0, 0)
+        return picture
+
+
+@pytest.fixture
+def made():
+    """changes of Bar -> a TaskEnv around it; what was registered for that is forgotten afterwards."""
+    names = []
+
+    def make(base=Bar, repeat=None, horizon=9, **changes):
+        names.append(f"Bar{len(names)}-v0")
+        entry = type("Made", (base,), {name: staticmethod(value) if isinstance(value, type) else value
+                                       for name, value in changes.items()})
+        gymnasium.register(names[-1], entry_point=entry)
+        return envs.make(names[-1], goal="to go", horizon=horizon, action_repeat=repeat)
+
+    yield make
+    for name in names:
+        del gymnasium.registry[name]
+
+
+def refused(words, do, *args, **kwargs):
+    """do() must raise BadEnvironment with one line that holds these words."""
+    with pytest.raises(envs.BadEnvironment, match=words) as error:
+        do(*args, **kwargs)
+    assert "\n" not in str(error.value)
+
+
+# ---- observations ----
+def test_an_observation_that_is_changed_in_place_is_a_copy(made):
+    """What a step returned must stay as it was when the environment moves on."""
+    env = made(seen=lambda self: self.x)
+    first, _ = env.reset(seed=0)
+    second = env.step(np.zeros(1, np.float32))[0]
+    assert first.tolist() == [0.5, 0.5] and second.tolist() == [0.625, 0.625]
+
+
+@pytest.mark.parametrize("value, says", [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf"), (1e300, "1e.300"),
+                                         (2**70, "1.18.*e.21")])
+def test_a_number_that_nothing_can_be_learned_from_names_its_step_and_its_entry(made, value, says):
+    """Also one beyond float32, which would become infinite there, and a large integer."""
+    env = made(seen=lambda self: [0.5, value if self.t == 3 else 0.5])
+    for seed in range(2):  # the second episode ends like the first
+        env.reset(seed=seed)
+        env.step(np.zeros(1, np.float32))
+        env.step(np.zeros(1, np.float32))
+        refused(f"gave {says} as entry 1 of the observation.*step 3 of the episode, {3 * seed + 3} since", env.step,
+                np.zeros(1, np.float32))
+
+
+def test_the_first_observation_is_checked_too(made):
+    """A reset has no step; it must be named as what it is."""
+    refused("gave nan as entry 0 .*at a reset", made(seen=lambda self: np.array([np.nan, 0])).reset, seed=0)
+
+
+def test_with_repeated_actions_the_step_is_one_of_ours(made):
+    """The seventh of the simulator's is the third of those that repeat three."""
+    env = made(repeat=3, seen=lambda self: self.x * (np.nan if self.t == 9 else 1))
+    env.reset(seed=0)
+    env.step(np.zeros(1, np.float32))
+    env.step(np.zeros(1, np.float32))
+    refused("step 3 of the episode, 3 since", env.step, np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize("value", [np.array([1, 2]), np.array([1, 2], object), [1, 2], (1.0, np.array(2)), np.array([[1], [2]]),
+                                   torch.tensor([1, 2])])
+def test_any_array_of_the_right_shape_is_an_observation(made, value):
+    """Integers, objects, lists, tensors; axes of length one do not matter."""
+    obs, _ = made(seen=lambda self: value).reset(seed=0)
+    assert obs.tolist() == [1, 2] and obs.dtype == np.float32
+
+
+@pytest.mark.parametrize("value, says", [(0.5, r"shape \(\)"), (np.zeros(3), r"shape \(3,\)"), ({"x": 1}, "of dict"), (None, "shape"),
+                                         (np.array(["a", "b"]), "not numbers"), ([1, [2, 3]], "of list")])
+def test_an_observation_of_another_shape_is_refused(made, value, says):
+    """A single number would otherwise fill a whole row of the buffer."""
+    refused(says, made(seen=lambda self: value).reset, seed=0)
+
+
+def test_a_table_on_its_side_is_not_the_table(made):
+    """(3, 2) holds as many numbers as (2, 3), in another order."""
+    env = made(observation_space=Box(-9, 9, (2, 3), np.float64), seen=lambda self: np.zeros((3, 2)))
+    refused(r"shape \(3, 2\); its observation_space says \(2, 3\)", env.reset, seed=0)
+
+
+# ---- reward, success, progress, the ends of an episode ----
+def test_arrays_of_one_element_are_numbers(made):
+    """Reward, success, progress, terminated, truncated: numpy 2.4 makes a float of none of them."""
+    env = made(step=lambda self, action: (self.seen(), np.array([2.5], np.float32), np.array([False]), np.array(True),
+                                          {"success": np.array([[True]]), "progress": np.array([7])}))
+    env.reset(seed=0)
+    _, reward, terminated, truncated, info = env.step(np.zeros(1, np.float32))
+    assert (reward, terminated, truncated, info["success"], info["progress"]) == (2.5, False, True, 1.0, 7.0)
+    assert (type(reward), type(terminated), type(truncated)) == (float, bool, bool)
+
+
+@pytest.mark.parametrize("what, changes", [
+    ("reward", dict(reward=lambda self: np.nan)), ("reward", dict(reward=lambda self: np.array([-np.inf]))),
+    ("reward", dict(reward=lambda self: None)), ("reward", dict(reward=lambda self: np.zeros(2))),
+    ("reward", dict(reward=lambda self: np.nan, info=lambda self: {"progress": 0.0})),
+    ("progress", dict(info=lambda self: {"progress": np.nan})), ("progress", dict(info=lambda self: {"progress": "far"})),
+    ("success", dict(info=lambda self: {"success": np.inf})), ("success", dict(info=lambda self: {"is_success": np.nan})),
+    ("terminated", dict(step=lambda self, action: (self.seen(), 0.0, None, False, {})))])
+def test_a_reward_or_progress_that_is_no_number_is_refused(made, what, changes):
+    """One line that names what and when."""
+    env = made(**changes)
+    env.reset(seed=0)
+    refused(f"as {what}; .*step 1 of the episode", env.step, np.zeros(1, np.float32))
+
+
+def test_progress_is_unknown_at_the_start_and_the_reward_where_it_is_not_told(made):
+    """The start has no reward yet; info may be None, or one dict that is used again and again."""
+    env = made(info=lambda self: None)
+    assert np.isnan(env.reset(seed=0)[1]["progress"])
+    assert env.step(np.zeros(1, np.float32))[4] == {"success": 0.0, "progress": -1.0} and not env.tells_success
+    same = {"success": None, "is_success": np.bool_(True), "progress": None}
+    env = made(info=lambda self: same)
+    env.reset(seed=0)
+    infos = [env.step(np.zeros(1, np.float32))[4] for _ in range(2)]
+    assert infos[0] == {"success": 1.0, "is_success": True, "progress": -1.0} and infos[0] is not infos[1] is not same
+
+
+def test_the_time_limit_is_kept_also_of_an_environment_that_brings_its_own(made):
+    """An entry point that returns a limited environment ends when that does; the horizon must say so."""
+    gymnasium.register("Brings-v0", entry_point=lambda render_mode: gymnasium.wrappers.TimeLimit(Bar(render_mode), 4))
+    env = envs.make("Brings-v0", goal="to go")
+    del gymnasium.registry["Brings-v0"]
+    env.reset(seed=0)
+    assert env.horizon == 4 and [env.step(np.zeros(1, np.float32))[3] for _ in range(4)] == [False] * 3 + [True]
+
+
+# ---- the interface ----
+@pytest.mark.parametrize("words, changes", [
+    (r"tuple\(ndarray, float, bool, dict\) from step\(\).*terminated, truncated", dict(step=lambda self, a: (self.seen(), 0.0, False, {}))),
+    (r"tuple\(ndarray, float, bool, bool, bool\) from step", dict(step=lambda self, a: (self.seen(), 0.0, False, False, True))),
+    (r"NoneType\(\) from step", dict(step=lambda self, a: None)),
+    (r"ndarray\(\) from reset\(\).*\(observation, info\)", dict(reset=lambda self, *, seed=None, options=None: self.seen())),
+    (r"list\(float, float\) from reset", dict(reset=lambda self, *, seed=None, options=None: [0.0, 0.0]))])
+def test_the_interface_of_old_gym_is_one_line(made, words, changes):
+    """Four values from step(), only the observation from reset(): what came, and what is wanted."""
+    env = made(**changes)
+
+    def start():
+        env.reset(seed=0)
+        env.step(np.zeros(1, np.float32))
+
+    refused(words, start)
+
+
+@pytest.mark.parametrize("reset", [lambda self: None, lambda self, seed=None: None, lambda self, options=None: None])
+def test_a_reset_without_seed_or_options_is_one_line(made, reset):
+    """An episode could not be seen again; it must be said when the environment is made."""
+    refused(r"another reset\(\) than Gymnasium's, which is reset\(self, \*, seed=None, options=None\)", made, reset=reset)
+
+
+def no_rgb(self, render_mode=None):
+    assert render_mode != "rgb_array"
+
+
+@pytest.mark.parametrize("words, init", [("AssertionError.*rgb_array", no_rgb), ("render_mode", lambda self: None),
+                                         ("KeyError.*rgb_array", lambda self, render_mode: {}[render_mode])])
+def test_an_environment_that_cannot_be_made_to_draw_is_one_line(made, words, init):
+    """Whatever its constructor raises, with or without words of its own."""
+    with pytest.raises(ValueError, match=f"cannot be made here: .*{words}") as error:
+        made(__init__=init)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(step=lambda self, a: (self.seen(), 0.0, False, {})), dict(reset=lambda self, *, seed=None, options=None: self.seen()),
+    dict(reset=lambda self: None), dict(__init__=no_rgb), dict(render=lambda self: None), dict(render=lambda self: 1 / 0),
+    dict(render=lambda self: Bar.render(self) * (np.nan if self.t else 1.0)), dict(seen=lambda self: self.x * (np.nan if self.t else 1)),
+    dict(reward=lambda self: np.nan), dict(info=lambda self: {"progress": np.inf})])
+def test_what_cannot_be_used_leaves_no_run_folder_behind(made, tmp_path, capsys, changes):
+    """Reset, picture and one step are tried before anything is made: exit 2 and one line."""
+    Tried = type("Tried", (Bar,), changes)
+    gymnasium.register("Tried-v0", entry_point=Tried)
+    try:
+        code = train.main(["--env", "Tried-v0", "--goal", "to go", "--labels", "oracle", "--out", str(tmp_path / "run")])
+    finally:
+        del gymnasium.registry["Tried-v0"]
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and said[-1].startswith("train.py: Tried-v0 ") and "Traceback" not in "".join(said)
+    assert not list(tmp_path.iterdir())
+
+
+TINY = ["--goal", "to go", "--total-steps", "60", "--seed-steps", "10", "--explore-steps", "20", "--eval-every", "30", "--eval-episodes",
+        "1", "--batch-size", "8", "--hidden", "8", "--reward-size", "47", "--query-size", "47", "--horizon", "10"]
+
+
+@pytest.mark.parametrize("reward", ["true", "sparse"])
+def test_a_fault_in_the_middle_of_a_run_stops_it_in_one_line(tmp_path, capsys, reward):
+    """Before anything is learned from it; and the line says how to go on once the environment is mended."""
+    class Late(Bar):
+        ever = 0
+
+        def step(self, action):
+            self.ever += 1
+            obs, *rest = super().step(action)
+            return obs * (np.nan if self.ever == 45 else 1), *rest
+
+    gymnasium.register("Late-v0", entry_point=Late)
+    try:
+        code = train.main(["--env", "Late-v0", "--reward", reward, "--out", str(tmp_path / "run"), *TINY])
+    finally:
+        del gymnasium.registry["Late-v0"]
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and "Late-v0 gave nan as entry 0 of the observation" in said
+    assert "step 5 of the episode, 45 since the start" in said and "--resume" in said
+
+
+def test_the_trial_before_a_run_changes_no_random_number(monkeypatch):
+    """The generators of both environments must be where they are without it."""
+    made, make = [], envs.make
+    monkeypatch.setattr(envs, "make", lambda *args: made.append(make(*args)) or made[-1])
+    train.prepare(train.parse_args(["--env", "CartPole", "--seed", "5", "--out", "nowhere"]))
+    for env in made:
+        fresh = make("CartPole", 5)
+        assert env.action_space.sample() == fresh.action_space.sample()
+        assert env.reset(seed=8)[0].tolist() == fresh.reset(seed=8)[0].tolist()
+
+
+# ---- actions ----
+@pytest.mark.parametrize("space, arrives", [
+    (Box(-5, 5, (1,), np.int32), [-5, 0, 5]), (Box(0, 255, (1,), np.uint8), [0, 128, 255]), (Box(0, 1, (1,), np.int8), [0, 1, 1]),
+    (Box(-2.0, 6.0, (1,), np.float64), [-2, 2, 6])])
+def test_actions_reach_the_whole_range(made, space, arrives):
+    """-1, 0, 1 are the least, the middle, the most; of integers, each is as likely as any other."""
+    env = made(action_space=property(lambda self: space, lambda self, value: None))
+    env.reset(seed=0)
+    for action in (-1, 0, 1):
+        env.step(np.array([action], np.float32))
+    got = env.unwrapped.got
+    assert [float(action[0]) for action in got] == arrives and {action.dtype for action in got} == {space.dtype}
+    if space.dtype.kind != "f":
+        env = made(action_space=property(lambda self: space, lambda self, value: None), horizon=9999)
+        env.reset(seed=0)
+        size = int(space.high[0]) - int(space.low[0]) + 1
+        for action in np.linspace(-1, 1, 10 * size + 1):
+            env.step(np.array([action], np.float32))
+        counts = np.unique(env.unwrapped.got, return_counts=True)[1]
+        assert len(counts) == size and counts.min() >= 9 and counts.max() <= 12
+
+
+@pytest.mark.parametrize("space", [
+    Box(0, np.inf, (1,), np.float32), Box(-np.inf, np.inf, (2,), np.float32), Box(-np.inf, 1, (1,), np.int32),
+    Box(np.array([0, -1.0]), np.array([0, 1.0])), Box(-3e38, 3e38, (1,), np.float32), Box(0, 2**63 - 1, (1,), np.int64),
+    Box(-1, 1, (2, 2)), Box(np.arange(40.0), np.inf), MultiBinary(3), Dict({"a": Discrete(2)}), None])
+def test_other_actions_are_refused_in_one_line(made, space):
+    """Without ends, or with both the same, [-1, 1] cannot be stretched to the range: nan would arrive."""
+    with pytest.raises(ValueError, match="acts in .*only Discrete and Box") as error:
+        made(action_space=property(lambda self: space, lambda self, value: None))
+    assert "\n" not in str(error.value)
+
+
+def test_an_action_that_is_clipped_in_place_is_a_copy():
+    """The buffer must store what was chosen; and a repeated action must arrive the same each time."""
+    class Greedy(envs.CartPole):
+        got = []
+
+        def step(self, action):
+            self.got.append(float(action[0]))
+            action *= 0
+            return super().step(action)
+
+    env = envs.TaskEnv(Greedy(), "to go", 8, 0, action_repeat=2)
+    env.reset(seed=0)
+    action = np.array([0.5], np.float32)
+    env.step(action)
+    assert action[0] == 0.5 and Greedy.got == [0.5, 0.5]
+
+
+# ---- pictures ----
+RED = Bar.render(None)
+ON_BLACK = np.dstack([RED, np.full((64, 64), 255, np.uint8)])
+ON_BLACK[RED.min(-1) == 255] = 0  # black, and fully transparent: white is seen
+KINDS = {
+    "uint8": RED, "float": RED / 255, "float16": (RED / 255).astype(np.float16), "255": RED.astype(np.float32), "int64": RED.astype(np.int64),
+    "above 1": np.where(RED == 255, 1.0000005, RED / 255), "first": RED.transpose(2, 0, 1), "list": [RED * 0, RED], "tuple": (RED,),
+    "frames": np.stack([RED * 0, RED]), "nested": RED.tolist(), "opaque": np.dstack([RED, np.full((64, 64), 255, np.uint8)]),
+    "transparent": ON_BLACK, "transparent float": ON_BLACK / 255, "Pillow": Image.fromarray(RED), "palette": Image.fromarray(RED).quantize(),
+    "upside down": RED[::-1], "tensor": torch.tensor(RED)}
+GREY = RED[..., 1]
+GREYS = {"grey": GREY, "channel": GREY[..., None], "first": GREY[None], "bool": GREY > 0, "bool channel": (GREY > 0)[..., None],
+         "float": GREY / 255.0, "list": [GREY * 0, GREY], "Pillow": Image.fromarray(GREY), "black or white": Image.fromarray(GREY > 0)}
+
+
+@pytest.mark.parametrize("size", [64, 32, 90])
+@pytest.mark.parametrize("kind", [*KINDS, *(f"grey {kind}" for kind in GREYS)])
+def test_whatever_render_gives_is_the_same_picture(made, kind, size):
+    """Every kind must look like the plain one, at every size, and lie in memory as the buffer wants it."""
+    drawn = GREYS[kind[5:]] if kind.startswith("grey ") else KINDS[kind]
+    plain = np.repeat(GREY[..., None], 3, 2) if kind.startswith("grey ") else RED
+    env, expected = made(render=lambda self: drawn), made(render=lambda self: plain)
+    env.reset(seed=0), expected.reset(seed=0)
+    image = env.picture(size)
+    assert image.dtype == np.uint8 and image.shape == (size, size, 3) and image.flags.c_contiguous
+    assert np.abs(image.astype(int) - expected.picture(size)).max() <= (1 if "16" in kind else 0)
+
+
+def test_half_transparent_is_half_white():
+    """Red at half its strength over white is (255, 128, 128)."""
+    drawn = np.full((4, 4, 4), (255, 0, 0, 128), np.uint8)
+    assert envs.as_picture(drawn)[0, 0].tolist() == [255, 127, 127]
+
+
+@pytest.mark.parametrize("drawn, says", [
+    (None, "NoneType"), ("a text", "str"), ([], r"float64 \(0,\)"), ({}, "dict"), (3.5, "float"), (np.zeros(5), r"\(5,\)"),
+    (np.zeros((9, 9, 2)), r"\(9, 9, 2\)"), (np.zeros((0, 4, 3)), r"\(0, 4, 3\)"), (np.zeros((4, 4, 3), object), "object"),
+    (np.full((4, 4, 3), np.nan), "nan"), (np.full((4, 4, 3), np.inf), "inf"), (np.full((4, 4, 3), -0.5), "-0.5"),
+    (np.full((4, 4, 3), 65535, np.uint16), "65535"), (np.full((4, 4, 3), -9), "-9"), ([[1, 2], [3]], "list")])
+def test_what_is_no_picture_is_one_line(made, drawn, says):
+    """What was drawn, and what is possible."""
+    env = made(render=lambda self: drawn)
+    env.reset(seed=0)
+    refused(f"drew no picture, but .*{says}.*at a reset", env.picture, 64)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), RuntimeError("no\ndisplay"), TypeError("needs mode")])
+def test_a_render_that_fails_is_one_line(made, error):
+    """A missing screen raises whatever the library likes."""
+    def render(self):
+        raise error
+
+    env = made(render=render)
+    env.reset(seed=0)
+    refused(f"cannot draw itself here: {type(error).__name__}", env.picture, 64)
+
+
+@pytest.mark.parametrize("shape", [(20, 60), (60, 20), (31, 64), (200, 31)])
+def test_the_whole_of_an_oblong_picture_is_seen(shape):
+    """Red in the first corner, blue in the last: both must be there, in proportion, on a plain ground."""
+    image = np.full((*shape, 3), 255, np.uint8)
+    image[:5, :5], image[-5:, -5:] = (255, 0, 0), (0, 0, 255)
+    side = max(shape)
+    seen = envs.square(image, side)
+    red, blue = (np.argwhere((seen == colour).all(-1)) for colour in ([255, 0, 0], [0, 0, 255]))
+    assert seen.shape == (side, side, 3) and len(red) == len(blue) == 25  # no stripes of them either
+    assert (blue.max(0) - red.min(0) + 1).tolist() == list(shape)
+    assert (red.min(0) - [(side - n) // 2 for n in shape]).tolist() == [0, 0]
+    assert ((seen == 255).all(-1)).sum() == side**2 - 50
+    assert envs.square(image, 16).shape == (16, 16, 3) and envs.square(image, 300).flags.c_contiguous
+
+
+def test_each_edge_goes_on_in_its_own_colour():
+    """A blue sky stays above, and brown ground below; left and right where a picture is tall."""
+    image = np.full((10, 30, 3), (0, 0, 255), np.uint8)
+    image[5:] = (90, 60, 0)
+    for turned in (image, image.swapaxes(0, 1)):
+        seen = envs.square(turned, 30)
+        seen = seen if turned is image else seen.swapaxes(0, 1)
+        assert (seen[:15] == [0, 0, 255]).all() and (seen[15:] == [90, 60, 0]).all()
+
+
+def test_a_picture_that_is_drawn_into_one_array_is_a_copy(made):
+    """Also where it has the right size already, and from an environment with a picture(size) of its own."""
+    class Own(Bar):
+        canvas = np.zeros((64, 64, 3), np.uint8)
+
+        def picture(self, size):
+            self.canvas += 1
+            return self.canvas
+
+        def render(self):
+            return self.picture(64)
+
+    for env in (made(base=Own), made(base=Own, picture=None, render=lambda self: Own.picture(self, 64))):
+        env.reset(seed=0)
+        first = env.picture(64)
+        before = first[0, 0, 0]
+        env.picture(64)
+        assert first[0, 0, 0] == before
+
+
+# ---- what learns ----
+def test_the_buffer_takes_no_number_that_is_not_finite():
+    """Used alone, it must refuse in one line too, and must not count the row."""
+    good = dict(obs=[1.0, 2.0], action=[0.5], next_obs=[3.0, 4.0], terminated=False, image=None, true_reward=np.array([1.0]))
+    buffer = sac.ReplayBuffer(4, (2,), (1,))
+    buffer.add(**good)
+    assert buffer.true_reward[0] == 1
+    with np.errstate(all="ignore"):
+        for name, value, says in (("obs", [0.0, np.nan], "entry 1 of obs is nan"), ("next_obs", [np.inf, 0.0], "entry 0 of next_obs is inf"),
+                                  ("action", [np.nan], "entry 0 of action"), ("true_reward", np.nan, "true_reward is nan"),
+                                  ("next_obs", np.array([0.0, 1e300]), "entry 1 of next_obs is 1e.300"), ("obs", 1.0, "reshape")):
+            with pytest.raises(ValueError, match=says):
+                buffer.add(**{**good, name: value})
+    assert len(buffer) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_novelty_of_a_few_states_is_finite(rows):
+    """One stored state has no deviation, and two alike no distance: 0 / 0 both."""
+    buffer = sac.ReplayBuffer(8, (2,), (1,))
+    for _ in range(rows):
+        buffer.add([1.0, 2.0], [0.0], [1.0, 2.0], False, None, 0.0)
+    assert torch.isfinite(sac.novelty_batch(buffer, 4)["reward"]).all()
+
+
+def test_the_largest_number_that_is_let_in_makes_no_network_nan():
+    """LARGEST is as large as what is squared in float32 may be."""
+    rng = np.random.default_rng(0)
+    buffer = sac.ReplayBuffer(64, (2,), (1,))
+    for _ in range(64):
+        buffer.add(rng.choice([-1, 1], 2) * envs.LARGEST, rng.uniform(-1, 1, 1), rng.choice([-1, 1], 2) * envs.LARGEST, False, None, 0.0)
+    agent = sac.SAC(2, Box(-1, 1, (1,), np.float32), hidden=(8, 8))
+    for _ in range(20):
+        losses = agent.update(sac.novelty_batch(buffer, 16))
+    assert np.isfinite(agent.act(buffer.obs[0])).all() and torch.isfinite(losses["alpha"])
+
+
+@pytest.mark.parametrize("unknown", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_gets_no_label(unknown):
+    """It is neither closer nor farther than any other; the labels beside it stay."""
+    labels = vlm_query.oracle_labels([unknown, 0.2, 0.2, unknown, 0.9], [0.5, unknown, 0.7, unknown, 0.1], np.random.default_rng(0))
+    assert labels.tolist() == [-1, -1, 1, -1, 0] and labels.dtype == np.int8
