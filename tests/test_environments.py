@@ -217,6 +217,10 @@ def test_an_environment_that_cannot_be_made_to_draw_is_one_line(made, words, ini
     assert "\n" not in str(error.value)
 
 
+TINY = ["--goal", "to go", "--total-steps", "60", "--seed-steps", "10", "--explore-steps", "20", "--eval-every", "30", "--eval-episodes",
+        "1", "--batch-size", "8", "--hidden", "8", "--reward-size", "47", "--query-size", "47", "--horizon", "10"]
+
+
 @pytest.mark.parametrize("changes", [
     dict(step=lambda self, a: (self.seen(), 0.0, False, {})), dict(reset=lambda self, *, seed=None, options=None: self.seen()),
     dict(reset=lambda self: None), dict(__init__=no_rgb), dict(render=lambda self: None), dict(render=lambda self: 1 / 0),
@@ -227,16 +231,12 @@ def test_what_cannot_be_used_leaves_no_run_folder_behind(made, tmp_path, capsys,
     Tried = type("Tried", (Bar,), changes)
     gymnasium.register("Tried-v0", entry_point=Tried)
     try:
-        code = train.main(["--env", "Tried-v0", "--goal", "to go", "--labels", "oracle", "--out", str(tmp_path / "run")])
+        code = train.main(["--env", "Tried-v0", "--reward", "true", "--out", str(tmp_path / "run"), *TINY])
     finally:
         del gymnasium.registry["Tried-v0"]
     said = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and said[-1].startswith("train.py: Tried-v0 ") and "Traceback" not in "".join(said)
     assert not list(tmp_path.iterdir())
-
-
-TINY = ["--goal", "to go", "--total-steps", "60", "--seed-steps", "10", "--explore-steps", "20", "--eval-every", "30", "--eval-episodes",
-        "1", "--batch-size", "8", "--hidden", "8", "--reward-size", "47", "--query-size", "47", "--horizon", "10"]
 
 
 @pytest.mark.parametrize("reward", ["true", "sparse"])
