@@ -139,8 +139,9 @@ def only_number(text, own):
         text = re.sub(dropped, "", text)
     text = re.sub(r"<(\w+)>", r"\1: ", text).replace("_", " ")  # <answer>1 is answer: 1
     text = "\n".join(" ".join(line.split()) for line in text.splitlines() if re.search(r"\w", line))
-    # A heading speaks of the next line: up to six words, or what ends with a colon, a "?", "is".
-    text = re.sub(r"(?m)(?:^(#.*|[^\W\d]+(?: [^\W\d]+){0,5})|[:：?？=]| is)\n", r"\1: ", text)
+    # A heading speaks of the next line: up to five words, or what ends with a colon, a "?", "is".
+    heading = r"(?m)(?:^(#.*|[^\W\d]+(?:[:：,]? [^\W\d]+){0,4})|[:：?？=]| is)\n"
+    text = re.sub(heading, r"\1: ", text)
     *lines, last = text.splitlines() or [""]
     last = re.sub(r"^.*[:：] ?(?=-1\b)", "", last)  # "They look alike: -1" can mean no image
     number, said = None, set()
@@ -197,10 +198,11 @@ def openai_read(data):
             "content_filter": "refused"}
     text, refusal = message.get("content"), message.get("refusal")
     places = [key for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)]
-    if isinstance(text, list):  # of parts; one of another type holds thoughts
-        places += ["thinking"] if text else []
-        text = "".join(part.get("text") or "" for part in text
-                       if part.get("type", "text") in ("text", "output_text"))
+    if isinstance(text, list):  # of parts, some of them thoughts
+        kinds = [part.get("type", "text") for part in text]
+        places += [kind for kind in kinds if kind in ("thinking", "reasoning")]
+        text = "".join(part.get("text") or "" for part, kind in zip(text, kinds)
+                       if kind in ("text", "output_text"))
     end = "refused" if refusal else ends.get(reason, "failed")
     if places and end in ("complete", "cut off") and not (text or "").strip():
         end = "empty" if end == "complete" else end
