@@ -866,16 +866,16 @@ def says(text, end="complete"):
 
 @pytest.mark.parametrize("text, label", [
     ("0", 0), ("1", 1), ("-1", -1), ("\u22121", -1), ("\u20131", -1), ("**1**", 1), ("1.", 1), ("(0)", 0),
-    ("Answer: -1.", -1), ("100% sure: 1", 1), ("Image 1 wins: 0", 0), ("1\n0", 0), ("0\n\n```", 0),
+    ("Answer: -1.", -1), ("100% sure: 1", 1), ("Image 1 wins: 0", 0), ("1\n0", None), ("0\n\n```", 0),
     ("Images 1 and 2 look alike: -1", -1), ("<think>1</think>0", 0), ("\\boxed{1}", 1), ("1 1", 1),
     ("", None), ("0.5", None), ("0 or 1", None), ("0, 1", None), ("1/10", None), ("Image 1.", None),
     ("- 1", None), ("10", None), ("1%", None), ("-0", None), ("1st", None), ("<think>1", None),
     ("<think>a</think>b<think>1", None), ("I cannot tell.", None), ("1\nI hope this helps", None),
-    ("0-1", None), ("1.0", None), ("2", None), ("Image #2 and Image #1: 1", 1),
+    ("0-1", None), ("1.0", None), ("2", None), ("Image #2 and Image #1: 1", None),
     ("Image **1** is closer", None), ("The closer image is Image **1**.", None), ("Image no. 1", None),
     ("Closer image: 1", None), ("Image **1** is closer to the goal: 0", 0), ("**Image 2** is closer: **1**", 1)])
 def test_a_label_is_read_from_the_last_line_or_not_at_all(text, label):
-    """parse_label must find exactly one of 0, 1, -1 in the last line, and must never guess."""
+    """parse_label must find one of 0, 1, -1 in the last line, said nowhere else otherwise, and must never guess."""
     assert parse_label(text) == label
 
 
@@ -1235,7 +1235,7 @@ def test_thinking_and_refusals_are_read_in_each_format():
         assert vlm._judge(400, {}, '{"error": {"code": "content_filter"}}') == ("", None)
 
 
-@pytest.mark.parametrize("end", ["error", "abort", None])
+@pytest.mark.parametrize("end", ["error", "abort", "network_error"])
 def test_an_end_that_is_the_servers_fault_is_not_kept(tmp_path, end):
     """OpenRouter's "error" and vLLM's "abort" must be no answer, and must be asked again the next time."""
     body = {"choices": [{"message": {"content": "0"}, "finish_reason": end}], "usage": {"prompt_tokens": 5}}

@@ -40,6 +40,8 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
+import warnings
 from collections import namedtuple
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -47,6 +49,7 @@ from urllib.parse import urlsplit
 import imageio.v3 as iio
 import numpy as np
 import requests
+from PIL import Image, ImageOps
 
 # ---- STEP 3: ask the VLM which image is closer to the goal ----
 ANALYSE = """Both images show the same scene at two different moments. The goal is {goal}.
@@ -85,39 +88,86 @@ class LimitReached(VLMError):
     """max_calls or max_usd is used up."""
 
 
+# Tags around what a model thinks, to be filled in: "/" and "end", or nothing and "begin".
+THINK = (r"<{0}(?:seed:)?(?:think|thinking|thought|reasoning)>|<\|{1}_of_thought\|>"
+         r"|◁{0}think▷|\[{0}THINK\]")
+# What drops out of an answer: the number of an item in a list; </answer>, </s>, <|im_end|>,
+# <end_of_turn>, <eos>, [/INST], ```; then Markdown, quotes, brackets and LaTeX.
+# trap: "[ ] 1" is a box that is not ticked, and "~~1~~" is crossed out: these stay, and spoil.
+ITEM = r"(?m)^[ \t*]*\d+[.)][ \t*]+(?=[^\W\d])"
+TOKEN = (r"</\w+>|<[|｜](?!image)[^<>\n]*[|｜]>|<(?i:end_of_\w+|eo[st]|pad)>|\[/INST\]"
+         r"|```(?:[a-z]\w*)?")
+FRAME = r"""\\(?:boxed|text(?:bf)?|mathbf)|[*`$'"“”‘’«»\\]|[(\[{（【「『](?!\s*[\])}])|[)\]}）】」』]"""
+# What stands for a minus sign: dashes of all kinds, and two words.
+MINUS = r"[\u2010-\u2015\u2212\u207b\u2796\ufe63\uff0d]|\b(?i:minus|negative)\s+(?=1\b)"
+# "Image 2 is closer to the goal than Image 1": the one thing about images that is understood.
+CLOSER = r"""(?xi) \b(?:(?:since|because)[ ])? (?:image|picture)[ #]*([12])[ ]
+    (?:(?:is|looks|seems|clearly|much|slightly|far|a[ ]bit)[ ])* (?:closer|nearer|better|wins)\b
+    (?:[ ]to[ ]the[ ]goal)? (?:[ ]than[ ](?:image|picture)[ #]*[12]\b)? [:,.]?[ ]?"""
+# A line that says a number and nothing of an image. OWN: a word for this kind of number.
+LINE = r"""(?xi) (?:\#+[ ])? (?:
+      (?:so|thus|therefore|hence)[,:]?[ ]
+    | (?:i[ ]?a?m[ ])? (?:[5-9]\d|100)%[ ](?:sure|certain|confident)[,:]?[ ]
+    | (?:(?:the|my|final|last|correct)[ ])* (?:answer|number|result|output|response|final|OWN
+      |antwort|réponse|respuesta|risposta|resposta|ответ|答案|回答|答え) (?:[ ]is:?[ ]|[ ]?[:=：][ ]?) )*
+    (?: (-?\d+(?:\.\d+)?) (?:[ ]\1)* )? [ .,;!。]*"""
+
+
 def after_thinking(text):
-    """What stands after the last </think>; "" if the thinking never ended."""
-    text = text.rsplit("</think>", 1)[-1]
-    return "" if "<think>" in text else text
+    """What stands after the last </think> or its like; "" if the thinking never ended."""
+    text = re.split(THINK.format("/", "end"), text)[-1]
+    return "" if re.search(THINK.format("", "begin"), text) else text
 
 
-def only_number(text, pattern):
-    """The one number, as a word of its own, in the last line that holds any word; else None."""
-    lines = [line for line in after_thinking(text).splitlines() if re.search(r"\w", line)]
-    dashes = "[\u2010-\u2013\u2212\ufe63\uff0d]"  # models write a minus sign in many ways
-    line = re.sub(dashes, "-", lines[-1] if lines else "")
-    # trap: "Image 1 is better" names an image; taken as the label 1 it would mean Image 2.
-    # Nor with Markdown between: "Image **1**", "Image no. 1", "the closer image: 1".
-    name = r"(?:-|(?:no\.?|number)?[^\w-]{0,4})[012]\b(?!\.\d)"
-    line = re.sub(rf"(?i)\b(image|picture)s?\s*{name}(\s*(and|or|vs\.?|,|&)\s*{name})?", "", line)
-    found = set(re.findall(rf"(?<![\w.,/+-])(?<!-\s)({pattern})(?![\w%-]|[.,/]\d)", line))
-    return float(found.pop()) if len(found) == 1 else None
+def only_number(text, own):
+    """The number in the last line that holds any word, as it is written, or None. own: see LINE.
+
+    trap: "Bild 1", "Option 1", "Closer: 1" name the first image, and the label 1 is the second
+    one. No list of such names is ever complete, so what LINE does not describe is not read.
+
+    Worked example: "**Image 2** is better, so the answer is: `1`.</s>"
+      TOKEN and FRAME drop out:    "Image 2 is better, so the answer is: 1."
+      CLOSER is noted as a 1:      "so the answer is: 1."
+      LINE takes "so ", "the answer is: ", the number 1 and the full stop -> "1"
+    "Image 1 is better: 1" says 0 and 1: None. "Bild 1": LINE knows no "Bild": None.
+    """
+    # Digits of all scripts become ours; characters of no width (category Cf) go.
+    text = "".join(str(unicodedata.decimal(c, c)) for c in after_thinking(text)
+                   if unicodedata.category(c) != "Cf")
+    text = re.sub(MINUS, "-", text)
+    for dropped in (ITEM, TOKEN, FRAME):
+        text = re.sub(dropped, "", text)
+    text = re.sub(r"<(\w+)>", r"\1: ", text).replace("_", " ")  # <answer>1 is answer: 1
+    text = "\n".join(" ".join(line.split()) for line in text.splitlines() if re.search(r"\w", line))
+    # A heading speaks of the next line: up to five words, or what ends with a colon, a "?", "is".
+    heading = r"(?m)(?:^(#.*|[^\W\d]+(?:[:：,]? [^\W\d]+){0,4})|[:：?？=]| is)\n"
+    text = re.sub(heading, r"\1: ", text)
+    *lines, last = text.splitlines() or [""]
+    last = re.sub(r"^.*[:：] ?(?=-1\b)", "", last)  # "They look alike: -1" can mean no image
+    number, said = None, set()
+    for line in (*lines, last):
+        shape = re.fullmatch(LINE.replace("OWN", own), re.sub(CLOSER, "", line))
+        number = shape and shape[1]
+        if shape:
+            said.update(float(image) - 1 for image in re.findall(CLOSER, line))
+            said.update([float(number)] if number else [])
+    # trap: after a line "0", a lone "1" is its confidence, a footnote, or a change of mind.
+    return number if len(said) == 1 else None
 
 
 def parse_label(text):
-    """The last line of an answer -> 0, 1, -1, or None where it does not hold exactly one of them.
+    """The last line of an answer -> 0, 1, -1, or None where it could mean anything else.
 
     "**0**" -> 0    "100% sure: 1" -> 1    "Image 1 wins: 0" -> 0    "<think>1</think>0" -> 0
-    "0.5" -> None   "0 or 1" -> None       "Image 1." -> None        "<think>1" -> None
+    "0.5" -> None   "0 or 1" -> None       "Image 1." -> None        "0, then in a line: 1" -> None
     """
-    number = only_number(text, "-1|0|1")
-    return None if number is None else int(number)
+    return {"0": 0, "1": 1, "-1": -1}.get(only_number(text, "label"))
 
 
 def parse_score(text):
-    """The last line -> its one number in [0, 1], or None: "Score: 0.7" -> 0.7, "70" -> None."""
-    number = only_number(text, r"\d+(?:\.\d+)?")
-    return number if number is not None and number <= 1 else None
+    """The last line -> its number in [0, 1], or None: "Score: 0.7" -> 0.7, "70", "7/10" -> None."""
+    number = only_number(text, "score|rating")
+    return float(number) if number and "-" not in number and float(number) <= 1 else None
 
 
 # ---- the wire: what each provider wants to read and what it writes ----
@@ -138,14 +188,27 @@ def openai_read(data):
 
     trap: "choices": [] and its likes cost tokens too.  "failed": ends that no documentation of the
     provider knows, such as OpenRouter's "error" and vLLM's "abort": the server's fault.
+    Those who copy the format have other words for a whole answer, or none: null, "", left out.
     """
     choice, usage = (data.get("choices") or [{}])[0], data.get("usage") or {}
-    message, reason = choice.get("message") or {}, choice.get("finish_reason")
-    ends = {"stop": "complete", "content_filter": "refused",
-            **dict.fromkeys(("length", "tool_calls", "function_call"), "cut off")}
-    refusal = message.get("refusal")
-    return (message.get("content") or refusal, "refused" if refusal else ends.get(reason, "failed"),
-            usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    message, reason = choice.get("message") or {}, str(choice.get("finish_reason") or "").lower()
+    whole = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "completed", "")
+    cut_off = ("length", "max_tokens", "model_length", "tool_calls", "function_call")
+    ends = {**dict.fromkeys(whole, "complete"), **dict.fromkeys(cut_off, "cut off"),
+            "content_filter": "refused"}
+    text, refusal = message.get("content"), message.get("refusal")
+    places = [key for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)]
+    if isinstance(text, list):  # of parts, some of them thoughts
+        kinds = [part.get("type", "text") for part in text]
+        places += [kind for kind in kinds if kind in ("thinking", "reasoning")]
+        text = "".join(part.get("text") or "" for part, kind in zip(text, kinds)
+                       if kind in ("text", "output_text"))
+    end = "refused" if refusal else ends.get(reason, "failed")
+    if places and end in ("complete", "cut off") and not (text or "").strip():
+        end = "empty" if end == "complete" else end
+        end += (f" (all of the text is in {places[0]}: turn thinking off, allow more tokens, or "
+                "mend the server's reasoning parser)")
+    return text or refusal, end, usage.get("prompt_tokens"), usage.get("completion_tokens")
 
 
 def gemini_read(data):
@@ -383,7 +446,7 @@ class VLM:
                 return Reply("", f"unreachable: {error}", 0, 0, False)
             text, end, *tokens = self._read(raw)
             # Refused and cut-off answers were paid for, so are kept too; a server's failures not.
-            if file and not cached and end not in ("empty", "failed"):
+            if file and not cached and not end.startswith(("empty", "failed")):
                 write_answer(file, raw)
         if self.max_usd is not None and end == "complete" and not any(tokens):
             raise VLMError(f"{self.name} does not say how many tokens it used, so max_usd "
@@ -402,7 +465,8 @@ class VLM:
             text, end, tokens_in, tokens_out = self.wire.read(data)
         except (KeyError, IndexError, TypeError, AttributeError):
             return "", "empty", 0, 0  # such as "choices": "none"
-        text = text if isinstance(text, str) else ""
+        # trap: half an emoji ("\ud83d") is legal JSON, but can be neither printed nor written.
+        text = text.encode(errors="replace").decode() if isinstance(text, str) else ""
         if end in ("complete", "failed") and not after_thinking(text).strip():
             end = "cut off" if text.strip() else "empty"  # cut off: all of it was thinking
         return text, end, counted(tokens_in), counted(tokens_out)
@@ -725,16 +789,45 @@ class LabelLog:
 
 
 # ---- command line: label two files ----
+# trap: Pillow knows more formats, and hands some of them to other programs.
+FORMATS = ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM")
+
+
+def as_seen(image):
+    """PIL image of any mode -> RGB, turned upright, on white."""
+    image = ImageOps.exif_transpose(image)  # trap: a phone stores its photos lying on their side
+    if image.mode[0] in "IF":  # trap: convert() would clip these at 255
+        values, white = np.asarray(image, np.float64), 1.0 if image.mode == "F" else 65535.0
+        low, high = values.min(), values.max()  # nan, if any is
+        # A scale of its own for each picture would make two of them incomparable, and 32 bits
+        # that hold a byte ("I") are as likely a black picture as a bright one.
+        if not (low >= 0 and high <= white) or (image.mode == "I" and high < 256):
+            raise ValueError(f"numbers from {low:g} to {high:g}, and not 0 to {white:g}")
+        image = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def load_image(path, most=4096):
-    """File -> (H, W, 3) uint8. VLMError if it is no picture, or more than `most` pixels a side."""
+    """File -> (H, W, 3) uint8, as a viewer shows it: upright, what is transparent on white.
+
+    Of several pictures or pages, the first. 16 bits are scaled from 0..65535, floats from 0..1.
+    VLMError if it is no picture, more than `most` pixels a side, or of numbers without a scale.
+    """
     try:
-        # trap: a few kilobytes of PNG can unpack to gigabytes; the header tells before.
-        height, width = iio.improps(path, index=0).shape[:2]  # of a GIF, the first picture
-        if max(height, width) <= most:
-            return np.ascontiguousarray(iio.imread(path, index=0, mode="RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of odd EXIF data
+            # trap: a few kilobytes of PNG can unpack to gigabytes; open() reads only the header.
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
+                if max(height, width) <= most:
+                    return np.array(as_seen(image))
     except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise VLMError(f"{path}: not a picture that can be used ({reason})") from None
+        raise VLMError(f"{path}: not a picture that can be used ({reason}); it may be "
+                       f"{', '.join(FORMATS)}") from None
     raise VLMError(f"{path}: {width} x {height} pixels is too large (at most {most} a side)")
 
 
