@@ -272,7 +272,7 @@ def wait_wished(headers, error):
         if re.fullmatch(r"-?\d+(\.\d+)?", wish):
             return max(0.0, float(wish))
         return max(0.0, email.utils.parsedate_to_datetime(wish).timestamp() - time.time())
-    except (ValueError, OverflowError):
+    except Exception:  # what a stranger calls a date may raise anything
         return None
 
 
@@ -327,8 +327,8 @@ def alone(file, stop):
     Two pairs may lead to the same second question at the same moment, and two runs beside each
     other ask much the same: each question is paid for once.
     """
-    path, held = file.with_suffix(".lock") if file else None, not file
-    while file and not held:
+    path, held = file.with_suffix(".lock"), False
+    while not held:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = open(path, "ab")
@@ -350,8 +350,6 @@ def alone(file, stop):
                     path.unlink(missing_ok=True)
             elif stop.wait(0.05):
                 raise TimeoutError("stopped")
-    if not file:
-        yield
 
 
 # ---- one request ----
@@ -471,14 +469,12 @@ class Turns:
             self.free.notify_all()
 
 
+MOST_WORKERS = 256
 HTTP_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError)
 
 
 class Silence(TimeoutError):
     """Nobody had an answer since the question was asked: the server is at fault, not the question."""
-
-
-MOST_WORKERS = 256
 
 
 class VLM:
@@ -585,20 +581,17 @@ class VLM:
         with it a server that is silent is a VLMError, not an answer that is missing.
         """
         body, file = self._question(parts)
+        stopped, cached = stop or threading.Event(), self._kept(file)
         try:
-            raw, read = self._kept(file)
-            cached = raw is not None
-            if not cached:
-                with alone(file, stop or threading.Event()):
-                    raw, read = self._kept(file)  # whom we have waited for may have got it
-                    cached = raw is not None
-                    if not cached:
-                        raw = self._send(body, deadline or self.deadline, stop or threading.Event())
-                        read = self._read(raw)
-                        # Refused and cut-off answers were paid for, so are kept too; a server's
-                        # failures not.
-                        if file and read[1] not in ("empty", "failed"):
-                            write_answer(file, raw)
+            with alone(file, stopped) if file and not cached else contextlib.nullcontext():
+                read = cached = cached or self._kept(file)  # whom we waited for may have got it
+                if not cached:
+                    raw = self._send(body, deadline or self.deadline, stopped)
+                    read = self._read(raw)
+                    # Refused and cut-off answers were paid for, so are kept too; a server's
+                    # failures not.
+                    if file and read[1] not in ("empty", "failed"):
+                        write_answer(file, raw)
         except TimeoutError as error:
             if isinstance(error, Silence):
                 self._silent_since = None  # who asks later begins a new clock
@@ -610,9 +603,9 @@ class VLM:
             raise VLMError(f"{self.name} does not say how many tokens it used, so max_usd "
                            "cannot be kept: use max_calls")
         with self._lock:
-            for name, more in zip(self.TOTALS, (1, cached, *tokens)):
+            for name, more in zip(self.TOTALS, (1, bool(cached), *tokens)):
                 setattr(self, name, getattr(self, name) + more)
-        return Reply(text, end, *tokens, cached)
+        return Reply(text, end, *tokens, bool(cached))
 
     def forget(self, parts):
         """Remove the kept answer of this question, so that the next ask() asks anew."""
@@ -632,17 +625,12 @@ class VLM:
         return body, self.cache and self.cache / f"{key}.json"
 
     def _kept(self, file):
-        """The kept answer -> its body and what _read() makes of it; None, None for what we would
-        not have kept: it is asked again.
-        """
+        """What _read() makes of the kept answer; None for what we would not have kept."""
         raw = read_answer(file)
         error = error_in(raw) if raw else {}
         if raw and (not error or filtered(error)):
-            raw = self._redacted(raw)
-            read = self._read(raw)
-            if read[1] not in ("empty", "failed"):
-                return raw, read
-        return None, None
+            read = self._read(self._redacted(raw))
+            return None if read[1] in ("empty", "failed") else read
 
     def _read(self, raw):
         """Body of an answer -> (text, end, tokens in, tokens out)."""
@@ -813,6 +801,7 @@ class VLM:
 Task = namedtuple("Task", "analyse answer parse value none")
 PAIR = Task(ANALYSE, ANSWER, parse_label, "label", -2)
 SCORE = Task(SCORE_ANALYSE, SCORE_ANSWER, parse_score, "score", None)
+USELESS = ("no answer", "unreadable")  # kinds of record
 
 
 def ask_one(ask, task, parts, goal, stages):
@@ -922,9 +911,6 @@ def ask_batch(ask, task, questions, goal, stages, workers, log):
         raise
 
 
-USELESS = ("no answer", "unreadable")
-
-
 def count(records):
     """Records -> dict of counts. VLMError if more than half of at least four came to nothing."""
     kinds = [record["kind"] for record in records]
@@ -967,7 +953,8 @@ def label_pairs(ask, first, second, goal, stages=2, workers=8, log=None):
     ask: VLM.ask (its limits then hold, in pair order) or any callable parts -> Reply.
     first, second: (M, H, W, 3) uint8.  log: called with one dict per pair as soon as its answer is
     known, one at a time (LabelLog.append is one).
-    Raises VLMError when more than half of at least 4 pairs asked got no usable answer.
+    Raises VLMError when more than half of at least 4 pairs asked got no usable answer (the useless
+    ones are then forgotten), and when the server answers nobody for as long as its deadline.
     """
     check_images(first=first, second=second)
     if first.shape != second.shape:
