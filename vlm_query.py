@@ -593,10 +593,10 @@ class VLM:
                     if file and read[1] not in ("empty", "failed"):
                         write_answer(file, raw)
         except TimeoutError as error:
-            if isinstance(error, Silence):
+            if stop and isinstance(error, Silence):
+                raise VLMError(f"{self.name} gives no answer: {error}") from None
+            if not stop:
                 self._silent_since = None  # who asks later begins a new clock
-                if stop:
-                    raise VLMError(f"{self.name} gives no answer: {error}") from None
             return Reply("", f"unreachable: {error}", 0, 0, False)
         text, end, *tokens = read
         if self.max_usd is not None and end == "complete" and not any(tokens):
@@ -713,7 +713,8 @@ class VLM:
             return f"no answer from {self.url} within {self.timeout[1]:g} s"
         while isinstance(error, HTTP_ERRORS) and (inner := error.__cause__ or error.__context__):
             error = inner
-        return f"no answer from {self.url} ({self._redacted(str(error))[:300]})"
+        said = " ".join(self._redacted(str(error)).split())[:300]
+        return f"no answer from {self.url} ({said})"
 
     def _wait(self, moment, give_up, stop, why):
         """Sleep until the moment, or until the one before which no thread may ask, if later."""
@@ -841,8 +842,8 @@ def in_threads(function, items, workers, stop):
             try:
                 done.put((item, function(item), None))
             except BaseException as error:  # whatever it is, the caller must hear of it
+                done.put((None, None, error))  # before those whom it stops
                 stop.set()
-                done.put((None, None, error))
 
     # Daemons: after Ctrl-C nobody has to wait for a server that takes two minutes.
     threads = [threading.Thread(target=work, daemon=True) for _ in items[:workers]]
@@ -870,6 +871,8 @@ def ask_batch(ask, task, questions, goal, stages, workers, log):
     records, stop = [None] * len(questions), threading.Event()
     vlm = getattr(ask, "__self__", None)
     vlm = vlm if isinstance(vlm, VLM) else None
+    if vlm:
+        vlm._silent_since = None  # of an earlier batch
 
     last = {}  # question -> the parts of its last call
 

@@ -96,7 +96,7 @@ def always(raw):
 
 
 def client(server, **settings):
-    vlm = VLM("local/m", url=getattr(server, "url", server), **{"timeout": (2, 0.6), "deadline": 0.5, **settings})
+    vlm = VLM("local/m", url=getattr(server, "url", server), **{"timeout": (5, 20), "deadline": 20, **settings})
     vlm.backoff = 0.01
     return vlm
 
@@ -142,13 +142,14 @@ def within(seconds, function):
 def test_a_drip_meets_the_clock_wherever_it_drips(serve, where):
     """timeout[1] is for the whole answer, whichever part of it does not come."""
     server = serve(drip(*DRIPS[where]))
-    assert within(6, lambda: client(server, deadline=0).ask(["hi"]).end).startswith("unreachable: no answer from http")
+    assert within(6, lambda: client(server, timeout=(2, 0.5), deadline=0).ask(["hi"]).end).startswith(
+        "unreachable: no answer from http")
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate with openssl")
 def test_a_drip_over_https_meets_the_clock_and_a_good_answer_arrives(serve, tmp_path):
     """The clock must be on encrypted connections too."""
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2",
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2", "-addext", "subjectAltName=DNS:localhost",
                     "-keyout", tmp_path / "k", "-out", tmp_path / "c"], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "c", tmp_path / "k")
@@ -262,7 +263,7 @@ def test_absurd_hints_to_wait_end_at_once(serve):
     """Beyond the deadline there is nothing to wait for, however far."""
     for wish in ("86400", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 -9999"):
         server = serve(always(http(b"{}", "429 No", f"Retry-After: {wish}")))
-        assert "past the deadline" in within(5, lambda: client(server).ask(["hi"]).end)
+        assert "past the deadline" in within(5, lambda: client(server, deadline=0.5).ask(["hi"]).end)
 
 
 # ---- the first failed try ----
@@ -296,7 +297,7 @@ def test_once_a_server_has_answered_an_outage_has_until_the_deadline(serve):
         return connection.sendall(http(words("0"))) if n == 1 or n > 8 else None  # else hangs up
 
     vlm = client(serve(handler), deadline=60)
-    vlm.soon, vlm.backoff = 0.0, 0.05
+    vlm.soon, vlm.backoff = 0.0, 0.01
     assert vlm.ask(["a"]).text == "0" and vlm.ask(["b"]).text == "0"
 
 
@@ -312,7 +313,7 @@ def test_whoever_watches_hears_when_waiting_begins_and_ends(serve):
 @pytest.mark.parametrize("how", ["hangs", "503", "refuses"])
 def test_a_dead_server_is_given_up_after_one_deadline_not_once_a_question(serve, how):
     """23 questions must not wait 23 times."""
-    gone, alive = threading.Event(), []
+    gone = threading.Event()
 
     def handler(connection, body, n):
         if n > 3 and how == "hangs":
@@ -501,9 +502,9 @@ def test_useless_answers_that_stop_a_run_are_asked_again_by_the_run_that_goes_on
 
     def handler(connection, body, n):
         second = b"The notes:" in body or stages == 1
-        good = cured or not second or len(done) < 2
         done.add(body) if second else None
-        return connection.sendall(http(words("0")) if good else useless) or True
+        good = cured or not second or len(done) <= 2
+        return connection.sendall(http(words(str(n) if not second else "0") if good else useless)) or True
 
     done = set()
     server = serve(handler)
@@ -512,10 +513,7 @@ def test_useless_answers_that_stop_a_run_are_asked_again_by_the_run_that_goes_on
         ask()
     before = len(server.bodies)
     cured.append(True)
-    if stages == 1:
-        assert ask()[1]["label0"] == 6 and len(server.bodies) - before == 4
-    else:
-        assert ask()[1]["label0"] == 6 and len(server.bodies) - before < before
+    assert ask()[1]["label0"] == 6 and (before, len(server.bodies)) == (6 * stages, 6 * stages + 4)
 
 
 def test_useless_answers_that_stop_nothing_are_kept(serve, tmp_path):
