@@ -442,30 +442,30 @@ def warn(text):
 class Turns:
     """How many requests may be on their way at once: 1 at first, at most `most`.
 
-    A server that answers one at a time lets the others wait; behind eight they would time out,
-    again and again, and be computed in vain. So, as in TCP: half as many after each that timed
-    out, and one more after each answer that took less than half of its time (another one in the
-    queue would then have been answered too).
+    A server that answers one at a time lets the others wait; behind seven they would time out,
+    again and again, and be computed in vain. So, as in TCP: half as many after one that timed out,
+    and one more after an answer that took less than half of its time (another one in the queue
+    would then have been answered too). What was asked under an earlier limit changes nothing.
     """
 
     def __init__(self, most):
         self.most, self.limit, self.taken, self.free = most, 1, 0, threading.Condition()
 
     def take(self, stop):
-        """Wait for a turn -> for how many seconds."""
-        began = time.monotonic()
+        """Wait for a turn -> the limit under which it was given."""
         with self.free:
             while self.taken >= self.limit and not stop.is_set():
                 self.free.wait(0.2)  # not for ever: nobody tells us of a stop
             if stop.is_set():
                 raise TimeoutError("stopped")
             self.taken += 1
-        return time.monotonic() - began
+            return self.limit
 
-    def give_back(self, quick, late):
+    def give_back(self, limit, quick, late):
         with self.free:
             self.taken -= 1
-            self.limit = max(1, self.limit // 2) if late else min(self.most, self.limit + quick)
+            if limit == self.limit:
+                self.limit = max(1, limit // 2) if late else min(self.most, limit + quick)
             self.free.notify_all()
 
 
@@ -656,11 +656,13 @@ class VLM:
                 if tries and time.monotonic() > give_up:
                     raise TimeoutError(f"{why}, {tries} tries; past the deadline")
                 self._wait(moment, give_up, stop, f"{why}, {tries} tries")
-                give_up += self._turns.take(stop)  # the queue does not count
+                queued = time.monotonic()
+                turn = self._turns.take(stop)
             except TimeoutError as error:
                 silent = tries and not stop.is_set() and self._silent(asked)
                 raise (Silence if silent else TimeoutError)(str(error)) from None
             began, status, wish, quick, late = time.monotonic(), None, None, False, False
+            give_up += began - queued  # the queue does not count
             asked = asked if tries else began
             with self._lock:
                 self._silent_since = self._silent_since or began
@@ -676,7 +678,7 @@ class VLM:
                 late = isinstance(error, (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError))
                 why = self._reason(error, late)
             finally:
-                self._turns.give_back(quick, late)
+                self._turns.give_back(turn, quick, late)
             self._mark(why)
             now = time.monotonic()
             if self._silent(now - deadline):

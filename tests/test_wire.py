@@ -334,7 +334,7 @@ def test_a_dead_server_is_given_up_after_one_deadline_not_once_a_question(serve,
 
     began = time.monotonic()
     within(10, ask)
-    assert time.monotonic() - began < 5 and len(kept) <= 3  # 10 s and more, if each pair of questions waited
+    assert time.monotonic() - began < 5 and len(kept) <= 5  # 10 s and more, if each pair of questions waited
     gone.set()
 
 
@@ -376,11 +376,15 @@ def test_eight_workers_before_a_server_that_answers_one_at_a_time_compute_little
 def test_turns_grow_while_answers_are_quick_and_halve_when_one_is_late():
     """The rule, without a clock."""
     turns, never = vlm_query.Turns(3), threading.Event()
-    for quick, late, limit in ((0, 0, 1), (1, 0, 2), (1, 0, 3), (1, 0, 3), (0, 1, 1), (0, 1, 1)):
-        turns.take(never)
-        turns.give_back(quick, late)
+    for quick, late, limit in ((0, 0, 1), (1, 0, 2), (1, 0, 3), (1, 0, 3), (0, 1, 1), (0, 1, 1), (1, 0, 2)):
+        turns.give_back(turns.take(never), quick, late)
         assert turns.limit == limit
-    turns.take(never)
+    both = [turns.take(never), turns.take(never)]
+    turns.give_back(both[0], True, False)
+    turns.give_back(both[1], False, True)
+    assert both == [2, 2] and turns.limit == 3  # one change in a round
+    for _ in range(3):
+        turns.take(never)
     never.set()
     with pytest.raises(TimeoutError, match="stopped"):
         turns.take(never)
@@ -420,10 +424,15 @@ def test_two_processes_beside_one_cache_pay_once(serve, tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(Path(vlm_query.__file__).parent)!r})\nimport numpy as np, vlm_query\n"
             "first, second = np.random.default_rng(0).integers(0, 255, (2, 6, 16, 16, 3), np.uint8)\n"
             f"vlm = vlm_query.VLM('local/m', url={server.url!r}, cache={str(tmp_path / 'c')!r})\n"
-            "sys.stdin.read(1)\nprint(vlm_query.label_pairs(vlm.ask, first, second, 'g', stages=1)[1]['label0'])\n")
+            "print(flush=True)\nsys.stdin.read(1)\nprint(vlm_query.label_pairs(vlm.ask, first, second, 'g', stages=1)[1]['label0'])\n")
     both = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for _ in range(2)]
-    assert [process.communicate("x", timeout=60)[0] for process in both] == ["6\n"] * 2
+    for process in both:
+        process.stdout.readline()  # ready
+    for process in both:
+        process.stdin.write("x")
+        process.stdin.flush()
+    assert [process.communicate(timeout=60)[0] for process in both] == ["6\n"] * 2
     assert len(server.bodies) == 6
     assert sorted(path.suffix for path in (tmp_path / "c").iterdir()) == [".json"] * 6  # and no lock is left
 
