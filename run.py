@@ -69,6 +69,7 @@ class Config:
     unverified: str = "stop"  # if no program passes for a sub-task (but the last): stop, or skip it
     rounds: int = 3  # for --reward code: how many programs the VLM may write for a sub-task
     workers: int = 8  # questions asked at the same time
+    timeout: float = 120.0  # seconds an answer may take; best twice what it does, or few are asked side by side
     max_calls: int | None = None  # stop asking after so many answered calls, cached ones included
     max_usd: float | None = None  # the same in dollars, cached ones included; needs --usd-per-mtok
     usd_per_mtok: str | None = None  # price of a million tokens, IN,OUT
@@ -131,7 +132,8 @@ RANGES = dict(
     dict.fromkeys((
         "total_steps", "hold", "feedback_every", "pairs_per_session", "members", "reward_batch", "reward_epochs",
         "batch_size", "updates", "hidden", "horizon", "action_repeat", "eval_every",
-        "eval_episodes", "workers", "rounds", "max_pairs"), AT_LEAST_1),
+        "eval_episodes", "rounds", "max_pairs"), AT_LEAST_1),
+    workers=(1, 256), timeout=(1, 86_400),
     candidates=(2, None), query_size=(16, None), reward_size=(47, None), vlm_latency=(0, None),
     vlm_mistakes=(0, 1), vlm_unsure=(0, 1), discount=(0, 1), clip_alpha=(0, 1), max_usd=(0, None),
     reward_mirror=(0, 1), reward_bfloat16=(0, 1), sac_bfloat16=(0, 1), cuda_graph=(0, 1),
@@ -147,7 +149,7 @@ DEFAULTS = dict(
 )
 MAY_CHANGE = (  # on resume
     "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "vlm_latency",
-    "workers",
+    "workers", "timeout",
 )
 METRICS = (
     "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical",

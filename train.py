@@ -104,6 +104,9 @@ def train(config):
     obs, _ = env.reset(seed=train_seed(config, at))
     start_image, successes, losses = env.picture(config.reward_size), [], {}
     bar = tqdm(range(at["step"], config.total_steps), initial=at["step"], total=config.total_steps, unit="step")
+    if labeler.vlm:
+        labeler.vlm.waits = lambda waiting: bar.set_postfix_str(
+            "waiting for the server" if waiting else status(run.rows[-1], labeler))
     try:
         for step in bar:
             # ---- STEP 0: explore without any reward ----
@@ -289,7 +292,8 @@ class Labeler:
         cache = os.path.join(os.path.dirname(os.path.abspath(config.out)), "vlm_cache")
         self.vlm = vlm_query.VLM(name, url=url, cache=cache, workers=config.workers, max_calls=config.max_calls,
                                  extra=json.loads(config.vlm_extra), max_usd=config.max_usd,
-                                 usd_per_mtok=price_of(config))
+                                 usd_per_mtok=price_of(config), timeout=(10, config.timeout),
+                                 deadline=max(300, 2.5 * config.timeout))  # time for a second try, and a third
         self.vlm.check_sight()
 
     def __call__(self, run, pool, pairs, step, rng):

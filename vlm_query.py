@@ -30,25 +30,33 @@ import argparse
 import base64
 import contextlib
 import email.utils
+import fcntl
 import hashlib
+import http.client
+import http.cookiejar
+import io
+import ipaddress
 import json
 import os
 import queue
 import random
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
 import warnings
 from collections import namedtuple
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import imageio.v3 as iio
 import numpy as np
 import requests
+import urllib3
 from PIL import Image, ImageOps
 
 # ---- STEP 3: ask the VLM which image is closer to the goal ----
@@ -80,8 +88,21 @@ SIGHT_GOAL = "to make the picture as bright as possible"  # what check_sight() a
 Reply = namedtuple("Reply", "text end tokens_in tokens_out cached")
 
 
+def printable(text):
+    """What a terminal may be shown of a stranger's text: "?" for what would steer it or reorder it.
+
+    Kept of the control and format characters: line feed, tab, and what joins letters and emoji.
+    """
+    keep, steer = "\n\t\u200c\u200d", ("Cc", "Cf", "Cs")  # Cs: half of a pair, cannot be encoded
+    return "".join("?" if unicodedata.category(c) in steer and c not in keep else c
+                   for c in str(text).replace("\r\n", "\n"))
+
+
 class VLMError(Exception):
     """Stop asking. One line: what happened, in the provider's words, and what to do."""
+
+    def __init__(self, said):
+        super().__init__(" ".join(printable(said).splitlines()))
 
 
 class LimitReached(VLMError):
@@ -276,6 +297,7 @@ ERROR_STATUS = {"authentication_error": 401, "permission_error": 403, "not_found
                 "invalid_request_error": 400, "billing_error": 402, "rate_limit_error": 429}
 CURE = {401: "check the key", 403: "check the key and what it may use",
         402: "check the plan and the spend limit", 404: "check the model's name and the URL",
+        405: "check the URL", 501: "check the URL",
         429: "the quota is used up, waiting does not help: check the plan, then go on"}
 
 
@@ -288,8 +310,14 @@ def error_in(raw):
         return error if isinstance(error, dict) else {"message": str(error)} if error else {}
     except (ValueError, IndexError, AttributeError, RecursionError):
         # no JSON, or none that a provider sends
-        page = re.search(r"(?is)<title>(.*?)</title>", raw)
+        # trap: on a long page of <title> without an end the search would take hours
+        page = re.search(r"(?is)<title>(.*?)</title>", raw[:10_000])
         return {"message": page.group(1) if page else raw or "(nothing)"}
+
+
+def filtered(error):
+    """Is this error a refusal, dressed as one?"""
+    return str(error.get("code", "")).startswith(("content_filter", "content_policy"))
 
 
 def wait_wished(headers, error):
@@ -306,7 +334,7 @@ def wait_wished(headers, error):
         if re.fullmatch(r"-?\d+(\.\d+)?", wish):
             return max(0.0, float(wish))
         return max(0.0, email.utils.parsedate_to_datetime(wish).timestamp() - time.time())
-    except (ValueError, OverflowError):
+    except Exception:  # what a stranger calls a date may raise anything
         return None
 
 
@@ -317,25 +345,198 @@ def merged(body, extra):
     return {**body, **both}
 
 
+# ---- answers on disk ----
 def write_answer(file, raw):
-    """Keep the body of an answer, so that nobody pays for it again."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Another thread, or another run that shares the folder, may be writing the same answer.
+    """Keep the body of an answer, so that nobody pays for it again. VLMError if it cannot be."""
     new = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-    with open(new, "wb") as stream:
-        stream.write(raw.encode())
-        stream.flush()
-        os.fsync(stream.fileno())  # on disk before anything is learned from it
-    os.replace(new, file)  # trap: a kill while writing must leave no half answer
+    try:
+        with open(new, "wb") as stream:
+            stream.write(raw.encode())
+            stream.flush()
+            os.fsync(stream.fileno())  # on disk before anything is learned from it
+        os.replace(new, file)  # trap: a kill while writing must leave no half answer
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise VLMError(f"an answer cannot be kept: {error}") from None
 
 
 def read_answer(file):
     """The body that was kept, or None; a torn file counts as none, so it is asked again."""
     try:
-        raw = file.read_bytes().decode() if file else ""
+        raw = file.read_bytes().decode() if file and file.stat().st_size <= LARGEST else ""
         return raw if isinstance(json.loads(raw), dict) else None
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def try_folder(folder):
+    """Can answers be kept there? VLMError if not, before one is paid for. Leaves nothing behind."""
+    place = folder.absolute()
+    while not os.path.lexists(place):  # the folder itself is made with the first answer
+        place = place.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=place) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise VLMError(f"answers cannot be kept in {folder} ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def alone(file, stop):
+    """Hold the right to ask what `file` will answer: others, also other processes, wait for it.
+
+    Two pairs may lead to the same second question at the same moment, and two runs beside each
+    other ask much the same: each question is paid for once.
+    """
+    path, held = file.with_suffix(".lock"), False
+    while not held:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "ab")
+        except OSError as error:
+            raise VLMError(f"answers cannot be kept: {error}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process that dies lets go
+                # trap: who held it before has removed it, and a lock on nothing locks nobody out
+                held = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+            except (BlockingIOError, FileNotFoundError):
+                pass
+            except OSError:
+                held = True  # a file system that knows no locks
+            if held:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+            elif stop.wait(0.05):
+                raise TimeoutError("stopped")
+
+
+# ---- one request ----
+LARGEST = 4 << 20  # bytes of an answer, packed or unpacked; a long one has a hundredth of that
+
+
+class OneClock(io.RawIOBase):
+    """What a socket receives, with one clock and one limit for all of it.
+
+    trap: the timeout of requests is for one read of the socket. A server that drips a byte a
+    second, of its header, of the size of a chunk, of "100 Continue" for ever, never meets it.
+    """
+
+    def __init__(self, stream, sock):
+        self.stream, self.sock, self.room = stream, sock, LARGEST
+        self.end = time.monotonic() + sock.gettimeout()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer drips")
+        self.sock.settimeout(left)
+        count = self.stream.readinto(buffer)
+        self.room -= count
+        if self.room < 0:
+            raise OSError(f"an answer of more than {LARGEST:,} bytes")
+        return count
+
+    def close(self):
+        self.stream.close()
+        super().close()
+
+
+class ClockedResponse(http.client.HTTPResponse):
+    def __init__(self, sock, *args, **kwargs):
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(OneClock(self.fp.detach(), sock))
+
+
+class ClockedHTTP(urllib3.connection.HTTPConnection):
+    response_class = ClockedResponse
+
+
+class ClockedHTTPS(urllib3.connection.HTTPSConnection):
+    response_class = ClockedResponse
+
+
+class Adapter(requests.adapters.HTTPAdapter):
+    """Connections, direct or through a proxy, whose answers have one clock."""
+
+    def get_connection_with_tls_context(self, *args, **kwargs):
+        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        pool.ConnectionCls = ClockedHTTPS if pool.scheme == "https" else ClockedHTTP
+        return pool
+
+
+def is_loopback(host):
+    """This machine by any of its names: localhost, 127.0.0.1, 127.1, ::1, 0.0.0.0, ::, ..."""
+    if re.fullmatch(r"(.*\.)?localhost(\.localdomain)?\.?|localhost[46]|ip6-l(ocalhost|oopback)", host):
+        return True
+    with contextlib.suppress(OSError):
+        host = socket.inet_ntoa(socket.inet_aton(host))  # "127.1" and "0" are addresses too
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
+
+
+def spellings(key):
+    """A pattern for a key however it is quoted: as it is, in a URL, in JSON, anywhere in base64."""
+    forms = {key, quote(key, safe=""), json.dumps(key)[1:-1]}
+    for before in range(3):  # bytes before it, of three that make four characters
+        code = base64.b64encode(bytes(before) + key.encode()).decode()
+        code = code[-(-8 * before // 6):8 * (before + len(key)) // 6]  # what depends on it alone
+        forms |= {code, code.replace("+", "-").replace("/", "_")}
+    return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))), re.I)
+
+
+def warn(text):
+    """A line on stderr; beside a progress bar, above it."""
+    bar = sys.modules.get("tqdm")
+    (bar.tqdm.write if bar else print)(printable(text), file=sys.stderr)
+
+
+class Turns:
+    """How many requests may be on their way at once: 1 at first, at most `most`.
+
+    A server that answers one at a time lets the others wait; behind seven they would time out,
+    again and again, and be computed in vain. So, as in TCP: half as many after one that timed out,
+    and one more after an answer that took less than half of its time (another one in the queue
+    would then have been answered too). What was asked under an earlier limit changes nothing.
+    """
+
+    def __init__(self, most):
+        self.most, self.limit, self.taken, self.free = most, 1, 0, threading.Condition()
+
+    def take(self, stop):
+        """Wait for a turn -> the limit under which it was given."""
+        with self.free:
+            while self.taken >= self.limit and not stop.is_set():
+                self.free.wait(0.2)  # not for ever: nobody tells us of a stop
+            if stop.is_set():
+                raise TimeoutError("stopped")
+            self.taken += 1
+            return self.limit
+
+    def give_back(self, limit, quick, late):
+        with self.free:
+            self.taken -= 1
+            if limit == self.limit:
+                self.limit = max(1, limit // 2) if late else min(self.most, limit + quick)
+            self.free.notify_all()
+
+
+MOST_WORKERS = 256
+HTTP_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError)
+
+
+class Silence(TimeoutError):
+    """Nobody had an answer since the question was asked: the server is at fault, not the question."""
 
 
 class VLM:
@@ -343,14 +544,16 @@ class VLM:
 
     name: "openai/MODEL", "gemini/MODEL", "anthropic/MODEL", "local/MODEL" or "offline".
     url: base of the server, where not the official one.  key: by default from the environment.
-    cache: a folder.  workers: connections kept open.  extra: merged into every body.
-    timeout: seconds (to connect, for the body of an answer: one read may add as much again).
-    deadline: seconds; no try begins after it.
+    cache: a folder.  workers: requests at the same time, at most.  extra: merged into every body.
+    timeout: seconds (to connect, for the whole answer).
+    deadline: seconds; no try begins after it.  waits: called with True when the server begins to
+    fail us, with False when it answers again.
     usd_per_mtok: dollars per million tokens (in, out), for usd and max_usd.
     The totals count every answer used, also those from the cache, so that a repeated or resumed
     run meets its limits at the same pair; cached_calls were free.
     """
 
+    soon = 15  # seconds for a server that is not there, or no VLM's, and never answered before
     backoff = 1.0  # seconds; full jitter: wait random() * min(60, 2**try) * backoff
     block = 16  # with max_usd, so many questions are asked before the money is counted again
     TOTALS = ("calls", "cached_calls", "tokens_in", "tokens_out")
@@ -372,6 +575,8 @@ class VLM:
             raise VLMError(f"{name} needs its server's URL, such as http://localhost:11434/v1")
         if not self.model:
             raise VLMError(f"name the model too: {name}/MODEL")
+        if not 1 <= workers <= MOST_WORKERS:
+            raise VLMError(f"workers must be 1 to {MOST_WORKERS}, not {workers}")
         if max_usd is not None and usd_per_mtok is None:
             raise VLMError("max_usd needs usd_per_mtok: dollars per million tokens (in, out)")
         self._key = (key or os.environ.get(self.wire.variable) or "").strip()
@@ -379,12 +584,18 @@ class VLM:
         if not re.fullmatch("[!-~]*", self._key) or (self.wire.url and not self._key):
             raise VLMError(f"{name} needs a key, without spaces: set {self.wire.variable}")
         self.url = base + self.wire.path.format(model=self.model)
+        # A short key is a dummy, and may be a word of any answer.
+        self._secret = spellings(self._key) if len(self._key) >= 8 else None
         self.extra, self.timeout, self.deadline = extra or {}, timeout, deadline
         self.max_calls, self.max_usd, self.usd_per_mtok = max_calls, max_usd, usd_per_mtok
         self.cache = Path(cache) if cache else None
+        if cache:
+            try_folder(self.cache)
         self.load_state_dict(dict.fromkeys(self.TOTALS, 0))
-        self._lock, self._not_before = threading.Lock(), 0.0
-        self._gates = {}  # hash of a question -> Lock, held by the thread that is asking it
+        self._lock, self._not_before, self._turns = threading.Lock(), 0.0, Turns(workers)
+        self._heard = self._warned = self._waiting = False  # ever an answer; ever a failed try; now
+        self._silent_since = None  # when the first try began that came after the last answer
+        self.waits = lambda waiting: None
         self._session = requests.Session()
         self._session.headers["Content-Type"] = "application/json"
         for header, value in self.wire.headers.items() if self._key else ():
@@ -392,9 +603,14 @@ class VLM:
         # trap: a ~/.netrc entry for the host would replace our Authorization header.
         self._session.auth = lambda request: request
         # trap: a proxy named in the environment would be asked for localhost as well.
-        self._session.trust_env = urlsplit(base).hostname not in ("localhost", "127.0.0.1", "::1")
+        self._session.trust_env = not is_loopback(urlsplit(base).hostname)
+        # trap: a cookie more with each answer, all sent with each question, until no server reads it.
+        self._session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+        # trap: following a redirect would turn the POST into a GET and hand the key to a stranger;
+        # and requests reads the body of one that it does not follow, whatever its size.
+        self._session.get_redirect_target = lambda response: None
         for scheme in ("http://", "https://"):  # the default pool keeps 10 connections
-            self._session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=workers))
+            self._session.mount(scheme, Adapter(pool_maxsize=workers))
 
     def state_dict(self):
         """Running totals, for a checkpoint."""
@@ -423,7 +639,44 @@ class VLM:
         return self.answer(parts)
 
     def answer(self, parts, deadline=None, stop=None):
-        """ask() without its limits. stop: a threading.Event; once it is set, no try begins."""
+        """ask() without its limits. stop: a threading.Event; once it is set, no try begins, and
+        with it a server that is silent is a VLMError, not an answer that is missing.
+        """
+        body, file = self._question(parts)
+        stopped, cached = stop or threading.Event(), self._kept(file)
+        try:
+            with alone(file, stopped) if file and not cached else contextlib.nullcontext():
+                read = cached = cached or self._kept(file)  # whom we waited for may have got it
+                if not cached:
+                    raw = self._send(body, deadline or self.deadline, stopped)
+                    read = self._read(raw)
+                    # Refused and cut-off answers were paid for, so are kept too; a server's
+                    # failures not.
+                    if file and not read[1].startswith(("empty", "failed")):
+                        write_answer(file, raw)
+        except TimeoutError as error:
+            if stop and isinstance(error, Silence):
+                raise VLMError(f"{self.name} gives no answer: {error}") from None
+            if not stop:
+                self._silent_since = None  # who asks later begins a new clock
+            return Reply("", f"unreachable: {error}", 0, 0, False)
+        text, end, *tokens = read
+        if self.max_usd is not None and end == "complete" and not any(tokens):
+            raise VLMError(f"{self.name} does not say how many tokens it used, so max_usd "
+                           "cannot be kept: use max_calls")
+        with self._lock:
+            for name, more in zip(self.TOTALS, (1, bool(cached), *tokens)):
+                setattr(self, name, getattr(self, name) + more)
+        return Reply(text, end, *tokens, bool(cached))
+
+    def forget(self, parts):
+        """Remove the kept answer of this question, so that the next ask() asks anew."""
+        file = self._question(parts)[1]
+        if file:
+            file.unlink(missing_ok=True)
+
+    def _question(self, parts):
+        """-> its body, and the file that its answer is kept in (None without a cache)."""
         content = [self.wire.text(part) if isinstance(part, str) else
                    self.wire.image(png_base64(part)) for part in parts]
         body = json.dumps(merged(self.wire.body(self.model, content), self.extra)).encode()
@@ -431,30 +684,15 @@ class VLM:
         # (but for plain "offline", which names no model).
         where = "offline" if self.name.startswith("offline/") else f"{self.name}\n{self.url}"
         key = hashlib.sha256(where.encode() + b"\n" + body).hexdigest()
-        file = self.cache and self.cache / f"{key}.json"
-        with self._lock:
-            gate = self._gates.setdefault(key, threading.Lock())
-        # trap: two pairs may lead to the same second question at the same moment; without the gate
-        # both would be paid for. (Without a cache there is nothing to wait for.)
-        with gate if file else contextlib.nullcontext():
-            raw = read_answer(file)
-            cached = raw is not None
-            try:
-                if not cached:
-                    raw = self._send(body, deadline or self.deadline, stop or threading.Event())
-            except TimeoutError as error:
-                return Reply("", f"unreachable: {error}", 0, 0, False)
-            text, end, *tokens = self._read(raw)
-            # Refused and cut-off answers were paid for, so are kept too; a server's failures not.
-            if file and not cached and not end.startswith(("empty", "failed")):
-                write_answer(file, raw)
-        if self.max_usd is not None and end == "complete" and not any(tokens):
-            raise VLMError(f"{self.name} does not say how many tokens it used, so max_usd "
-                           "cannot be kept: use max_calls")
-        with self._lock:
-            for name, more in zip(self.TOTALS, (1, cached, *tokens)):
-                setattr(self, name, getattr(self, name) + more)
-        return Reply(text, end, *tokens, cached)
+        return body, self.cache and self.cache / f"{key}.json"
+
+    def _kept(self, file):
+        """What _read() makes of the kept answer; None for what we would not have kept."""
+        raw = read_answer(file)
+        error = error_in(raw) if raw else {}
+        if raw and (not error or filtered(error)):
+            read = self._read(self._redacted(raw))
+            return None if read[1].startswith(("empty", "failed")) else read
 
     def _read(self, raw):
         """Body of an answer -> (text, end, tokens in, tokens out)."""
@@ -473,27 +711,75 @@ class VLM:
 
     def _send(self, body, deadline, stop):
         """POST until there is an answer -> its body. TimeoutError; VLMError if hopeless."""
-        give_up, moment, why = time.monotonic() + deadline, 0.0, "told to wait"
+        asked = time.monotonic()
+        give_up, moment, why = asked + deadline, 0.0, "told to wait"
         for tries in range(10_000):
-            # trap: a server that always says "0 seconds" leaves nothing to wait for, and no end
-            if tries and time.monotonic() > give_up:
-                raise TimeoutError(f"{why}, {tries} tries; past the deadline")
-            self._wait(moment, give_up, stop, f"{why}, {tries} tries")
-            status, wish = None, None
+            try:
+                # trap: a server that always says "0 seconds" leaves nothing to wait for, and no end
+                if tries and time.monotonic() > give_up:
+                    raise TimeoutError(f"{why}, {tries} tries; past the deadline")
+                self._wait(moment, give_up, stop, f"{why}, {tries} tries")
+                queued = time.monotonic()
+                turn = self._turns.take(stop)
+            except TimeoutError as error:
+                silent = tries and not stop.is_set() and self._silent(asked)
+                raise (Silence if silent else TimeoutError)(str(error)) from None
+            began, status, wish, quick, late = time.monotonic(), None, None, False, False
+            give_up += began - queued  # the queue does not count
+            asked = asked if tries else began
+            with self._lock:
+                self._silent_since = self._silent_since or began
             try:
                 status, headers, raw = self._post(body)
                 why, wish = self._judge(status, headers, raw)
                 if not why:
+                    quick = time.monotonic() - began < self.timeout[1] / 2
+                    self._mark("")
                     return raw
             # trap: while the body is read, errors of urllib3 come through, not those of requests.
-            except (requests.RequestException, requests.exceptions.BaseHTTPError) as error:
-                why = f"{type(error).__name__} at {self.url}"
+            except HTTP_ERRORS as error:
+                late = isinstance(error, (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError))
+                why = self._reason(error, late)
+            finally:
+                self._turns.give_back(turn, quick, late)
+            self._mark(why)
+            now = time.monotonic()
+            if self._silent(now - deadline):
+                give_up = 0.0  # the others have waited long enough: for all it is over
+            elif not self._heard and not late and status in (None, 200):
+                give_up = min(give_up, asked + self.soon)
             # Full jitter spreads the threads; a fixed wait would send them all at once again.
             wait = random.random() * min(60, 2 ** min(tries, 6)) * self.backoff
-            moment = time.monotonic() + (wish or wait)  # a wish for 0 seconds is none
+            moment = now + (wish or wait)  # a wish for 0 seconds is none
             if status == 429 or wish is not None:  # one was told to slow down: all slow down
                 with self._lock:
                     self._not_before = max(self._not_before, moment)
+
+    def _silent(self, moment):
+        """Has nobody had an answer since that moment, though somebody asked?"""
+        since = self._silent_since
+        return since is not None and since <= moment
+
+    def _mark(self, why):
+        """Keep the books of failed tries (why) and answers (""). The first failure is shown."""
+        with self._lock:
+            turn, first = self._waiting != bool(why), why and not self._warned
+            self._waiting, self._warned = bool(why), self._warned or bool(why)
+            if not why:
+                self._heard, self._silent_since = True, None
+        if first:
+            warn(f"waiting for the server: {why}")
+        if turn:
+            self.waits(bool(why))
+
+    def _reason(self, error, late):
+        """What an exception means, in one line: requests hides it in the innermost of a chain."""
+        if late:
+            return f"no answer from {self.url} within {self.timeout[1]:g} s"
+        while isinstance(error, HTTP_ERRORS) and (inner := error.__cause__ or error.__context__):
+            error = inner
+        said = " ".join(self._redacted(str(error)).split())[:300]
+        return f"no answer from {self.url} ({said})"
 
     def _wait(self, moment, give_up, stop, why):
         """Sleep until the moment, or until the one before which no thread may ask, if later."""
@@ -508,31 +794,34 @@ class VLM:
 
     def _post(self, body):
         """-> (status, headers, body text)"""
-        limit, pieces = time.monotonic() + self.timeout[1], []
-        # trap: following a redirect would turn the POST into a GET and hand the key to a stranger.
+        pieces, room = [], LARGEST
         with self._session.post(self.url, body, stream=True, timeout=self.timeout,
                                 allow_redirects=False) as response:
-            # trap: the timeout of requests is for one read of the socket: a server that drips a
-            # byte a second never meets it. So the body is read piece by piece, against the clock.
+            # trap: a few kilobytes can unpack to gigabytes. So the body is read piece by piece.
             while piece := response.raw.read1(65536, decode_content=True):
                 pieces.append(piece)
-                if time.monotonic() > limit:
-                    raise requests.Timeout("the answer drips")
-            raw = b"".join(pieces).decode("utf-8", "replace")
+                room -= len(piece)
+                if room < 0:
+                    raise requests.RequestException(f"an answer of more than {LARGEST:,} bytes")
+            raw = self._redacted(b"".join(pieces).decode("utf-8", "replace"))
             return response.status_code, response.headers, raw
+
+    def _redacted(self, raw):
+        """A body without the key: some servers quote what they were sent. The one door for it."""
+        if not self._secret:
+            return raw
+        if re.search(r"\\u00[2-7]|\\/", raw):  # JSON can write any letter of a key as a number
+            with contextlib.suppress(ValueError, RecursionError):
+                raw = json.dumps(json.loads(raw))
+        return self._secret.sub("[key]", raw)
 
     def _judge(self, status, headers, raw):
         """-> ("", None): an answer; (why, seconds wished or None): ask again; else VLMError."""
         error = error_in(raw)
         code, kind = str(error.get("code", "")), str(error.get("type", ""))
-        filtered = status == 400 and code.startswith(("content_filter", "content_policy"))
-        if filtered or (status == 200 and not error):  # filtered: a refusal dressed as a 400
+        if (status == 400 and filtered(error)) or (status == 200 and not error):
             return "", None
-        said = " ".join(str(error.get("message") or raw).split())
-        if self._key:  # some providers quote the key they did not like
-            # trap: cut first, and a key across the cut would be shown in part
-            said = said.replace(self._key, "[key]")
-        said = said[:300]
+        said = " ".join(str(error.get("message") or raw)[:3000].split())[:300]
         if status == 200 and raw.lstrip().startswith("<"):
             raise VLMError(f"{self.url} answered with a web page ({said}): check the URL")
         if status == 200:
@@ -541,7 +830,7 @@ class VLM:
         why = f"HTTP {status} from {self.url}: {said}"
         status = 500 if status == 200 else status
         gone = status == 429 and re.search(QUOTA_GONE, json.dumps(error))
-        if not gone and (status in (408, 409, 425, 429) or status >= 500):
+        if not gone and (status in (408, 409, 425, 429) or status >= 500) and status != 501:
             return why, wait_wished(headers, error)
         cure = CURE.get(status, "check the URL" if status < 400 else "change what it refuses")
         raise VLMError(f"{why} - {cure}")
@@ -578,6 +867,7 @@ class VLM:
 Task = namedtuple("Task", "analyse answer parse value none")
 PAIR = Task(ANALYSE, ANSWER, parse_label, "label", -2)
 SCORE = Task(SCORE_ANALYSE, SCORE_ANSWER, parse_score, "score", None)
+USELESS = ("no answer", "unreadable")  # kinds of record
 
 
 def ask_one(ask, task, parts, goal, stages):
@@ -617,11 +907,11 @@ def in_threads(function, items, workers, stop):
             try:
                 done.put((item, function(item), None))
             except BaseException as error:  # whatever it is, the caller must hear of it
+                done.put((None, None, error))  # before those whom it stops
                 stop.set()
-                done.put((None, None, error))
 
     # Daemons: after Ctrl-C nobody has to wait for a server that takes two minutes.
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in items[:workers]]
     for thread in threads:
         thread.start()
     for _ in items:
@@ -634,19 +924,28 @@ def in_threads(function, items, workers, stop):
 
 
 def ask_batch(ask, task, questions, goal, stages, workers, log):
-    """Ask side by side -> records, in order. Each is logged when it is known, one at a time.
+    """Ask side by side -> records, in order, and their count(). Each is logged when it is known,
+    one at a time.
 
     questions: list of (dict of what the log should say of it, list of str and images to show); an
     empty list is a pair not worth asking.
     """
-    if stages not in (1, 2) or workers < 1:
-        raise ValueError(f"stages must be 1 or 2, and workers at least 1, not {stages}, {workers}")
+    if stages not in (1, 2) or not 1 <= workers <= MOST_WORKERS:
+        raise ValueError(f"stages must be 1 or 2, and workers at least 1 and at most {MOST_WORKERS}, "
+                         f"not {stages}, {workers}")
     records, stop = [None] * len(questions), threading.Event()
     vlm = getattr(ask, "__self__", None)
     vlm = vlm if isinstance(vlm, VLM) else None
+    if vlm:
+        vlm._silent_since = None  # of an earlier batch
+
+    last = {}  # question -> the parts of its last call
 
     def work(i):
-        call = (lambda parts: vlm.answer(parts, stop=stop)) if vlm else ask
+        def call(parts):
+            last[i] = parts
+            return vlm.answer(parts, stop=stop) if vlm else ask(parts)
+
         return ask_one(call, task, questions[i][1], goal, stages)
 
     def keep(i, record):
@@ -670,20 +969,27 @@ def ask_batch(ask, task, questions, goal, stages, workers, log):
         stop.set()  # after an error or Ctrl-C the threads begin nothing new
     for i in todo:
         keep(i, {**unasked, "kind": "limit"})
-    return records
+    try:
+        return records, count(records)
+    except VLMError:
+        # trap: kept, the useless answers would end every run that goes on from here, in the same way
+        for i in last if vlm else ():
+            if records[i]["kind"] in USELESS:
+                vlm.forget(last[i])
+        raise
 
 
 def count(records):
     """Records -> dict of counts. VLMError if more than half of at least four came to nothing."""
     kinds = [record["kind"] for record in records]
     asked = [r for r in records if r["kind"] not in ("identical", "limit")]
-    lost = [r for r in asked if r["kind"] in ("no answer", "unreadable")]
+    lost = [r for r in asked if r["kind"] in USELESS]
     if len(asked) >= 4 and 2 * len(lost) > len(asked):
         ends = [r["ends"][-1] if r["kind"] == "no answer" else "unreadable, such as "
                 + repr(" ".join(r["answers"][-1].split())[-80:]) for r in lost]
         raise VLMError(f"{len(lost)} of {len(asked)} questions got no usable answer (mostly: "
-                       f"{max(ends, key=ends.count)}); answers are kept: go on when the server "
-                       "answers again, or with another --vlm-extra")
+                       f"{max(ends, key=ends.count)}); usable answers are kept: go on when the "
+                       "server answers again, or with another --vlm-extra")
     names = ("unsure", "unreadable", "no_answer", "identical", "limit")
     return {"asked": len(asked), **{name: kinds.count(name.replace("_", " ")) for name in names},
             **{key: sum(r[key] for r in records) for key in ("cached", "tokens_in", "tokens_out")}}
@@ -715,7 +1021,8 @@ def label_pairs(ask, first, second, goal, stages=2, workers=8, log=None):
     ask: VLM.ask (its limits then hold, in pair order) or any callable parts -> Reply.
     first, second: (M, H, W, 3) uint8.  log: called with one dict per pair as soon as its answer is
     known, one at a time (LabelLog.append is one).
-    Raises VLMError when more than half of at least 4 pairs asked got no usable answer.
+    Raises VLMError when more than half of at least 4 pairs asked got no usable answer (the useless
+    ones are then forgotten), and when the server answers nobody for as long as its deadline.
     """
     check_images(first=first, second=second)
     if first.shape != second.shape:
@@ -723,10 +1030,10 @@ def label_pairs(ask, first, second, goal, stages=2, workers=8, log=None):
     questions = [({"pair": i, "first": short_hash(one), "second": short_hash(two)},
                   [] if looks_identical(one, two) else ["Image 1:", one, "Image 2:", two])
                  for i, (one, two) in enumerate(zip(first, second))]
-    records = ask_batch(ask, PAIR, questions, goal, stages, workers, log)
+    records, counts = ask_batch(ask, PAIR, questions, goal, stages, workers, log)
     labels = np.array([record["label"] for record in records], dtype=np.int8)  # (M,)
-    counts = {"label0": int((labels == 0).sum()), "label1": int((labels == 1).sum())}
-    return labels, {**count(records), **counts}
+    sides = {"label0": int((labels == 0).sum()), "label1": int((labels == 1).sum())}
+    return labels, {**counts, **sides}
 
 
 def score_images(ask, images, goal, stages=2, workers=8, log=None):
@@ -734,9 +1041,9 @@ def score_images(ask, images, goal, stages=2, workers=8, log=None):
     check_images(images=images)
     questions = [({"image": i, "first": short_hash(image)}, ["Image:", image])
                  for i, image in enumerate(images)]
-    records = ask_batch(ask, SCORE, questions, goal, stages, workers, log)
+    records, counts = ask_batch(ask, SCORE, questions, goal, stages, workers, log)
     scores = np.array([record["score"] for record in records], dtype=np.float64)  # None -> nan
-    return scores, {**count(records), "scored": int(np.isfinite(scores).sum())}
+    return scores, {**counts, "scored": int(np.isfinite(scores).sum())}
 
 
 def oracle_labels(score0, score1, rng, error_rate=0.0):
@@ -849,17 +1156,18 @@ def main(arguments=None):
         vlm = VLM(options.vlm, url=options.vlm_url)
         label_pairs(vlm.ask, *images, options.goal, options.stages, log=records.append)
     except (VLMError, ValueError, KeyboardInterrupt) as error:
-        print("vlm_query.py:", str(error) or "stopped", file=sys.stderr)
+        print("vlm_query.py:", printable(error) or "stopped", file=sys.stderr)
         return 2
     finally:
         if server:
             server.terminate()
     record, = records
     for end, answer in zip(record["ends"], record["answers"]):
-        print(f"--- {options.vlm} ({end}) ---\n{answer}\n")
+        print(printable(f"--- {options.vlm} ({end}) ---\n{answer}\n"))
     meaning = {0: f"{options.images[0]} is closer", 1: f"{options.images[1]} is closer",
                -1: "it cannot tell", -2: f"no label: {record['kind']}"}[record["label"]]
-    print(f"label {record['label']}: {meaning}; tokens: {vlm.tokens_in} in, {vlm.tokens_out} out")
+    print(printable(f"label {record['label']}: {meaning}; tokens: {vlm.tokens_in} in, "
+                    f"{vlm.tokens_out} out"))
     return 0
 
 
