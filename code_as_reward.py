@@ -50,6 +50,7 @@ import traceback
 import types
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
@@ -229,12 +230,12 @@ BOOT = ("import sys, runpy; sys.path.append(sys.argv[2]);"
         "runpy.run_path(sys.argv[1], run_name='sandbox')")
 
 
-def _end(process, pipe, folder):
-    """Kill the process, and remove its folder."""
+def _end(process, pipe, keeper):
+    """Kill the process, and let go of the thread that started it."""
     process.kill()
     process.wait()
     pipe.close()
-    folder.cleanup()
+    keeper.shutdown(wait=False)
 
 
 class Program:
@@ -257,7 +258,6 @@ class Program:
             raise ValueError("images must be (N,H,W,3) uint8 and first_image one of them, not "
                              f"{images.shape} {images.dtype} and {first_image.shape} "
                              f"{first_image.dtype}")
-        # trap: "dies with its parent" means the *thread* that started it; it may be gone by now.
         if self.process is None or self.process.poll() is not None or self.busy > CPU_SECONDS / 2:
             self._start()
         step = max(1, BATCH_BYTES // first_image.nbytes)  # pictures in one message
@@ -266,18 +266,24 @@ class Program:
 
     def _start(self):
         self.close()
-        folder, (self.pipe, theirs) = tempfile.TemporaryDirectory(prefix="program-"), Pipe()
-        # -I: no environment, no user's packages; -S: no site hooks. numpy's place is handed over.
-        command = [sys.executable, "-I", "-S", "-B", "-c", BOOT, os.path.abspath(__file__),
+        self.pipe, theirs = Pipe()
+        # -s: no user's packages; -S: no site hooks. numpy's place is handed over.
+        command = [sys.executable, "-s", "-S", "-B", "-c", BOOT, os.path.abspath(__file__),
                    os.path.dirname(os.path.dirname(np.__file__)), str(theirs.fileno())]
         # trap: BLAS would start threads, and they count as processes.
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self.process = subprocess.Popen(
-            command, env=threads, cwd=folder.name, pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True)  # Ctrl-C is ours, not theirs
+        env = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        # trap: otherwise a set of words has another order in each process. (-I would not hear it.)
+        env |= {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"}
+        # trap: "dies with its parent" means the *thread* that started it, so that has to live on.
+        keeper = ThreadPoolExecutor(1)
+        # The folder goes when the child is in it: kill -9 leaves none, and nothing can be put there
+        with tempfile.TemporaryDirectory(prefix="program-") as folder:
+            self.process = keeper.submit(
+                subprocess.Popen, command, env=env, cwd=folder, pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                start_new_session=True).result()  # Ctrl-C is ours, not theirs
         theirs.close()
-        self._finalizer = weakref.finalize(self, _end, self.process, self.pipe, folder)
+        self._finalizer = weakref.finalize(self, _end, self.process, self.pipe, keeper)
         self.busy = 0.0
         message = {"source": self.source}
         try:
