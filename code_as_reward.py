@@ -44,12 +44,15 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
 import types
+import unicodedata
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
@@ -66,15 +69,46 @@ CPU_SECONDS = 600  # of one process; a fresh one takes over well before
 
 
 class CodeAsRewardError(Exception):
-    """No reward can be made: the message names the sub-task and says what failed."""
+    """No reward can be made: the message names the sub-task and says what failed.
+
+    questions: a list of `parts`, the questions whose answers led to it. Whoever keeps answers has
+    to forget these, or the same comes of them for ever.
+    """
+
+    def __init__(self, message, questions=()):
+        super().__init__(message)
+        self.questions = list(questions)
 
 
 class ProgramError(Exception):
     """A program failed. kind: rejected (by the allow-list), error, output, timeout or died."""
 
     def __init__(self, kind, message):
-        super().__init__(f"{kind}: {message}")
+        super().__init__(f"{kind}: {one_line(message)}")
         self.kind = kind
+
+
+# ---- what strangers write, the VLM and its programs, comes in through here ----
+def cleaned(text):
+    """str or None -> str of what can be seen, line breaks and tabs.
+
+    trap: escape codes command the terminal they are printed on, a NUL is no Python, half of a
+    surrogate pair cannot be written to a file.
+    """
+    codes = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*"  # colours; titles of windows
+    text = re.sub(codes, "", "\n".join((text or "").splitlines()))
+    # the last two of these join letters, in Persian for one
+    return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" else " " * c.isspace()
+                   for c in text)
+
+
+def one_line(text):
+    return " ".join(cleaned(text).split())
+
+
+def answer_in(text):
+    """The answer, cleaned. trap: the thoughts of a model that thinks first hold lists and code."""
+    return cleaned(text).rpartition("</think>")[2]
 
 
 # ---- what a program may say: the allow-list over its syntax tree ----
@@ -229,12 +263,12 @@ BOOT = ("import sys, runpy; sys.path.append(sys.argv[2]);"
         "runpy.run_path(sys.argv[1], run_name='sandbox')")
 
 
-def _end(process, pipe, folder):
-    """Kill the process, and remove its folder."""
+def _end(process, pipe, keeper):
+    """Kill the process, and let go of the thread that started it."""
     process.kill()
     process.wait()
     pipe.close()
-    folder.cleanup()
+    keeper.shutdown(wait=False)
 
 
 class Program:
@@ -249,6 +283,7 @@ class Program:
             raise CodeAsRewardError("the sandbox needs Linux or macOS (on Windows: WSL)")
         self.source, self.seconds = source, seconds
         self.process, self.active, self.busy = None, [], 0.0  # active: layers that hold
+        self._turn = threading.Lock()  # trap: two threads would get each other's answers
 
     def __call__(self, images, first_image):
         images, first_image = np.asarray(images), np.asarray(first_image)
@@ -257,27 +292,35 @@ class Program:
             raise ValueError("images must be (N,H,W,3) uint8 and first_image one of them, not "
                              f"{images.shape} {images.dtype} and {first_image.shape} "
                              f"{first_image.dtype}")
-        # trap: "dies with its parent" means the *thread* that started it; it may be gone by now.
-        if self.process is None or self.process.poll() is not None or self.busy > CPU_SECONDS / 2:
-            self._start()
         step = max(1, BATCH_BYTES // first_image.nbytes)  # pictures in one message
-        parts = [self._batch(images[i:i + step], first_image) for i in range(0, len(images), step)]
+        with self._turn:
+            if (self.process is None or self.process.poll() is not None
+                    or self.busy > CPU_SECONDS / 2):
+                self._start()
+            parts = [self._batch(images[i:i + step], first_image)
+                     for i in range(0, len(images), step)]
         return np.concatenate([np.zeros(0, np.float32), *parts])
 
     def _start(self):
         self.close()
-        folder, (self.pipe, theirs) = tempfile.TemporaryDirectory(prefix="program-"), Pipe()
-        # -I: no environment, no user's packages; -S: no site hooks. numpy's place is handed over.
-        command = [sys.executable, "-I", "-S", "-B", "-c", BOOT, os.path.abspath(__file__),
+        self.pipe, theirs = Pipe()
+        # -s: no user's packages; -S: no site hooks. numpy's place is handed over.
+        command = [sys.executable, "-s", "-S", "-B", "-c", BOOT, os.path.abspath(__file__),
                    os.path.dirname(os.path.dirname(np.__file__)), str(theirs.fileno())]
         # trap: BLAS would start threads, and they count as processes.
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self.process = subprocess.Popen(
-            command, env=threads, cwd=folder.name, pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True)  # Ctrl-C is ours, not theirs
+        env = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        # trap: otherwise a set of words has another order in each process. (-I would not hear it.)
+        env |= {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"}
+        # trap: "dies with its parent" means the *thread* that started it, so that has to live on.
+        keeper = ThreadPoolExecutor(1)
+        # The folder goes when the child is in it: kill -9 leaves none, and nothing can be put there
+        with tempfile.TemporaryDirectory(prefix="program-") as folder:
+            self.process = keeper.submit(
+                subprocess.Popen, command, env=env, cwd=folder, pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                start_new_session=True).result()  # Ctrl-C is ours, not theirs
         theirs.close()
-        self._finalizer = weakref.finalize(self, _end, self.process, self.pipe, folder)
+        self._finalizer = weakref.finalize(self, _end, self.process, self.pipe, keeper)
         self.busy = 0.0
         message = {"source": self.source}
         try:
@@ -339,22 +382,101 @@ class Program:
 # ---- STEP C1: describe the sub-tasks ----
 def describe_subtasks(ask, start_image, goal_image, goal):
     """Ask for the ordered sub-tasks that a picture can show -> list of 1 to 5 sentences."""
-    answer = ask([
+    question = [
         f"The goal is {goal}.\nThis picture shows the start:", start_image,
         "This picture shows the goal reached:", goal_image,
         "List the sub-tasks on the way from the start to the goal, in the order in which they must"
         " be done. Name only sub-tasks whose completion can be seen in a single picture of this"
         " kind, held against the first picture of the episode. Use as few as possible and five"
         " at most; one is enough where no stage lies in between. The last is the goal itself.\n"
-        "Answer with a numbered list, one short sentence per line, and nothing else."]).text
-    # trap: the thoughts of a model that thinks first may hold a list of their own
-    answer = (answer or "").rpartition("</think>")[2]
-    found = re.findall(r"^[ \t]*(?:\d+[.):]|[-*])[ \t]+(\S.*)$", answer, re.MULTILINE)
+        "Answer with a numbered list, one short sentence per line, and nothing else."]
+    text = ask(question).text
+    found = read_list(answer_in(text))
     if not 1 <= len(found) <= 5:
-        raise CodeAsRewardError(f"the VLM was asked for 1 to 5 sub-tasks and gave {len(found)}: "
-                                f"{str(answer)[:200]!r}")
-    # trap: a carriage return would end the comment that the sentence becomes in the program's file
-    return [" ".join(line.replace("**", "").split()) for line in found]
+        raise CodeAsRewardError(f"the VLM was asked for a list of 1 to 5 sub-tasks and gave "
+                                f"{len(found) or 'none that can be read'}: {str(text)[:200]!r}",
+                                [question])
+    return found
+
+
+# How an entry of a list begins: "- ", "* [ ] ", "•"; "1. ", "(2) ", "a) ", "iv. ", "Step 3: ",
+# "Sub-task 4 (goal) - ", "5 The", "第一步：" ...
+ITEM = re.compile(r"""(?P<indent>\s*) (?:[>\#]+\s+)*
+    (?P<bullet>[^\w\s"'(\[{<|]\s+|[•●▪◦‣·])? (?:\[[ xX]?\]\s+)?
+    (?P<label>[(\[（]? (?P<word>(?:[^\W\d_]+[-\s]){0,3}) [\#№]?
+        (?:[^\W\d_]{0,8}?(?P<number>\d{1,2}|[一二三四五])[^\W\d_]{0,2}
+           | (?i:[ivx]+|[a-e])(?=[).:\]]+(?:\s|$)))
+        (?:\s?\([^()]*\))?
+        (?:\s?[).:\]）．：、]+-?(?!\d) | \s[-–—]\s | (?<=\d)\s+(?=[A-Z]) | $))?
+    \s*(?P<text>.*)""", re.VERBOSE)
+
+
+def read_list(text):
+    """A list in nearly any notation -> its entries in order, each once; [] where some are missing.
+
+    What is nested in an entry or explains it is left out, and so are other lists, such as notes.
+    """
+    lists, last, intro, blank, over = [], None, "", True, False
+    text = re.sub(r"(?<=\S) +", " ", _from_json(text).expandtabs(4))
+    text = re.sub(r"(?<=[.;,!?]) (?=\(?[2-5][.):] )", "\n", text)  # all of it in one line
+    for line in text.split("\n"):
+        if not line.strip():
+            blank = True
+            continue
+        line = line[:1000]  # trap: patterns take for ever over a line without end
+        # the row of a table; then bold and tags; then a number that is drawn as one sign
+        line = re.sub(r"^ *\|[^\w|]*([^|]*?\d+)[^\w|]*\|([^|]*).*", r"\1: \2", line)
+        head = line.startswith("#") or line.lstrip()[:2] == line.rstrip()[-2:] in ("**", "__")
+        line = re.sub(r"\*\*|__|`|\*(?=\S)|(?<=\S)\*|<[^<>]{1,20}>", "", line).rstrip()
+        line = re.sub(r"[①-⑨⑴-⑼⒈-⒐❶-❾]|\d\ufe0f?\u20e3",
+                      lambda sign: f"{unicodedata.digit(sign[0][0])}. ", line, count=1)
+        item = ITEM.fullmatch(line)
+        if item["bullet"] or item["label"]:
+            number = item["number"] and int(unicodedata.numeric(item["number"][-1]))
+            kind = (len(item["indent"]) // 2, (item["bullet"] or "").strip(), bool(item["label"]),
+                    bool(item["word"]), number is None)
+            same = [one for one in lists if one.kind == kind
+                    and (one.open or number and one.numbers[-1] == number - 1)]
+            if not same:  # no list that this goes on with: it begins one
+                same = [types.SimpleNamespace(kind=kind, intro=intro, numbers=[], texts=[])]
+                lists += same
+            last, intro, over = same[-1], "", head and item["text"]
+            last.open = True
+            last.numbers.append(number)
+            last.texts.append(item["text"])
+        else:
+            said = last.texts[-1][-999:] if last else "."
+            over = over or len(said) == 999 or re.search(r"[.!?;。]\W{0,9}$", said)
+            if last and not (said and (over or head or blank) or re.match(r"\w+ ?:", line)):
+                last.texts[-1] = f"{said} {line.strip()}"  # the sentence goes on in the next line
+            elif head or line[:1] != " " and line[-1:] in (":", "："):  # "Notes:"
+                intro, last = line, None
+                for one in lists:
+                    one.open = False
+        blank = False
+    if not lists:
+        return []
+    # the one that is called so, is not nested, has numbers, comes first
+    best = max(lists, key=lambda one: ("task" in one.intro.lower(), -one.kind[0], one.kind[2]))
+    count = len(best.numbers)
+    if best.numbers not in ([None] * count, [1] * count, [*range(count)], [*range(1, 1 + count)]):
+        return []
+    found = [one_line(text).strip("\"'“” ") for text in best.texts]
+    found = [text for text in reversed(found) if re.search(r"\w", text)]
+    return list(dict.fromkeys(found))[::-1]  # of two that are alike the later: the goal stays last
+
+
+def _from_json(text):
+    """["one", {"id": 2, "task": "two"}], in a dict or a fence too -> "- one\\n- two"; else text."""
+    try:
+        data = json.loads(re.sub("^json|`", "", text.strip(" \n`")))
+        if isinstance(data, dict):  # the list in it, or else its values
+            data = next((v for v in data.values() if isinstance(v, list)), list(data.values()))
+        texts = [[v for v in (e.values() if isinstance(e, dict) else [e]) if isinstance(v, str)][0]
+                 for e in data]
+        return "\n".join("- " + one_line(text) for text in texts)
+    except (ValueError, RecursionError, IndexError, TypeError):
+        return text
 
 
 # ---- STEP C2: write one program per sub-task ----
@@ -398,11 +520,14 @@ def write_program(ask, subtask, start_image, goal_image, goal, earlier=None, fee
 
 def extract_code(text):
     """The last fenced block that defines `progress`, or the bare text if that does."""
-    blocks = re.findall(r"```[\w+.-]*[ \t]*\r?\n(.*?)```", text or "", re.DOTALL) or [text or ""]
+    text = answer_in(text)
+    # ``` or ~~~, three or more, at the beginning of a line; the last may be missing
+    fenced = r"^[ \t]*(```+|~~~+)[^\n`]*\n(.*?)(?:^[ \t]*\1|\Z)"
+    blocks = [code for _, code in re.findall(fenced, text, re.DOTALL | re.MULTILINE)] or [text]
     blocks = [block for block in blocks if "def progress" in block]
     if not blocks:
-        raise ProgramError("rejected", f"no code with def progress: {str(text)[:100]!r}")
-    return blocks[-1].strip() + "\n"
+        raise ProgramError("rejected", f"no code with def progress: {text[:100]!r}")
+    return textwrap.dedent(blocks[-1]).strip() + "\n"
 
 
 # ---- STEP C3: verify each program, and send failures back ----
@@ -592,15 +717,22 @@ def learn_programs(ask, start_image, goal_image, goal, expert_episodes, random_e
     with each failed program and, by save_picture(path, image), the pictures on which it failed.
     """
     kept, programs, reports = [], [], []
-    if folder:  # trap: programs of an attempt that was cut short would join those of this one
-        shutil.rmtree(Path(folder, "programs"), ignore_errors=True)
+    for name in ("programs", "failed") if folder else ():
+        # trap: programs of an attempt that was cut short would join those of this one
+        shutil.rmtree(Path(folder, name), ignore_errors=True)
     subtasks = describe_subtasks(ask, start_image, goal_image, goal)
     for k, subtask in enumerate(subtasks):
-        last, feedback = k == len(subtasks) - 1, None
+        last, feedback, asked = k == len(subtasks) - 1, None, []
+
+        def ask_and_note(parts):
+            asked.append(parts)
+            return ask(parts)
+
         for number in range(1, rounds + 1):
             source = ""
             try:
-                source = write_program(ask, subtask, start_image, goal_image, goal, kept, feedback)
+                source = write_program(ask_and_note, subtask, start_image, goal_image, goal, kept,
+                                       feedback)
                 program = Program(source)
                 report = verify(program, expert_episodes, random_episodes, other_episodes, success,
                                 programs, last)
@@ -618,7 +750,7 @@ def learn_programs(ask, start_image, goal_image, goal, expert_episodes, random_e
         else:
             if last or not go_on:
                 raise CodeAsRewardError(f"no program for the sub-task {subtask!r} passed in "
-                                        f"{rounds} rounds: {'; '.join(report.reasons)}")
+                                        f"{rounds} rounds: {'; '.join(report.reasons)}", asked)
     if folder:
         Path(folder, "programs", "complete").touch()
     return ProgramReward(programs, kept), reports
@@ -653,7 +785,7 @@ def load_programs(folder):
         raise CodeAsRewardError(f"the programs in {home} are not all: no program for some sub-task "
                                 "passed, or the attempt was cut short")
     try:
-        sources = [path.read_text(encoding="utf-8") for path in paths]
+        sources = [path.read_text(encoding="utf-8-sig") for path in paths]  # some editors sign
     except UnicodeDecodeError as error:
         raise CodeAsRewardError(f"a program in {home} is no UTF-8 text: {error}") from None
     first_lines = [source.partition("\n")[0] for source in sources]
@@ -686,7 +818,8 @@ class ProgramReward:
         if not sources:
             raise CodeAsRewardError("no programs, no reward")
         self.programs = [s if isinstance(s, Program) else Program(s) for s in sources]
-        self.subtasks = list(subtasks or [f"sub-task {k + 1}" for k in range(len(sources))])
+        subtasks = subtasks or [f"sub-task {k + 1}" for k in range(len(sources))]
+        self.subtasks = [one_line(text) for text in subtasks]
         self.failed_frames = 0  # on which a program failed after all; they score 0
 
     def progress(self, images, first_image):
@@ -694,32 +827,42 @@ class ProgramReward:
         columns = [self._run(k, images, first_image) for k in range(len(self.programs))]
         return np.stack(columns, axis=1)
 
-    def _run(self, k, images, first_image):
+    def _run(self, k, images, first_image, end=None):
+        program = self.programs[k]
         try:
-            return self.programs[k](images, first_image)
+            if end is None:
+                program(images[:0], first_image)  # its process starts, on nobody's clock
+                # trap: to halve what failed is 2 N calls; a slow program would take hours over it
+                end = time.monotonic() + program.seconds * (1 + images.nbytes / BATCH_BYTES)
+            return program(images, first_image)
         except ProgramError as error:
-            if error.kind not in ("error", "output") or not len(images):  # killed or refused
-                raise CodeAsRewardError(f"the program of {self.subtasks[k]!r}: {error}") from error
+            late = end and time.monotonic() > end
+            if late or error.kind not in ("error", "output") or not len(images):  # killed, refused
+                raise CodeAsRewardError(
+                    f"the program of {self.subtasks[k]!r}: {error}" + " - and it is too slow to try"
+                    " which pictures are to blame" * bool(late)) from error
         if len(images) == 1:
             self.failed_frames += 1
             return np.zeros(1, np.float32)
         halves = np.array_split(images, 2)  # the pictures without the fault keep their value
-        return np.concatenate([self._run(k, half, first_image) for half in halves])
+        return np.concatenate([self._run(k, half, first_image, end) for half in halves])
 
     def episode_rewards(self, images, first_image, failed_end=False, discount=0.99,
-                        differences=False):
+                        differences=False, horizon=1000):
         """Phi - 1 of an episode: images (T,H,W,3) seen *after* each action, first_image -> (T,)
 
         differences: discount * Phi after - Phi before instead (Ng et al. 1999); see the header.
         failed_end: the environment ended it short of the goal (terminated without success). Where
-        all rewards are negative an end is a relief: it costs what Phi = 0 forever would.
+        all rewards are negative an end is a relief: it costs what Phi = 0 forever would. With
+        discount 1 that has no end: it costs the steps that were left until `horizon`.
         """
         frames = np.concatenate([first_image[None], images])  # done at the start is done
         phi = potential(self.progress(frames, first_image))  # (T+1,); starts afresh every time
         if differences:
             return discount * phi[1:] - phi[:-1]
         rewards = phi[1:] - 1
-        rewards[-1] -= discount / (1 - discount) if failed_end else 0
+        left = max(0, horizon - len(images)) if discount == 1 else discount / (1 - discount)
+        rewards[-1] -= left if failed_end else 0
         return rewards
 
     def predict(self, images):

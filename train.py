@@ -554,13 +554,20 @@ def learn_programs(config, run, env, labeler):
         def ask(parts):
             reply = labeler.vlm.ask(parts)
             if reply.end != "complete":
+                labeler.vlm.forget(parts)
                 raise UserError(f"{labeler.vlm.name} wrote no program: {reply.end}")
             return reply
 
-        programs, reports = code_as_reward.learn_programs(
-            ask, start_image, goal_image, config.goal, episodes["expert_episodes"],
-            episodes["random_episodes"], others, episodes["success"], config.rounds,
-            go_on=config.unverified == "skip", folder=folder, save_picture=imageio.imwrite)
+        try:
+            programs, reports = code_as_reward.learn_programs(
+                ask, start_image, goal_image, config.goal, episodes["expert_episodes"],
+                episodes["random_episodes"], others, episodes["success"], config.rounds,
+                go_on=config.unverified == "skip", folder=folder, save_picture=imageio.imwrite)
+        except code_as_reward.CodeAsRewardError as error:
+            # trap: a run that goes on would read the same answers from the cache, and fail as before; what passed stays
+            for parts in error.questions:
+                labeler.vlm.forget(parts)
+            raise
         print(code_as_reward.verification_table(reports), flush=True)
     labeler.programs = programs
     return programs
@@ -587,7 +594,7 @@ def seen_rewards(config, price, images, start_image, failed=False):
         return np.full(len(images), np.nan)
     if config.reward == "code":  # STEP C4: Phi - 1 of every picture, counted from the first
         return price.episode_rewards(images, start_image, failed, config.discount,
-                                     config.potential == "difference")
+                                     config.potential == "difference", config.horizon)
     return price.predict(images)
 
 
