@@ -475,18 +475,22 @@ def doubts(config, at, labeler, pool, buffer, data, episodes):
             found["limit"] = "a limit (--max-calls, --max-usd) was reached before there was any label"
         elif counts["asked"] >= ENOUGH and 20 * counts["labels"] <= counts["asked"]:
             found["answers"] = (f"of {counts['asked']} questions only {counts['labels']} got a label "
-                                f"({counts['unsure']} unsure): the labeler sees no difference in these pictures")
+                                f"({counts['unsure']} unsure, {counts['unreadable']} unreadable, "
+                                f"{counts['no_answer']} unanswered)")
         else:
             found.update(same_answers(config, counts, data))
     rewards = buffer.reward[np.isfinite(buffer.reward)]  # of all steps that have one
     # Of the environment's own rewards, and of programs, the first that differs may come late. One that is always the
     # same can be learned from all the same where it is not 0 and an episode can end early.
     late = labeler.compares or 2 * step >= steps
-    lives = config.reward in ("true", "code") and rewards.any() and buffer.terminated.any()
-    if len(rewards) >= ENOUGH and late and not lives and np.ptp(rewards) <= 1e-6 * np.abs(rewards).max():
-        what = "no success was seen, so that every reward" if config.reward == "sparse" else "the reward of every step"
-        found["reward"] = f"{what} is the same ({rewards[0]:.3g}) in all of {len(rewards):,} steps so far"
-    if over and at["explores"] and not found:
+    lives = config.reward == "true" and rewards.any() and buffer.terminated.any()
+    if len(rewards) >= ENOUGH and late and not lives:
+        if np.ptp(rewards) <= 1e-6 * np.abs(rewards).max():
+            found["reward"] = (f"the reward is {rewards[0]:.3g} in every one of {len(rewards):,} steps so far"
+                               + ": no success was seen" * (config.reward == "sparse" and not rewards.any()))
+        elif labeler.programs and say_nothing(labeler.programs, buffer, rewards):
+            found["reward"] = "the programs say the same of every picture: only success itself is rewarded"
+    if over and at["explores"] and not found.keys() & {"late", "endless", "pictures", "limit", "answers"}:
         found["nothing"] = ("there was no reward in time for the policy to learn from"
                             + f" ({counts['labels']} labels of {counts['asked']} questions)" * labeler.compares)
     return found
@@ -496,6 +500,17 @@ def alike(pictures):
     """Do all of (N, S, S, 3) uint8 look like the first?  Of fewer than two, yes."""
     first = pictures[0].astype(np.int16) if len(pictures) else None
     return all(np.abs(first - other).max() < FAINT for other in pictures[1:])  # stops at the first that differs
+
+
+def say_nothing(programs, buffer, rewards):
+    """Is all that differs in the rewards (N,) the 1 that success adds to what the programs say?"""
+    values, rows = np.unique(rewards, return_index=True)
+    if len(values) != 2 or not math.isclose(values[1] - values[0], 1, abs_tol=1e-6):
+        return False
+    failed, pictures = programs.failed_frames, buffer.image[rows]  # (2, S, S, 3), the first of either value
+    said = programs.progress(pictures, pictures[0])  # (2, programs)
+    programs.failed_frames = failed  # these two were counted when they were priced
+    return bool((said[0] == said[1]).all())
 
 
 def same_answers(config, counts, data):
@@ -508,12 +523,11 @@ def same_answers(config, counts, data):
     else:
         second = int(data.label[:len(data)].sum())
         often, which = max((second, "second"), (len(data) - second, "first"))
-        if 20 * often >= 19 * len(data):  # the order of a pair is random: by chance in one of ten thousand runs
-            return {"same": f"{often} of {len(data)} labels prefer the {which} picture, though which is first is "
-                            "random: whoever answers seems not to look at them"}
+        if 20 * often >= 19 * len(data):  # the order of a pair is random: by chance in one run of ten thousand
+            return {"same": f"{often} of {len(data)} labels prefer the {which} picture, whatever the two show"}
     if not counts["judged"] and not config.labels_from:
-        return {"judged": "nobody knows how right the labels are: true progress (info[\"progress\"] or the reward) "
-                          "is the same in both pictures of every pair"}
+        return {"judged": "nobody knows how right the labels are: true progress (info['progress'], or the reward) is "
+                          "the same in both pictures of every pair"}
     return {}
 
 
