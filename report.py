@@ -11,7 +11,7 @@ Differs from the paper: 1. its figure of label accuracy has three parts (right, 
 preference), ours more: an unsure model, an answer nobody can parse and a failed call differ.
 2. reward and progress are scaled to [0, 1] over all recorded episodes, so that charts compare.
 
-A run folder; a file that is missing or torn costs its section, never the report:
+A run folder; a file that is missing, torn, absurd or huge costs its section, never the report:
     config.json, summary.json   objects          metrics.csv   a row per evaluation
     labels.jsonl   a line per pair asked         episodes.csv   kind, episode, t, learned_reward
     pairs/000012.png, eval_before.gif, eval_after.gif   code_as_reward/ (programs, verification)
@@ -28,10 +28,16 @@ To use it elsewhere: write the files you have, in that form, and call write_repo
 import base64
 import csv
 import io
+import itertools
 import json
 import math
+import os
+import re
+import struct
 import sys
 import textwrap
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -43,6 +49,10 @@ BLUE, GREEN, GOLD, VIOLET, MUTED = "#2467a8", "#2f8467", "#d29a1f", "#7d5ba6", "
 OUTCOMES = {"right": BLUE, "wrong": "#c2452d", "tie": "#c9bfae", "not judged": GREEN,
             "unsure": GOLD, "unreadable": VIOLET, "no answer": "#9a9ea6"}
 FILES = ("config.json", "metrics.csv", "labels.jsonl", "episodes.csv", "summary.json")
+# Whoever filled the folder, the page stays one that a browser opens: bytes and lines read of a file,
+# bytes and pixels a side of a picture, characters of a text, rows of a table, points of a line.
+MOST_BYTES, MOST_LINES, MOST_PICTURE, MOST_SIDE = 64 * 2**20, 200_000, 16 * 2**20, 8192
+MOST_CHARACTERS, MOST_ROWS, MOST_POINTS = 100_000, 200, 2000
 # The browser itself forbids scripts and requests: even an unescaped answer could do nothing.
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -78,11 +88,23 @@ class Run:
     episodes: dict  # table
     labels: list  # rows, one dict per pair asked
     labeler: str  # who compared the pictures, on one line
+    cut: list  # names of files that are longer than what was read of them
+
+
+def read_bytes(path, most=MOST_BYTES):
+    """The first bytes of a file; none where there is no file that can be read."""
+    try:
+        if path.is_file():  # trap: a pipe or a device of that name would never end
+            with open(path, "rb") as file:
+                return file.read(most)
+    except (OSError, ValueError):
+        pass
+    return b""
 
 
 def read_text(path):
-    """The text of a file; '' where there is none."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """The text of a file, without the mark that some editors put first; '' where there is none."""
+    return read_bytes(path).decode("utf-8-sig", "replace")
 
 
 def read_json(text, kind=dict):
@@ -99,7 +121,8 @@ def read_table(path):
     text = read_text(path)
     # trap: a killed run leaves half a line, and half of "-120" is a number too: no newline, no row
     try:
-        head, *rows = list(csv.reader(text[:text.rfind("\n") + 1].splitlines())) or [[]]
+        lines = csv.reader(io.StringIO(text[:text.rfind("\n") + 1], newline=""))
+        head, *rows = list(itertools.islice(lines, MOST_LINES)) or [[]]
     except csv.Error:  # a cell larger than any of ours
         return {}
     rows = [row for row in rows if len(row) == len(head)]
@@ -113,22 +136,38 @@ def read_run(folder):
         raise ValueError(f"no run folder {str(folder)!r}: it has none of {', '.join(FILES)}")
     config, summary = (read_json(read_text(folder / name)) for name in (FILES[0], FILES[-1]))
     tables = (read_table(folder / f"{name}.csv") for name in ("metrics", "episodes"))
-    labels = [read_json(line) for line in read_text(folder / "labels.jsonl").split("\n")]
+    lines = read_text(folder / "labels.jsonl").split("\n", MOST_LINES)[:MOST_LINES]
+    labels = [row for row in map(read_json, lines) if row]
+    cut = [name for name in FILES if (raw := read_bytes(folder / name, MOST_BYTES + 1))
+           and (len(raw) > MOST_BYTES or raw.count(b"\n") > MOST_LINES)]
     labeler = " ".join(words(config.get("labeler") or "not recorded").split())
-    return Run(folder, config, summary, *tables, [row for row in labels if row], labeler)
+    return Run(folder, config, summary, *tables, labels, labeler, cut)
 
 
 # ---- numbers and words ----
-def words(value):
+# What moves a terminal's cursor or turns the direction of writing, so that a text reads as another.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def words(value, depth=0):
     """Anything as text for people: floats rounded, lists and dicts joined, nothing for None."""
-    if isinstance(value, dict):
-        value = [f"{words(name)}: {words(part)}" for name, part in value.items()]
-    if isinstance(value, (list, tuple)):
-        return "; ".join(map(words, value))
+    if isinstance(value, (dict, list, tuple)):
+        if depth > 4:  # trap: JSON may be nested deeper than Python can call itself
+            return "..."
+        parts = list(value.items() if isinstance(value, dict) else value)[:MOST_ROWS]
+        value = "; ".join(": ".join(words(part, depth + 1) for part in pair)
+                          for pair in (parts if isinstance(value, dict) else zip(parts)))
     if isinstance(value, float):
         return show(value)
+    try:
+        text = "" if value is None else str(value)
+    except ValueError:  # an int of more digits than Python writes
+        text = "a huge number"
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[:MOST_CHARACTERS]} ... ({len(text):,} characters)"
+    text = UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r\n", "\n"))
     # trap: JSON may hold half of a surrogate pair, which UTF-8 refuses
-    return ("" if value is None else str(value)).encode("utf-8", "replace").decode("utf-8")
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def safe(value):
@@ -152,7 +191,8 @@ def show(value, percent=False):
         return "not known"
     if percent:
         return f"{100 * value:.3g} %"
-    text = f"{value:,.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.3g}"
+    whole = (value == round(value) or abs(value) >= 1000) and abs(value) < 1e15
+    text = f"{value:,.0f}" if whole else f"{value:.3g}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -172,7 +212,8 @@ def difference(row):
     """How far apart a pair truly is: |progress of second - of first|, or None if not known."""
     progress = row.get("progress")
     known = [number(value) for value in progress] if isinstance(progress, list) else []
-    return None if len(known) != 2 or None in known else abs(known[1] - known[0])
+    # number() again: between two huge ones lies infinity
+    return None if len(known) != 2 or None in known else number(abs(known[1] - known[0]))
 
 
 def outcome(row):
@@ -214,7 +255,13 @@ def choose_pairs(rows, n=12):
 
 # ---- charts ----
 def chart(run, title, draw):
-    """Draw one chart, draw(axes) -> an SVG figure for the page."""
+    """Draw one chart, draw(axes) -> an SVG figure for the page; a line where it cannot be drawn."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # of numbers too large to draw, of letters a font lacks
+        return guarded(title, lambda: figure_of(run, title, draw))
+
+
+def figure_of(run, title, draw):
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot: no global state in a training process
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9.5, "axes.grid": True,
@@ -237,10 +284,16 @@ def chart(run, title, draw):
     return embed(raw.getvalue(), "svg+xml", f"{title}; labeler: {run.labeler}")
 
 
+def thinned(known, most=MOST_POINTS):
+    """(N,) bool -> the row numbers of at most so many of the known, evenly: more show no more."""
+    rows = np.flatnonzero(known)
+    return rows[::max(1, math.ceil(len(rows) / most))]
+
+
 def curves(run, title, columns, percent=False):
     """Columns of metrics.csv, {column: (colour, words)}, against steps; '' if none is known."""
     step = column(run.metrics, "step")
-    known = {name: np.isfinite(step + column(run.metrics, name)) for name in columns}
+    known = {name: np.isfinite(step) & np.isfinite(column(run.metrics, name)) for name in columns}
     known = {name: there for name, there in known.items() if there.any()}
     if not known:
         return ""
@@ -248,6 +301,7 @@ def curves(run, title, columns, percent=False):
     def draw(axes):
         for dash, (name, there) in zip(("-", "--", ":", "-."), known.items()):
             colour, label = columns[name]
+            there = thinned(there)
             axes.plot(step[there], column(run.metrics, name)[there], dash, color=colour,
                       label=label, marker="o", markersize=2)
         axes.set_xlabel("environment steps")
@@ -287,12 +341,13 @@ def episode_charts(run):
     drawn = []
     episode, t, learned, progress, true = (column(run.episodes, name) for name in (
         "episode", "t", "learned_reward", "progress", "true_reward"))
-    kind = np.array(run.episodes.get("kind", ["?"] * len(t)))
+    # object: trap: a table of fixed width has room for the longest word in every row
+    kind = np.array(run.episodes.get("kind", ["?"] * len(t)), dtype=object)
     for name, title in (("random", "random actions"), ("after", "after learning"),
                         ("expert", "scripted expert")):
         its = (kind == name) & np.isfinite(learned) & np.isfinite(progress)
         if its.any():
-            its &= episode == episode[its.argmax()]  # the first episode of this kind
+            its = thinned(its & (episode == episode[its.argmax()]))  # the first episode of this kind
 
             def draw(axes, its=its):
                 for values, dash, colour, label in ((learned, "-", BLUE, "learned reward"),
@@ -303,8 +358,7 @@ def episode_charts(run):
                 axes.set_ylim(-0.05, 1.05)
                 axes.set_xlabel("step of the episode")
             drawn.append(chart(run, f"Reward along an episode, {title}", draw))
-    its = np.flatnonzero((kind == "random") & np.isfinite(learned) & np.isfinite(true))
-    its = its[::max(1, math.ceil(len(its) / 700))]  # evenly thinned: more points show no more
+    its = thinned((kind == "random") & np.isfinite(learned) & np.isfinite(true), 700)
 
     def scatter(axes):
         axes.plot(true[its], learned[its], "o", color=BLUE, markersize=3, alpha=0.45)
@@ -325,13 +379,35 @@ def embed(raw, kind, alt, caption=""):
 
 
 def picture(path, caption):
-    """A file with a picture or film as <figure>; one line where it is missing or empty."""
-    raw = path.read_bytes() if path.is_file() else b""
-    return embed(raw, path.suffix[1:], path.name, caption) if raw else missing(f"No {path.name}.")
+    """A file with a picture or film as <figure>; one line where it is missing, empty, none, or huge."""
+    raw = read_bytes(path, MOST_PICTURE + 1)
+    if not raw:
+        return missing(f"No {path.name}.")
+    if raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) >= 24:
+        kind, sides = "png", struct.unpack(">II", raw[16:24])
+    elif raw[:4] == b"GIF8" and len(raw) >= 10:
+        kind, sides = "gif", struct.unpack("<HH", raw[6:10])
+    else:  # not shown: a browser would not either, and a link may lead to any file of this machine
+        return missing(f"{path.name} is no picture.")
+    # trap: a few kilobytes can unpack to gigabytes; the first bytes tell before
+    if len(raw) > MOST_PICTURE or max(sides) > MOST_SIDE:
+        return missing(f"{path.name} is too large to be shown.")
+    return embed(raw, kind, path.name, caption)
 
 
 def missing(what):
     return f'<p class="missing">{safe(what)}</p>'
+
+
+def guarded(title, make):
+    """make() -> what it returns, HTML; one line in its place where it cannot be made.
+
+    Whatever somebody wrote into the folder, it costs the section that shows it, never the report.
+    """
+    try:
+        return make()
+    except Exception as error:  # strange content may raise anything, also deep inside matplotlib
+        return missing(f"{title}: cannot be shown ({type(error).__name__}: {words(str(error))[:120]}).")
 
 
 def charts(drawn, otherwise):
@@ -343,7 +419,10 @@ def html_table(rows, head=()):
     """rows and head: sequences of anything; the table scrolls by itself on a narrow screen."""
     def line(cells, mark):
         return "<tr>" + "".join(f"<{mark}>{safe(cell)}</{mark}>" for cell in cells) + "</tr>"
-    body = "".join(line(row, "td") for row in rows)
+    rows = list(rows)
+    body = "".join(line(row, "td") for row in rows[:MOST_ROWS])
+    if len(rows) > MOST_ROWS:
+        body += line([f"... and {len(rows) - MOST_ROWS:,} more"], "td")
     return f'<div class="wide"><table>{line(head, "th") if head else ""}{body}</table></div>'
 
 
@@ -351,7 +430,7 @@ def opening(run):
     """Goal, labeler, the final numbers, the closing paragraph, and the policy before and after."""
     about = [f"{name}: {words(run.config.get(name, 'not recorded'))}"
              for name in ("env", "reward", "seed", "labeler")]
-    absent = ", ".join(name for name in FILES if not (run.folder / name).exists())
+    absent = ", ".join(name for name in FILES if not os.path.exists(run.folder / name))
     ended = "" if run.summary else "This run has not ended; its last evaluation is shown. "
     tiles = "".join(
         f'<div><b>{show(last(run.metrics, name), percent)}</b>'
@@ -368,6 +447,7 @@ def opening(run):
     return (f"<h1>{safe(run.config.get('goal') or 'Goal not recorded')}</h1>"
             f'<p class="note">{safe(", ".join(about))}</p>'
             + (missing(f"{ended}Not in the run folder: {absent}.") if absent else "")
+            + (missing(f"Too long to be read to its end: {', '.join(run.cut)}.") if run.cut else "")
             + f'<div class="grid tiles">{tiles}</div><p>{safe(run.summary.get("text"))}</p>'
             f'<div class="grid films">{films}</div>')
 
@@ -382,9 +462,9 @@ def labels_section(run):
     body = charts(drawn, "Neither metrics.csv nor labels.jsonl tells how right the labels are.")
     kinds = [outcome(row) or words(row.get("kind")) for row in run.labels]
     if kinds:
-        names = sorted(set(kinds), key=[*OUTCOMES, *sorted(set(kinds))].index)
-        counts = [(name, kinds.count(name), show(kinds.count(name) / len(kinds), percent=True))
-                  for name in names]
+        found, order = Counter(kinds), list(OUTCOMES)
+        names = sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+        counts = [(name, found[name], show(found[name] / len(kinds), percent=True)) for name in names]
         body += html_table(counts, ("outcome", "pairs", "share")) + (
             '<p class="note">right, wrong, tie (two pictures equally far from the goal) and not '
             "judged (truth not known) became labels, the others did not: unsure, it said -1; "
@@ -396,16 +476,17 @@ def labels_section(run):
 def gallery(run):
     """About a dozen pairs with the labeler's own words, folded behind the first of them; or ''."""
     def file_of(row):
-        return run.folder / "pairs" / f"{int(number(row.get('index')) or 0):06d}.png"
+        index = number(row.get("index")) or 0
+        return run.folder / "pairs" / f"{int(index if 0 <= index < 1e9 else 0):06d}.png"
     sides, cards = {0: "left", 1: "right", -1: "neither", -2: "none"}, ""
-    for row in choose_pairs([row for row in run.labels if file_of(row).exists()] or run.labels):
+    for row in choose_pairs([row for row in run.labels if os.path.exists(file_of(row))] or run.labels):
         label, truth = (sides.get(number(row.get(key)), "?") for key in ("label", "true_label"))
         label = safe(words(row["score"])) if "score" in row else label
         said = row.get("answers")
         said = "".join(
             f"<details><summary>{safe(textwrap.shorten(words(answer), 130, placeholder=' ...'))}"
             f'</summary><div class="said">{safe(answer)}</div></details>'
-            for answer in (said if isinstance(said, list) else [said or "no words recorded"]))
+            for answer in (said[:10] if isinstance(said, list) else [said or "no words recorded"]))
         cost = ", ".join(f"{name} {words(row.get(name))}" for name in (
             "index", "step", "ends", "tokens_in", "tokens_out", "seconds", "cached"))
         cards += (f'<div class="card" style="border-color: {OUTCOMES[outcome(row)]}">'
@@ -427,7 +508,7 @@ def programs_section(run):
     names = list(dict.fromkeys(name for check in checks for name in check))
     body = html_table([[check.get(name) for name in names] for check in checks],
                       [name.replace("_", " ") for name in names])
-    for path in [*sorted(folder.glob("programs/*.py")), *sorted(folder.glob("failed/*.py"))]:
+    for path in [*sorted(folder.glob("programs/*.py")), *sorted(folder.glob("failed/*.py"))][:50]:
         body += (f"<details><summary>{safe(path.parent.name)}: {safe(path.name)}</summary>"
                  f"<pre>{safe(read_text(path))}</pre></details>")
     failed = [picture(path, path.stem) for path in sorted(folder.glob("failed/*.png"))[:12]]
@@ -435,12 +516,15 @@ def programs_section(run):
 
 
 def write_report(folder):
-    """Write FOLDER/report.html from whatever the run folder holds; returns its path."""
+    """Write FOLDER/report.html from whatever the run folder holds; returns its path.
+
+    ValueError where there is no run folder, OSError where nothing can be written.
+    """
     run = read_run(folder)
     config, summary, labeler = run.config, run.summary, f"labeler: {safe(run.labeler)}"
     compares = config.get("reward", "preference") in ("preference", "score")  # was anybody asked?
     sections = {
-        "How it learned": charts([
+        "How it learned": lambda: charts([
             curves(run, "Return of the evaluation episodes", {
                 "eval_return": (BLUE, "true return")}),
             curves(run, "Success of the evaluation episodes", percent=True, columns={
@@ -448,23 +532,31 @@ def write_report(folder):
                 "eval_success_any": (GREEN, "at any step"),
                 "eval_success_frames": (VIOLET, "share of all steps")})],
             "metrics.csv has no evaluation: no learning curves."),
-        "How right the labels are": compares and labels_section(run),
-        "What the learned reward means": charts(
+        "How right the labels are": lambda: compares and labels_section(run),
+        "What the learned reward means": lambda: charts(
             episode_charts(run), "episodes.csv is missing or has no learned reward to draw."),
-        "Pairs, in the labeler's own words": compares and (
+        "Pairs, in the labeler's own words": lambda: compares and (
             gallery(run) or missing("labels.jsonl has no pair to show.")),
-        "The programs that are the reward": programs_section(run),  # '' for every other run
-        "What it cost": html_table([(name.replace("_", " "), show(summary.get(name))) for name in (
-            "seconds", "seconds_until_solved", "solved_step", "steps", "asked", "labels", "calls",
-            "tokens_in", "tokens_out", "usd")]),
-        "How to make it again": (f"<pre>{safe(config.get('command', 'no command recorded'))}</pre>"
-                                 + html_table(config.items(), ("setting", "value")))}
-    body = opening(run) + "".join(f"<h2>{title}<small>{labeler}</small></h2>{content}"
-                                  for title, content in sections.items() if content)
+        "The programs that are the reward": lambda: programs_section(run),  # '' for every other run
+        "What it cost": lambda: html_table([
+            (name.replace("_", " "), show(summary.get(name))) for name in (
+                "seconds", "seconds_until_solved", "solved_step", "steps", "asked", "labels", "calls",
+                "tokens_in", "tokens_out", "usd")]),
+        "How to make it again": lambda: (
+            f"<pre>{safe(config.get('command', 'no command recorded'))}</pre>"
+            + html_table(config.items(), ("setting", "value")))}
+    body = guarded("The opening", lambda: opening(run))
+    for title, make in sections.items():
+        content = guarded(title, make)
+        body += f"<h2>{title}<small>{labeler}</small></h2>{content}" if content else ""
     title = f"{safe(config.get('env', 'run'))}, {labeler}"
-    path = run.folder / "report.html"
-    path.write_text(f"{HEAD}<title>{title}</title></head><body>{body}</body></html>\n",
-                    encoding="utf-8")
+    path, new = run.folder / "report.html", run.folder / "report.html.new"
+    # trap: written anew beside it, for a link of that name would lead the page out of the folder; and
+    # a kill half-way leaves no half a page
+    new.unlink(missing_ok=True)
+    with open(new, "x", encoding="utf-8") as file:
+        file.write(f"{HEAD}<title>{title}</title></head><body>{body}</body></html>\n")
+    os.replace(new, path)
     return path
 
 
@@ -473,6 +565,6 @@ if __name__ == "__main__":
         if len(sys.argv) != 2:
             raise ValueError("usage: python report.py RUN_FOLDER")
         print(write_report(sys.argv[1]))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -36,7 +36,10 @@ import json
 import math
 import os
 import shlex
+import sys
 import time
+
+import numpy as np
 
 
 # ---- every tunable, once ----
@@ -429,6 +432,107 @@ def command_line(config):
         part for name, value in flags for part in ("--" + name.replace("_", "-"), str(value))])
 
 
+# ---- a run that cannot learn says so ----
+ENOUGH = 20  # of answers or pictures that are all alike, fewer of them say nothing
+FAINT = 8  # of 255; pictures whose channels differ by less look the same (vlm_query.looks_identical)
+
+
+def warn(config, at, labeler, pool, buffer, data, session, ended):
+    """After a session of questions or an evaluation, print each doubt when it first shows.
+
+    -> {cause: sentence}, for the closing words and the next call; "" for a doubt that has gone.
+    """
+    before = at.get("doubts", {})
+    if not session and at["step"] % config.eval_every and at["step"] not in (1, config.total_steps):
+        return before
+    from tqdm import tqdm
+
+    found = doubts(config, at, labeler, pool, buffer, data, at["episode"] + ended)
+    for cause in found:
+        if cause not in before:
+            tqdm.write(f"warning: {found[cause]}", file=sys.stderr)  # print() would tear the progress bar
+    return {**dict.fromkeys(before, ""), **found}
+
+
+def doubts(config, at, labeler, pool, buffer, data, episodes):
+    """Why this run learns nothing, or nothing of its goal, as far as it shows by now -> {cause: sentence}.
+
+    episodes: that have ended.  Only what chance or a slow beginning cannot explain: a wrong alarm teaches users to
+    read past the right one.
+    """
+    step, steps, counts, found = at["step"], config.total_steps, labeler.counts, {}
+    over, explore = step == steps, max(config.seed_steps, config.explore_steps)
+    if explore >= steps:
+        found["late"] = (f"of {steps:,} steps (--total-steps) the first {explore:,} explore without a reward "
+                         "(--explore-steps, --seed-steps): none is left to learn from one")
+    if not episodes and config.horizon > steps <= 2 * step:
+        found["endless"] = (f"no episode has ended in {step:,} steps, and questions and rewards come where one ends: "
+                            "give a shorter --horizon or more --total-steps")
+    if labeler.compares:
+        # from 200 steps, one in ten at least, come some ENOUGH pictures
+        if step >= config.explore_steps and (step >= 10 * ENOUGH or over) and alike(pool.small[:len(pool)]):
+            found["pictures"] = ("all pictures look the same, so that nothing can be learned from comparing them: look "
+                                 "at what the environment draws (eval_before.gif in the run folder)")
+        elif labeler.exhausted and not counts["labels"]:
+            found["limit"] = "a limit (--max-calls, --max-usd) was reached before there was any label"
+        elif counts["asked"] >= ENOUGH and 20 * counts["labels"] <= counts["asked"]:
+            found["answers"] = (f"of {counts['asked']} questions only {counts['labels']} got a label "
+                                f"({counts['unsure']} unsure, {counts['unreadable']} unreadable, "
+                                f"{counts['no_answer']} unanswered)")
+        else:
+            found.update(same_answers(config, counts, data))
+    rewards = buffer.reward[np.isfinite(buffer.reward)]  # of all steps that have one
+    # Of the environment's own rewards, and of programs, the first that differs may come late. One that is always the
+    # same can be learned from all the same where it is not 0 and an episode can end early.
+    late = labeler.compares or 2 * step >= steps
+    lives = config.reward == "true" and rewards.any() and buffer.terminated.any()
+    if len(rewards) >= ENOUGH and late and not lives:
+        if np.ptp(rewards) <= 1e-6 * np.abs(rewards).max():
+            found["reward"] = (f"the reward is {rewards[0]:.3g} in every one of {len(rewards):,} steps so far"
+                               + ": no success was seen" * (config.reward == "sparse" and not rewards.any()))
+        elif labeler.programs and say_nothing(labeler.programs, buffer, rewards):
+            found["reward"] = "the programs say the same of every picture: only success itself is rewarded"
+    if over and at["explores"] and not found.keys() & {"late", "endless", "pictures", "limit", "answers"}:
+        found["nothing"] = ("there was no reward in time for the policy to learn from"
+                            + f" ({counts['labels']} labels of {counts['asked']} questions)" * labeler.compares)
+    return found
+
+
+def alike(pictures):
+    """Do all of (N, S, S, 3) uint8 look like the first?  Of fewer than two, yes."""
+    first = pictures[0].astype(np.int16) if len(pictures) else None
+    return all(np.abs(first - other).max() < FAINT for other in pictures[1:])  # stops at the first that differs
+
+
+def say_nothing(programs, buffer, rewards):
+    """Is all that differs in the rewards (N,) the 1 that success adds to what the programs say?"""
+    values, rows = np.unique(rewards, return_index=True)
+    if len(values) != 2 or not math.isclose(values[1] - values[0], 1, abs_tol=1e-6):
+        return False
+    failed, pictures = programs.failed_frames, buffer.image[rows]  # (2, S, S, 3), the first of either value
+    said = programs.progress(pictures, pictures[0])  # (2, programs)
+    programs.failed_frames = failed  # these two were counted when they were priced
+    return bool((said[0] == said[1]).all())
+
+
+def same_answers(config, counts, data):
+    """What ENOUGH answers have in common that they should not -> {cause: sentence}."""
+    if len(data) < ENOUGH:
+        return {}
+    if config.reward == "score":
+        if np.ptp(data.score[:len(data)]) == 0:
+            return {"same": f"all {len(data)} scores are {data.score[0]:.3g}, whatever the picture"}
+    else:
+        second = int(data.label[:len(data)].sum())
+        often, which = max((second, "second"), (len(data) - second, "first"))
+        if 20 * often >= 19 * len(data):  # the order of a pair is random: by chance in one run of ten thousand
+            return {"same": f"{often} of {len(data)} labels prefer the {which} picture, whatever the two show"}
+    if not counts["judged"] and not config.labels_from:
+        return {"judged": "nobody knows how right the labels are: true progress (info['progress'], or the reward) is "
+                          "the same in both pictures of every pair"}
+    return {}
+
+
 # ---- the words a run ends with ----
 def status(row, labeler):
     """The numbers behind the progress bar."""
@@ -436,7 +540,9 @@ def status(row, labeler):
     if "eval_success" in row:
         parts += [f"success {row['eval_success']:.0%}"]
     if labeler.counts["asked"]:
-        parts += [f"pairs {labeler.counts['asked']}", f"labels right {labeler.accuracy():.0%}"]
+        parts += [f"pairs {labeler.counts['asked']}"]
+    if labeler.counts["judged"]:
+        parts += [f"labels right {labeler.accuracy():.0%}"]
     if row.get("reward_accuracy", math.nan) == row.get("reward_accuracy"):  # known, and not nan
         parts += [f"reward right {row['reward_accuracy']:.0%}"]
     if labeler.usd():
@@ -462,9 +568,11 @@ def closing_text(config, run, finished, at, labeler, spearman):
         if counts["judged"]:
             text += [f"{labeler.accuracy():.0%} of them were right."]
         if "reward_accuracy" in at["fit"]:
+            right = at["fit"]["reward_accuracy"]
             text += ["The learned reward has the true order on "
-                     f"{at['fit']['reward_accuracy']:.0%} of picture pairs; "
-                     f"Spearman with the true reward over fresh random episodes: {spearman:.2f}."]
+                     f"{'an unknown share' if math.isnan(right) else format(right, '.0%')} of picture pairs; Spearman "
+                     "with the true reward over fresh random episodes: "
+                     f"{'unknown' if math.isnan(spearman) else format(spearman, '.2f')}."]
     elif config.reward == "code":
         programs = labeler.programs
         text += [f"The reward is {len(programs.subtasks)} verified programs "
@@ -477,6 +585,9 @@ def closing_text(config, run, finished, at, labeler, spearman):
         cost = "" if labeler.vlm.usd is None else f", ${labeler.vlm.usd:.2f}"
         text += [f"{labeler.vlm.calls} calls ({labeler.vlm.cached_calls} from the cache), "
                  f"{labeler.vlm.tokens_in + labeler.vlm.tokens_out:,} tokens{cost}."]
+    doubts = [sentence for sentence in at.get("doubts", {}).values() if sentence]
+    if doubts:
+        text += [f"Warning: {'; '.join(doubts)}."]
     text += [f"Report: {run.path('report.html')}"]
     return " ".join(text + (
         [] if finished else [f"- go on with: python train.py --resume {run.folder}"]))

@@ -39,13 +39,15 @@ import zlib
 
 import numpy as np
 
-from run import (Run, UserError, closing_text, parse_args, price_of, resolve, status, who_labels,
+from run import (Run, UserError, closing_text, parse_args, price_of, resolve, status, warn, who_labels,
                  write_json)
 
 # No training episode has these seeds (--seed below 10).
 EVAL_SEED, FRESH_SEED, TRIAL_SEED = 1_000_000, 2_000_000, 3_000_000
 SOLVED = 0.99  # share of evaluation steps with success at which the run's clock of "seconds until solved" stops
 RESET_UPDATES = 100  # updates of the fresh critics at once, as in the paper
+# Pictures that are kept of one episode, evenly spaced: in a film, and where an episode is priced.
+IN_A_FILM, IN_AN_EPISODE = 100, 1000
 
 
 # ---- the algorithm ----
@@ -178,6 +180,7 @@ def train(config):
                 run.write(row)
                 if at["solved"] is None and row.get("eval_success_frames", 0) >= SOLVED:
                     at["solved"] = [at["step"], run.seconds()]
+            at["doubts"] = warn(config, at, labeler, pool, buffer, data, session, done)
             if done:
                 at["episode"] += 1
                 # trap: right after a session, for later steps overwrite candidates: a run that goes on from before it
@@ -440,15 +443,25 @@ class KeptPolicy:
         self.agent.actor = copy.deepcopy(agent.actor)
 
     def trial(self, agent, env, seed):
-        """One episode of the policy, as episode_rewards() wants it: images (T, S, S, 3) and the rest."""
+        """One episode of the policy, as episode_rewards() wants it: images (T, S, S, 3) and the rest. Of a long one
+        only some of the pictures, (K, S, S, 3); of a reward that looks at none, none."""
         size = self.config.reward_size
         start_image = start_picture(env, seed, size)
-        images, true_rewards, _, successes = run_episode(env, learned_policy(agent), seed, size)
-        return images, true_rewards, successes, start_image, len(images) < env.horizon
+        looks = size if looks_at_pictures(self.config) else None
+        images, true_rewards, _, successes = run_episode(env, learned_policy(agent), seed, looks, IN_AN_EPISODE)
+        images = np.zeros((len(true_rewards), 0), np.uint8) if images is None else images
+        return images, true_rewards, successes, start_image, len(true_rewards) < env.horizon
 
     def worth(self, trials, price):
         """Mean return of the trials, by the reward as it is now."""
-        return np.mean([episode_rewards(self.config, price, *trial).sum() for trial in trials])
+        returns = []
+        for images, true_rewards, successes, *rest in trials:
+            every = apart(len(images), len(true_rewards))  # 1, but in long episodes
+            successes = np.append(successes[::every][:-1], successes[-1])  # how it ended is what counts
+            rewards = episode_rewards(self.config, price, images, true_rewards[::every], successes, *rest)
+            # each picture stands for all steps up to the next one
+            returns.append(np.append(np.repeat(rewards[:-1], every), rewards[-1]).sum())
+        return np.mean(returns)
 
     def state_dict(self):
         import torch
@@ -478,25 +491,36 @@ def start_picture(env, seed, size):
     return env.picture(size)
 
 
-def run_episode(env, act, seed, size=None):
-    """One episode -> images (T, size, size, 3) if a size is given, true reward (T,), progress (T,), success (T,)."""
+def run_episode(env, act, seed, size=None, most=None):
+    """One episode -> images (K, size, size, 3) if a size is given, true reward (T,), progress (T,), success (T,).
+
+    K is T or, with most (an even number), as few as every 2nd, 4th, 8th ... picture, so that there are no more of them.
+    """
     obs, _ = env.reset(seed=seed)
-    images, rows, done = [], [], False
+    images, rows, done, every = [], [], False, 1
     while not done:
         obs, reward, terminated, truncated, info = env.step(act(obs))
-        rows.append((reward, info["progress"], info["success"]))
-        if size:
+        # trap: nobody knows how long the episode will be, and 100,000 pictures fill the memory: whenever there are too
+        # many, every second one is let go
+        if size and len(images) == most and len(rows) % every == 0:
+            images, every = images[::2], 2 * every
+        if size and len(rows) % every == 0:
             images.append(env.picture(size))
+        rows.append((reward, info["progress"], info["success"]))
         done = terminated or truncated
     return (np.stack(images) if size else None, *np.array(rows).T)
+
+
+def apart(kept, steps):
+    """Which of run_episode()'s pictures were kept of an episode of so many steps: every 1st, 2nd, 4th, 8th ..."""
+    return 1 << (-(-steps // kept) - 1).bit_length()
 
 
 def write_gif(path, env, act, config):
     """The first evaluation episode, as the VLM would see it, in at most 100 pictures and about four seconds."""
     import imageio
 
-    images = run_episode(env, act, EVAL_SEED + 1000 * config.seed, config.query_size)[0]
-    images = images[:: -(-len(images) // 100)]
+    images = run_episode(env, act, EVAL_SEED + 1000 * config.seed, config.query_size, IN_A_FILM)[0]
     imageio.mimsave(path, list(images), duration=4000 / max(len(images), 4), loop=0)
 
 
@@ -703,6 +727,7 @@ def write_episodes(path, env, policy, price, config, random_episodes=5):
     reward on random episodes. (Of --reward code: the programs' part, without what success adds.)
 
     For the correlation each different picture counts once: half of CartPole's random steps lie still at the clamp.
+    It is nan where one of the two never differs. Of more than IN_AN_EPISODE steps, as many are written, evenly spaced.
     """
     from scipy.stats import spearmanr
 
@@ -721,13 +746,16 @@ def write_episodes(path, env, policy, price, config, random_episodes=5):
         for number, (kind, act) in enumerate(episodes):
             seed = FRESH_SEED + 1000 * config.seed + number
             start_image = start_picture(env, seed, config.reward_size)
-            images, rewards, progress, _ = run_episode(env, act, seed, config.reward_size)
+            images, rewards, progress, _ = run_episode(env, act, seed, config.reward_size, IN_AN_EPISODE)
             learned = seen_rewards(config, price, images, start_image)
+            every = apart(len(images), len(rewards))
+            rewards, progress = rewards[::every], progress[::every]
             for t, values in enumerate(zip(learned, progress, rewards)):
-                writer.writerow((kind, number, t, *(f"{value:.6g}" for value in values)))
+                writer.writerow((kind, number, every * t, *(f"{value:.6g}" for value in values)))
             if kind == "random":
-                seen.update({image.tobytes(): pair for image, pair in zip(images, zip(learned, rewards))})
-    return float(spearmanr(*zip(*seen.values())).statistic) if price else float("nan")
+                seen.update({hash(image.tobytes()): pair for image, pair in zip(images, zip(learned, rewards))})
+    differ = price and all(len(set(values)) > 1 for values in zip(*seen.values()))
+    return float(spearmanr(*zip(*seen.values())).statistic) if differ else float("nan")
 
 
 def main(arguments=None):
