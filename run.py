@@ -491,9 +491,11 @@ def claim(folder):
     """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        lock = open(os.path.join(folder, ".lock"), "rb", opener=lambda path, _: os.open(path, flags, 0o666))
+        lock = open(os.path.join(folder, ".lock"), "rb",
+                    opener=lambda path, _: os.open(path, flags, 0o666))
     except OSError as error:
-        raise UserError(f"{folder}: no run folder that can be written to ({error.strerror})") from None
+        raise UserError(f"{folder}: no run folder that can be written to "
+                        f"({error.strerror})") from None
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -578,7 +580,8 @@ class Run:
         try:
             state["seconds"], kept = float(state["seconds"]), state.get("config") or {}
             right = type(state["logged"]) is type(state["data"]["added"]) is int and all(
-                isinstance(value, (int, float, type(None))) for row in state["rows"] for value in row.values())
+                isinstance(value, (int, float, type(None)))
+                for row in state["rows"] for value in row.values())
             times = [[float(value) for value in pair] for pair in state.get("times", ())]
             if not (right and all("step" in row and "eval_return" in row for row in state["rows"])
                     and state["rows"] and len(times) in (0, len(state["rows"]))):
