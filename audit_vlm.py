@@ -102,7 +102,7 @@ def collect(config, env, folder, rng):
         for kind, policy in kinds.items():
             kept = 0
             for episode in range(PER_KIND):
-                seen, _, values, _ = run_episode(env, policy(episode), seed, config.query_size)
+                seen, _, values, _ = run_episode(env, policy(episode), seed % 2**32, config.query_size)
                 seed += 1
                 count = min(PER_EPISODE, PER_KIND - kept, len(seen))
                 chosen = np.linspace(0, len(seen) - 1, count).round().astype(int)

@@ -31,14 +31,18 @@ import json
 import os
 import pickle
 import pickletools
+import stat
 import struct
 import sys
+import unicodedata
 
 import imageio.v3 as iio
 import numpy as np
 
 LARGEST = 2048  # pixels; a wider picture (of a pair: a half) is taken for a mistake or an attack
 LARGEST_FILE = 2**31  # bytes of one pickle; the official ones have some ten million
+LARGEST_LOG = 2**28  # bytes of a labels.jsonl; one of a thousand pairs has some five million
+LARGEST_PAIR = 2**26  # bytes of the picture of a pair, unpacked or not
 MOST_OBJECTS = 10_000  # in one pickle; the official ones have some fifty
 HASHING = ("DICT", "SETITEM", "SETITEMS", "ADDITEMS", "FROZENSET")  # what looks at a key in a pickle
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -47,6 +51,19 @@ CODES = ("b1", "u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8")
 
 class CachedLabelsError(ValueError):
     """These are not labels that can be used: one line, which file and why."""
+
+
+# ---- a file that may be anything ----
+def read_plain(path, most):
+    """The bytes of an ordinary file. CachedLabelsError for a pipe, a device, a folder, or more than `most` bytes."""
+    # trap: to open a pipe waits for ever, unless told not to; to read a device does not end
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise CachedLabelsError(f"{path}: no ordinary file")
+        if about.st_size > most:
+            raise CachedLabelsError(f"{path}: {about.st_size:,} bytes are too many (at most {most:,})")
+        return file.read(most)
 
 
 # ---- a pickle that can hold arrays and nothing else ----
@@ -102,10 +119,7 @@ class _Unpickler(pickle.Unpickler):
 
 def read_pickle(path):
     """One official file -> (pictures (N, H, 2 W, 3) uint8, VLM labels (N,)). CachedLabelsError if it is none."""
-    if os.path.getsize(path) > LARGEST_FILE:
-        raise CachedLabelsError(f"{path}: {os.path.getsize(path):,} bytes is too large for a file of labels")
-    with open(path, "rb") as file:
-        content = io.BytesIO(file.read())
+    content = io.BytesIO(read_plain(path, LARGEST_FILE))
     try:
         for opcode, value, _ in pickletools.genops(content):  # compares every length with the bytes that are there
             # trap: a forged length, or slot of its memory, makes pickle reserve that much before it looks any further
@@ -131,13 +145,13 @@ def read_pickle(path):
 def read_pair(path):
     """A picture of a pair -> (H, 2 W, 3) uint8. Its size is read from its first bytes, before it is unpacked."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(24)
+        raw = read_plain(path, LARGEST_PAIR)
+        head = raw[:24]
         # trap: a few kilobytes of PNG can unpack to gigabytes
         width, height = struct.unpack(">II", head[16:24]) if head[:8] == PNG else (0, 0)
         if max(height, width // 2) > LARGEST:
             raise CachedLabelsError(f"{path}: {width} x {height} pixels is too large (at most {LARGEST} a side)")
-        image = iio.imread(path, extension=".png", mode="RGB") if width else None
+        image = iio.imread(raw, extension=".png", mode="RGB") if width else None
     except CachedLabelsError:
         raise
     except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
@@ -150,8 +164,7 @@ def read_pair(path):
 
 def read_log(path):
     """labels.jsonl -> [(path of the pair's picture, 0 or 1)] of the pairs that got a label."""
-    with open(path, "rb") as file:
-        *lines, _torn = file.read().split(b"\n")  # a last line without its end was cut off by a crash
+    *lines, _torn = read_plain(path, LARGEST_LOG).split(b"\n")  # a last line without its end was cut off by a crash
     pairs = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -170,8 +183,9 @@ def read_log(path):
 def labeler_of(path):
     """Who gave the labels of a log: the run beside it says so."""
     try:
-        with open(os.path.join(os.path.dirname(path), "config.json"), encoding="utf-8") as file:
-            return str(json.load(file)["labeler"])
+        name = str(json.loads(read_plain(os.path.join(os.path.dirname(path), "config.json"), 2**24))["labeler"])
+        # trap: a stranger's words may hold escape codes for the terminal, or lines of their own
+        return "".join(" " if unicodedata.category(c)[0] == "C" else c for c in name)[:200]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "somebody unknown"
 
@@ -185,7 +199,7 @@ def read_labels(path, size=None):
     """
     try:
         log = os.path.join(path, "labels.jsonl") if os.path.isdir(path) else path
-        if os.path.isfile(log) and not log.endswith(".pkl"):
+        if os.path.lexists(log) and not log.endswith(".pkl") and not os.path.isdir(log):
             parts = ((read_pair(picture)[None], np.array([label])) for picture, label in read_log(log))
             source = f"{labeler_of(log)}, kept in {log}"
         else:
@@ -232,7 +246,7 @@ def contact_sheet(first, second, label, count=12, size=150):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("path", help="a labels.jsonl, a run folder, or a folder of official .pkl files")
     parser.add_argument("--size", type=int, help="give all pictures this side, in pixels")
     parser.add_argument("--out", default="contact_labels.png", help="the contact sheet to write")

@@ -15,6 +15,10 @@ The run folder:
   buffer/        the pictures
   episodes.csv   learned reward beside true progress, step by step, at the end
   eval_*.gif, summary.json, report.html; code_as_reward/: the programs of --reward code
+  .lock          held by the process that is at work here
+
+A run folder given to --resume may be a stranger's: claim(), read_json() and to_name_again() see to
+it that it runs no code, gets no key and leads no write astray; its settings are checked as flags.
 
 The same run, byte for byte, after `kill -9`: all numbers are drawn from seeded generators whose
 state is in the checkpoint, every episode starts from a seed of its own, and answers that were paid
@@ -29,6 +33,7 @@ To use it elsewhere:
     print(config.goal, config.pairs_per_session, run.command_line(config))
 """
 import argparse
+import contextlib
 import csv
 import dataclasses
 import inspect
@@ -36,8 +41,17 @@ import json
 import math
 import os
 import shlex
+import signal
+import stat
 import sys
 import time
+import unicodedata
+import zipfile
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing keeps two processes apart
+    fcntl = None
 
 import numpy as np
 
@@ -128,19 +142,23 @@ CHOICES = {
     "without": ("nothing", "novelty", "relabelling", "critic-reset"),
     "device": ("auto", "cpu", "cuda"),
 }
-# The least and the most that a number may be; None: no most. Every other int is 0 or more, and
-# every other float above 0.
+# The least and the most that a number may be; None: MOST, or for a float whatever is finite. Every
+# other int is 0 or more, and every other float above 0.
 AT_LEAST_1 = (1, None)
+MOST = 2**31 - 1
 RANGES = dict(
     dict.fromkeys((
         "total_steps", "hold", "feedback_every", "pairs_per_session", "members", "reward_batch", "reward_epochs",
         "batch_size", "updates", "hidden", "horizon", "action_repeat", "eval_every",
         "eval_episodes", "rounds", "max_pairs"), AT_LEAST_1),
     workers=(1, 256), timeout=(1, 86_400),
-    candidates=(2, None), query_size=(16, None), reward_size=(47, None), vlm_latency=(0, None),
+    # the mosts: beyond them memory, or a year, would run out without a word
+    total_steps=(1, 10**8), pairs_per_session=(1, 10**5), members=(1, 1000), hidden=(1, 8192),
+    batch_size=(1, 10**6), reward_shift=(0, 1000),
+    candidates=(2, None), query_size=(16, 4096), reward_size=(47, 4096), vlm_latency=(0, 3600),
     vlm_mistakes=(0, 1), vlm_unsure=(0, 1), discount=(0, 1), clip_alpha=(0, 1), max_usd=(0, None),
     reward_mirror=(0, 1), reward_bfloat16=(0, 1), sac_bfloat16=(0, 1), cuda_graph=(0, 1),
-    seed=(0, 2**31 - 1),
+    seed=(0, MOST),
 )
 # What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
 DEFAULTS = dict(
@@ -154,16 +172,50 @@ MAY_CHANGE = (  # on resume
     "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "vlm_latency",
     "workers", "timeout",
 )
+MAY_MOVE = ("out", "resume", "device", "programs", "labels_from")  # the files may lie elsewhere now
+NAMED_AGAIN = ("env", "vlm_url", "clip_model")  # on resume, where to_name_again() wants it
 METRICS = (
     "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical",
     "label_accuracy", "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return",
     "eval_success", "eval_success_any", "eval_success_frames", "eval_progress", "critic_loss",
     "q_mean", "alpha",
 )
+TIMING = ("step", "seconds")
 
 
 class UserError(Exception):
     """Something the user can put right; main() prints it as one line."""
+
+
+# ---- what is shown to the user ----
+def say(*lines, file=None):
+    """Print lines, each on one line of the terminal: the one door for text that is not our own."""
+    # trap: a stranger's words may hold escape codes, which move the cursor, or text that runs
+    # from right to left; and a terminal may not know their letters
+    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
+    for line in lines:
+        text = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in str(line))
+        print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+
+
+# ---- Ctrl-C, where train.py is a program of its own ----
+GO_ON = [f"go on with: {shlex.join(['python', 'train.py', *sys.argv[1:]])}"]  # what at_once() says
+
+
+def at_once(*_):
+    """Ctrl-C before there is a run, or while one is being wound up: one line, and the end.
+
+    Not an exception: one in the middle of an import may come out of it as another.
+    """
+    # trap: not print(), in the middle of which the signal may have come
+    os.write(2, f"\ntrain.py: interrupted [nothing is lost; {GO_ON[-1]}]\n".encode(errors="replace"))
+    os._exit(130)  # as shells call a program that Ctrl-C ended
+
+
+def in_order(*_):
+    """Ctrl-C while a run learns: it is wound up, unless a second one comes."""
+    signal.signal(signal.SIGINT, at_once)
+    raise KeyboardInterrupt
 
 
 # ---- the settings ----
@@ -171,6 +223,7 @@ def resolve(config):
     """Fill every None from the task's entry; check what can be checked before anything is made."""
     import envs
 
+    check_types(config)
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in (*allowed, None):  # None: the task's own, below
             raise UserError(f"--{name} {getattr(config, name)}: "
@@ -195,8 +248,9 @@ def resolve(config):
     try:
         if not isinstance(json.loads(config.vlm_extra), dict):
             raise ValueError("not an object in braces")
-    except ValueError as error:
-        raise UserError(f"--vlm-extra {config.vlm_extra}: no JSON object ({error})") from None
+        json.dumps(json.loads(config.vlm_extra))  # trap: it may be nested too deep to be sent
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--vlm-extra {config.vlm_extra[:80]}: no JSON object ({error})") from None
     task = envs.TASKS.get(config.env)
     if config.schedule == "paper" and not (task and task.paper):
         raise UserError(f"--schedule paper: the paper has no task {config.env}")
@@ -226,6 +280,19 @@ def choose_device(config):
     return device
 
 
+def check_types(config):
+    """Every setting of its kind, or one line: config.json may be edited, or a stranger's."""
+    kinds = {"int": "a whole number", "float": "a number", "str": "text"}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        whole = type(value) is int and isinstance(0.0, field.type)  # 1, where 1.0 is meant
+        right = isinstance(value, field.type) and type(value) is not bool or whole
+        if not right or (isinstance(value, str) and "\0" in value):
+            kind = getattr(field.type, "__name__", str(field.type)).split(" ")[0]
+            raise UserError(f"--{field.name.replace('_', '-')} {str(value)[:60]!r}: it must be "
+                            f"{kinds[kind]}")
+
+
 def check_ranges(config):
     """Every number within its range, or one line: `--hold 0` would divide by zero hours later."""
     for field in dataclasses.fields(config):
@@ -234,13 +301,15 @@ def check_ranges(config):
             continue
         above = "float" in kind and field.name not in RANGES  # a rate: any number above 0
         low, high = RANGES.get(field.name, (0, None))
+        if high is None and "int" in kind:
+            high = MOST
         # written so that nan and infinity are refused too
         if not (value > low if above else value >= low) or not (
-                value < math.inf if high is None else value <= high):
+                value <= (sys.float_info.max if high is None else high)):
             most = "" if high is None else f", at most {high}"
             least = f"above {low}" if above else f"at least {low}"
             flag = "--" + field.name.replace("_", "-")
-            raise UserError(f"{flag} {value}: it must be {least}{most}")
+            raise UserError(f"{flag} {str(value)[:60]}: it must be {least}{most}")
 
 
 def price_of(config):
@@ -304,7 +373,8 @@ def parse_args(arguments):
             "--" + field.name.replace("_", "-") for field in dataclasses.fields(Config))
         raise UserError(f"{message}; there are {flags}" if "unrecognized" in message else message)
 
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0],
+    title = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
+    parser = argparse.ArgumentParser(prog="train.py", description=title,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail
     explained = field_help()
@@ -318,25 +388,31 @@ def parse_args(arguments):
     given = vars(parser.parse_args(arguments))
     if "resume" not in given:
         return Config(**given)
-    fixed = sorted(set(given) - {"resume"} - set(MAY_CHANGE))
-    if fixed:
-        raise UserError(
-            f"a resumed run keeps its --{fixed[0].replace('_', '-')}; what may change is "
-            + ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE))
     return resumed(given)
+
+
+def read_json(path):
+    """A run folder's JSON file -> dict. ValueError where it is something else, or no plain file."""
+    from cached_labels import read_plain
+
+    try:
+        found = json.loads(read_plain(path, most=2**24))
+    except RecursionError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{os.path.basename(path)} is none of ours")
+    return found
 
 
 def resumed(given):
     """The stored settings of the run in given["resume"], with the changes a started run allows."""
-    folder, stored, summary = given["resume"], {}, {"finished": False}
+    folder, summary = given["resume"], {"finished": False}
     try:
-        with open(os.path.join(folder, "config.json")) as file:
-            stored = json.load(file)
+        stored = read_json(os.path.join(folder, "config.json"))
         if os.path.exists(os.path.join(folder, "summary.json")):
-            with open(os.path.join(folder, "summary.json")) as file:
-                summary = json.load(file)
-        if not isinstance(stored, dict) or not isinstance(summary, dict) or "command" not in stored:
-            raise ValueError("config.json or summary.json is none of ours")  # an audit's has no command
+            summary = read_json(os.path.join(folder, "summary.json"))
+        if "command" not in stored:
+            raise ValueError("config.json is none of ours")  # an audit's has no command
     except (OSError, ValueError) as error:
         raise UserError(f"--resume {folder}: no run folder of train.py ({error})") from None
     # trap: killed between the summary and the report, a run must still be able to finish
@@ -344,39 +420,203 @@ def resumed(given):
         raise UserError(f"the run in {folder} has finished: "
                         f"see {os.path.join(folder, 'report.html')}")
     names = {field.name for field in dataclasses.fields(Config)}
-    return Config(**{**{key: value for key, value in stored.items() if key in names}, **given})
+    stored = {key: value for key, value in stored.items() if key in names}
+    same = {"resume", *(name for name in NAMED_AGAIN if given.get(name) == stored.get(name))}
+    fixed = sorted(set(given) - same - set(MAY_CHANGE))
+    if fixed:
+        raise UserError(
+            f"a resumed run keeps its --{fixed[0].replace('_', '-')}; what may change is "
+            + ", ".join("--" + name.replace("_", "-") for name in MAY_CHANGE))
+    config = Config(**{**stored, **given})
+    try:
+        check_types(config)
+    except UserError as error:
+        raise UserError(f"config.json in {folder}: {error}") from None
+    for name, why in to_name_again(config).items():
+        if name not in given:
+            raise UserError(f"--resume {folder}: {why}; if you trust it: "
+                            f"{resume_command(config, folder)}")
+    return config
+
+
+def to_name_again(config):
+    """{field: why}: what the user must name again beside --resume, since a folder that came from
+    a stranger could do harm with it.
+    """
+    from vlm_query import PROVIDERS
+
+    found = {}
+    if ":" in config.env:
+        # trap: what lies beside train.py can be imported, runs/ and all that is in it too
+        found["env"] = f"its environment {config.env} is a module, which would be run"
+    wire = PROVIDERS.get(config.vlm.partition("/")[0])
+    official = wire and wire.url and "/".join(wire.url.split("/")[:3]) + "/"  # scheme://host/
+    if (config.vlm_url and wire and os.environ.get(wire.variable)
+            and not (official and f"{config.vlm_url}/".startswith(official))):
+        found["vlm_url"] = f"your {wire.variable} would be sent to {config.vlm_url}"
+    if config.reward == "clip" and config.clip_model != Config.clip_model:
+        found["clip_model"] = f"the model {config.clip_model} would be loaded"
+    return found
+
+
+def resume_command(config, folder):
+    """The command that goes on with the run, ready to be pasted into a shell."""
+    again = [word for name in to_name_again(config)
+             for word in ("--" + name.replace("_", "-"), getattr(config, name))]
+    return shlex.join(["python", "train.py", "--resume", folder, *again])
 
 
 # ---- the run folder ----
-class Run:
-    """The run folder: what was set, measured and paid for. With resume: as of its checkpoint."""
+def make_folder(path, unique=False):
+    """Make a run folder -> its name. unique: where it exists, with a number behind the name."""
+    name = path
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        for number in range(2, 1000):
+            try:
+                os.mkdir(name)
+                return name
+            except FileExistsError:
+                if not unique:
+                    break
+                name = f"{path}-{number}"
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path[:100]}: this run folder cannot be made ({error}); choose another "
+                        "--out") from None
+    raise UserError(f"{name} exists already; choose another --out, or go on with it: "
+                    f"--resume {shlex.quote(name)}")
 
-    def __init__(self, config):
-        import torch
+
+def claim(folder):
+    """Make sure of a run folder before anything in it is changed -> its lock, a file to be closed.
+
+    The kernel lets go of the lock when the process dies. UserError where another process holds it,
+    or where what we write would end up elsewhere.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        lock = open(os.path.join(folder, ".lock"), "rb",
+                    opener=lambda path, _: os.open(path, flags, 0o666))
+    except OSError as error:
+        raise UserError(f"{folder}: no run folder that can be written to "
+                        f"({error.strerror})") from None
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is at work on this run; wait for its end, or "
+                        "stop it first") from None
+    except OSError:
+        pass  # a disk that knows no locks
+    # trap: who sends a run folder could lead our writing to any file of the user, by either kind of
+    # link. Only the buffer may be elsewhere, on a larger disk; but not in another run.
+    buffer = os.path.join(folder, "buffer")
+    beside = os.path.dirname(os.path.realpath(buffer))
+    linked = os.path.islink(buffer) and os.path.isdir(buffer) and not os.path.exists(
+        os.path.join(beside, "config.json"))
+    for place, folders, files in (*os.walk(folder), *os.walk(buffer)):
+        for path in (os.path.join(place, name) for name in folders + files):
+            about = os.lstat(path)
+            plain = stat.S_ISREG(about.st_mode) and about.st_nlink == 1
+            if not plain and not stat.S_ISDIR(about.st_mode) and not (linked and path == buffer):
+                raise UserError(f"--resume {folder}: {path} is a link or no plain file; put a copy "
+                                "in its place")
+    return lock
+
+
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """A file to write to, which takes the name once it is whole and on the disk, or never."""
+    # trap: under another name first, so that a kill half-way leaves the old one whole; and without
+    # fsync the name may be on the disk before the bytes are, when the power fails
+    with open(path + ".new", mode, newline=None if "b" in mode else "") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".new", path)
+
+
+class Run:
+    """The run folder: what was set, measured and paid for. With resume: as of its checkpoint.
+
+    unique: a new one gets a number behind its name where that exists.
+    """
+
+    def __init__(self, config, unique=False):
         import vlm_query
 
-        self.folder, self.started = config.out, time.time()
-        self.state = None  # the last checkpoint
-        if config.resume and os.path.exists(self.path("checkpoint", "state.pt")):
-            # weights_only: tensors, numbers and strings; a foreign run folder cannot run code here
-            try:
-                self.state = torch.load(self.path("checkpoint", "state.pt"), weights_only=True)
-            except Exception as error:  # a damaged file may raise anything
-                raise UserError(f"--resume {self.folder}: its checkpoint cannot be read "
-                                f"({' '.join(str(error).split())[:120]})") from None
-        elif not config.resume:
-            os.makedirs(self.folder)
+        self.folder, self.started = config.resume or make_folder(config.out, unique), time.time()
+        self.config = dataclasses.replace(config, out=self.folder, resume=None)
+        self.state = self._load() if config.resume else None  # the last checkpoint
         # trap: the first file of all: a folder without it could neither be resumed nor used again
-        fields = {**dataclasses.asdict(config), "labeler": who_labels(config),
+        fields = {**dataclasses.asdict(self.config), "labeler": who_labels(config),
                   "command": command_line(config)}
-        write_json(self.path("config.json"), {**fields, "resume": None})
+        write_json(self.path("config.json"), fields)
         os.makedirs(self.path("pairs"), exist_ok=True)
-        self.rows = self.state["rows"] if self.state else []
-        self.seconds_before = self.state["seconds"] if self.state else 0.0
-        self._keep("metrics.csv", 1 + len(self.rows) if self.rows else 0)
-        self._keep("timing.csv", 1 + len(self.rows) if self.rows else 0)
-        self.logged = self.state["logged"] if self.state else 0  # pairs in labels.jsonl
+        state = self.state or {"rows": [], "times": [], "seconds": 0.0, "logged": 0}
+        self.rows, self.seconds_before = state["rows"], state["seconds"]
+        self.logged = state["logged"]  # pairs in labels.jsonl
+        if self.logged:
+            self._count_labels(vlm_query.LabelLog)
+        # what was written after the checkpoint is about to happen again
+        self.times = state.get("times") or self._old_times()  # of the rows, in seconds
+        self._write("metrics.csv", METRICS, map(metrics_of, self.rows))
+        self._write("timing.csv", TIMING, self.times)
         self.labels = vlm_query.LabelLog(self.path("labels.jsonl"), keep=self.logged)
+
+    def _load(self):
+        """The checkpoint, or None where there is none yet. UserError where it cannot be used."""
+        import torch
+
+        path = self.path("checkpoint", "state.pt")
+        if not os.path.exists(path):
+            return None
+        try:
+            with zipfile.ZipFile(path) as parts:
+                # trap: torch reads a flipped bit without a word; and it packs nothing, a bomb does
+                if any(part.compress_type for part in parts.infolist()) or parts.testzip():
+                    raise ValueError("it is damaged")
+            # weights_only: tensors, numbers and strings; a foreign run folder cannot run code here
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # a damaged file may raise anything
+            raise UserError(f"--resume {self.folder}: its checkpoint cannot be read "
+                            f"({' '.join(str(error).split())[:120]})") from None
+        try:
+            state["seconds"], kept = float(state["seconds"]), state.get("config") or {}
+            right = type(state["logged"]) is type(state["data"]["added"]) is int and all(
+                isinstance(value, (int, float, type(None)))
+                for row in state["rows"] for value in row.values())
+            times = [[float(value) for value in pair] for pair in state.get("times", ())]
+            if not (right and all("step" in row and "eval_return" in row for row in state["rows"])
+                    and state["rows"] and len(times) in (0, len(state["rows"]))):
+                raise ValueError("its rows")
+            now = dataclasses.asdict(self.config)
+            changed = [name for name in now if name in kept and name not in MAY_CHANGE + MAY_MOVE
+                       and now[name] != kept[name]]
+        except Exception as error:  # an older version's, or changed by hand
+            raise UserError(unusable(self.folder, error)) from None
+        if changed:
+            name = changed[0]
+            raise UserError(f"--resume {self.folder}: config.json says {name} {now[name]!r}, and the "
+                            f"run began with {kept[name]!r}: put that back")
+        return state
+
+    def _count_labels(self, log):
+        """UserError where lines of labels.jsonl are lost that the checkpoint counts."""
+        path = self.path("labels.jsonl")
+        count = len(log.read(path)) if os.path.exists(path) else 0
+        if count < self.logged:
+            raise UserError(f"--resume {self.folder}: {count} of {self.logged} answers are left in "
+                            "labels.jsonl; put a copy of it back, or begin anew: what was paid for "
+                            "is in the vlm_cache beside the run")
+
+    def _old_times(self):
+        """Checkpoints once had no times: those of timing.csv, as far as it goes."""
+        times = []
+        if self.rows and os.path.exists(self.path("timing.csv")):
+            with open(self.path("timing.csv"), newline="", errors="replace") as file:
+                times = [row for row in csv.reader(file) if len(row) == 2][1:len(self.rows) + 1]
+        return times + [[row["step"], ""] for row in self.rows[len(times):]]
 
     def path(self, *names):
         return os.path.join(self.folder, *names)
@@ -384,43 +624,50 @@ class Run:
     def seconds(self):
         return self.seconds_before + time.time() - self.started
 
-    def _keep(self, name, lines):
-        """Forget what was written after the checkpoint; it is about to happen again."""
-        if os.path.exists(self.path(name)):
-            with open(self.path(name), newline="") as file:
-                kept = file.readlines()[:lines]
-            # trap: emptied, and killed before it is full again, it would have lost them for good
-            with open(self.path(name) + ".new", "w", newline="") as file:
-                file.writelines(kept)
-            os.replace(self.path(name) + ".new", self.path(name))
+    def _write(self, name, columns, rows):
+        """A table anew; without rows, an empty file."""
+        # trap: emptied, and killed before it is full again, it would have lost them for good
+        with replacing(self.path(name)) as file:
+            csv.writer(file).writerows([columns, *rows] if self.rows else [])
 
     def write(self, row):
         """One evaluation: a line in metrics.csv (without the clock) and one in timing.csv."""
         self.rows.append(row)
-        for name, columns, values in (
-                ("metrics.csv", METRICS, [row.get(key) for key in METRICS]),
-                ("timing.csv", ("step", "seconds"), [row["step"], round(self.seconds(), 2)])):
+        self.times.append([row["step"], round(self.seconds(), 2)])
+        for name, columns, values in (("metrics.csv", METRICS, metrics_of(row)),
+                                      ("timing.csv", TIMING, self.times[-1])):
             with open(self.path(name), "a", newline="") as file:
-                writer = csv.writer(file)
-                if len(self.rows) == 1:
-                    writer.writerow(columns)
-                writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
+                csv.writer(file).writerows([columns, values] if len(self.rows) == 1 else [values])
 
     def save(self, state):
         """All that a resumed run needs and no file has; the old checkpoint stays until then."""
         import torch
 
         os.makedirs(self.path("checkpoint"), exist_ok=True)
-        state = {**state, "rows": self.rows, "seconds": self.seconds(), "logged": self.logged}
-        torch.save(state, self.path("checkpoint", "state.pt.new"))
-        # trap: under another name first, so that a kill half-way leaves the old checkpoint whole
-        os.replace(self.path("checkpoint", "state.pt.new"), self.path("checkpoint", "state.pt"))
+        state = {**state, "rows": self.rows, "times": self.times, "seconds": self.seconds(),
+                 "logged": self.logged, "config": dataclasses.asdict(self.config)}
+        with replacing(self.path("checkpoint", "state.pt"), "wb") as file:
+            torch.save(state, file)
+
+    def resume_command(self):
+        return resume_command(self.config, self.folder)
+
+
+def unusable(folder, error):
+    """Why a checkpoint that can be read cannot be gone on from, in one line."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    return (f"--resume {folder}: its checkpoint does not fit; it is of another version of train.py, "
+            f"or it or config.json was changed ({reason})")
+
+
+def metrics_of(row):
+    """A row's cells in metrics.csv."""
+    return [f"{v:.6g}" if isinstance(v, float) else v for v in map(row.get, METRICS)]
 
 
 def write_json(path, content):
-    with open(path + ".new", "w") as file:
+    with replacing(path) as file:
         json.dump(content, file, indent=1)
-    os.replace(path + ".new", path)
 
 
 def command_line(config):
@@ -590,4 +837,4 @@ def closing_text(config, run, finished, at, labeler, spearman):
         text += [f"Warning: {'; '.join(doubts)}."]
     text += [f"Report: {run.path('report.html')}"]
     return " ".join(text + (
-        [] if finished else [f"- go on with: python train.py --resume {run.folder}"]))
+        [] if finished else [f"- go on with: {run.resume_command()}"]))

@@ -32,6 +32,7 @@ To use it elsewhere:
 import copy
 import mmap
 import os
+import zlib
 
 import numpy as np
 import torch
@@ -43,11 +44,15 @@ RANDOM_SHARE = 0.05  # of discrete actions is uniform, whatever the policy says
 LOG_2 = float(np.log(2.0))
 
 
+class StoredArrayError(ValueError):
+    """A file of stored_array() that is there and cannot be used, in one line."""
+
+
 def stored_array(folder, name, shape, dtype):
     """Zeros of that shape: in memory or, given a folder, in a memory-mapped file there.
 
     The file outlives the process, and one that exists already is opened as it is: a resumed run
-    finds what the interrupted one stored.
+    finds what the interrupted one stored. StoredArrayError where it is something else.
     """
     if folder is None:
         return np.zeros(shape, dtype)
@@ -55,11 +60,15 @@ def stored_array(folder, name, shape, dtype):
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    array = np.lib.format.open_memmap(path, mode="r+")
+    try:
+        # trap: opened for writing, a file that was cut short is made whole again, with zeros
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError) as error:
+        raise StoredArrayError(f"{path} is cut short or damaged ({error})") from None
     if array.shape != shape or array.dtype != dtype:
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}, not {shape}: "
-                         "it belongs to another run")
-    return array
+        raise StoredArrayError(f"{path} holds {array.dtype} {array.shape}, not {shape}: "
+                               "it belongs to another run")
+    return np.lib.format.open_memmap(path, mode="r+")
 
 
 # ---- STEP 1: act, and store the transition with the image seen after it ----
@@ -179,10 +188,37 @@ class ReplayBuffer:
             "terminated": torch.from_numpy(self.terminated[rows].astype(np.float32)),
         }
 
+    ON_DISK = ("obs", "next_obs", "action", "image")
+    summed = 0, {}  # rows of which sums() has the checksums, and these
+
+    def sums(self):
+        """CRCs of the memory-mapped arrays: every row is read once, for rows are only added.
+
+        {} once the ring has wrapped, where that is no longer so.
+        """
+        start, sums = self.summed
+        arrays = {name: getattr(self, name) for name in self.ON_DISK}
+        arrays = {name: array for name, array in arrays.items() if isinstance(array, np.memmap)}
+        if self.added > self.capacity:
+            return {}
+        for name, array in arrays.items():
+            crc = sums.get(name, 0)
+            for row in range(start, self.added, 1024):
+                crc = zlib.crc32(array[row:min(row + 1024, self.added)].tobytes(), crc)
+            sums = {**sums, name: crc}
+            array._mmap.madvise(mmap.MADV_DONTNEED)  # see relabel()
+        self.summed = self.added, sums
+        return sums
+
     def state_dict(self):
-        """What changes after it was written; the memory-mapped arrays are on disk already."""
+        """What changes after it was written; the memory-mapped arrays are on disk already, and are
+        told apart from others by their checksums.
+        """
         n = len(self)
-        return {"added": self.added, "unpriced": self.unpriced,
+        for name in self.ON_DISK:
+            if isinstance(getattr(self, name), np.memmap):
+                getattr(self, name).flush()  # of use after a power failure, as the checkpoint is
+        return {"added": self.added, "unpriced": self.unpriced, "sums": self.sums(),
                 "rng": self.rng.bit_generator.state,
                 **{name: torch.from_numpy(getattr(self, name)[:n].copy())
                    for name in self.IN_CHECKPOINT}}
@@ -193,6 +229,11 @@ class ReplayBuffer:
         self.rng.bit_generator.state = state["rng"]
         for name in self.IN_CHECKPOINT:
             getattr(self, name)[: len(self)] = state[name].numpy()
+        self.summed = 0, {}
+        sums = state.get("sums", {})  # older checkpoints have none
+        for name, crc in self.sums().items() if sums else ():
+            if crc != sums[name]:
+                raise ValueError(f"{name}.npy is not the one that was stored with it")
 
 
 # ---- STEP 0: explore without any reward ----

@@ -220,7 +220,8 @@ def settings(job):
     import run
 
     if stored(job)[0]:
-        return run.resumed({"resume": job.folder})
+        ours = {"env": job.task, **job.overrides}  # a sweep's runs are no stranger's
+        return run.resumed({"resume": job.folder, **{name: ours[name] for name in run.NAMED_AGAIN if name in ours}})
     # trap: a run killed before it wrote its settings has left a folder that a fresh run would refuse
     resume = job.folder if os.path.exists(job.folder) else None
     return run.Config(env=job.task, seed=job.seed, out=job.folder, resume=resume, **job.overrides)

@@ -4222,8 +4222,8 @@ def test_a_reward_that_looks_at_no_pictures_learns_the_same_without_them(tmp_pat
 
 def test_disk_is_not_asked_for_where_no_picture_is_stored(tmp_path, monkeypatch):
     """A full disk must stop a run that stores pictures before it starts, and no run with the true reward."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=0))
-    train.check_disk(run.resolve(tiny(tmp_path, reward="true")))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=20_000))  # observations and actions
+    train.check_disk(run.resolve(tiny(tmp_path, reward="true")), envs.make("CartPole"))
     with pytest.raises(run.UserError, match="of disk"):
         train.train(tiny(tmp_path, reward="score"))
 
@@ -4341,14 +4341,15 @@ def test_what_cannot_work_here_is_said_before_anything_is_made(tmp_path, monkeyp
 def test_candidates_need_disk_too(tmp_path, monkeypatch):
     """Room for the steps' pictures alone is too little; with both pictures of every candidate it is enough."""
     config = run.resolve(tiny(tmp_path))
-    steps = 3 * config.total_steps * config.reward_size**2
+    steps = config.total_steps * (3 * config.reward_size**2 + 4 * (4 + 4 + 2))
+    pairs = config.max_pairs * 2 * config.query_size**2  # of the PNGs a third of what they unpack to
     candidates = 3 * config.candidates * (config.reward_size**2 + config.query_size**2)
-    free = types.SimpleNamespace(free=steps + candidates)
+    free, env = types.SimpleNamespace(free=steps + candidates + pairs), envs.make("CartPole")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    train.check_disk(config)
+    train.check_disk(config, env)
     free.free -= 1
     with pytest.raises(run.UserError, match="50 candidates need"):
-        train.check_disk(config)
+        train.check_disk(config, env)
 
 
 @pytest.mark.usefixtures("unreported")

@@ -27,20 +27,26 @@ Differs from the paper:
 
 Every run leaves a folder: config.json, metrics.csv, labels.jsonl, pairs/, checkpoint/, eval_*.gif, report.html.
 """
+import contextlib
 import copy
 import csv
 import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import zlib
+from pathlib import Path
 
-import numpy as np
-
-from run import (Run, UserError, closing_text, parse_args, price_of, resolve, status, warn, who_labels,
+import run as run_folder
+from run import (Run, UserError, closing_text, parse_args, price_of, resolve, say, status, warn, who_labels,
                  write_json)
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, run_folder.at_once)  # now: the imports from here on take a while
+import numpy as np
 
 # No training episode has these seeds (--seed below 10).
 EVAL_SEED, FRESH_SEED, TRIAL_SEED = 1_000_000, 2_000_000, 3_000_000
@@ -53,6 +59,34 @@ IN_A_FILM, IN_AN_EPISODE = 100, 1000
 # ---- the algorithm ----
 def train(config):
     """Run the whole algorithm -> the rows of metrics.csv. What it leaves in the run folder: see the header."""
+    import sac
+
+    unique = not config.out  # a folder that we name may get a number, too
+    config, env, eval_env = prepare(config)
+    check_disk(config, env)
+    with contextlib.ExitStack() as at_the_end:
+        if config.resume:
+            at_the_end.enter_context(run_folder.claim(config.resume))  # before a question is paid for
+        clip = clip_price(config)  # it and the labeler before the run folder: no CLIP here, a wrong key or an unknown
+        labeler = Labeler(config)  # goal should leave nothing behind
+        at_the_end.callback(labeler.close)
+        run = Run(config, unique)
+        if not config.resume:
+            at_the_end.enter_context(run_folder.claim(run.folder))
+        say(f"{config.env}: {config.goal}", f"labels from: {who_labels(config)}", f"run folder: {run.folder}")
+        try:
+            run_folder.GO_ON.append(f"go on with: {run.resume_command()}")
+            if signal.getsignal(signal.SIGINT) is run_folder.at_once:
+                signal.signal(signal.SIGINT, run_folder.in_order)
+            return learn(config, run, env, eval_env, clip, labeler)
+        except KeyboardInterrupt:  # before its first step, or while it was wound up
+            raise KeyboardInterrupt(str(resumable("interrupted", run))) from None
+        except (sac.StoredArrayError, OSError) as error:  # OSError: the disk is full, or was taken away
+            raise resumable(error, run) from None
+
+
+def learn(config, run, env, eval_env, clip, labeler):
+    """The algorithm itself, in a run folder that is ours alone -> the rows of metrics.csv."""
     import torch
     from tqdm import tqdm
 
@@ -65,18 +99,13 @@ def train(config):
     import vlm_query
 
     torch.set_num_threads(1)  # layers this small gain little from a second thread: two runs at a time gain more
-    config, env, eval_env = prepare(config)
-    check_disk(config)
-    clip = clip_price(config)  # it and the labeler before the run folder: no CLIP here, a wrong key or an unknown goal
-    labeler = Labeler(config)  # should leave nothing behind
-    run = Run(config)
-    print(f"{config.env}: {config.goal}\nlabels from: {who_labels(config)}\nrun folder: {run.folder}", flush=True)
     rng, space = np.random.default_rng(config.seed), env.action_space
     small = (config.reward_size, config.reward_size, 3)
     looks = looks_at_pictures(config)
     record = cuda_graph.Recorded if config.cuda_graph else None
     agent = sac.SAC(env.observation_space.shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount,
                     device=config.device, seed=config.seed, bfloat16=bool(config.sac_bfloat16), record=record)
+    open_buffer(config, run)
     buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small if looks else None,
                               run.path("buffer"), config.seed)
     pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
@@ -88,7 +117,8 @@ def train(config):
     if config.reward == "score":
         dataset, fit = score_reward.ScoreDataset, score_reward.fit
     stored = run.state["data"]["added"] if run.state else 0
-    data = dataset(max(config.max_pairs, stored, len(labeler.kept[2])), small)  # kept: the answers of --labels-from
+    # kept: the answers of --labels-from
+    data = dataset(max(most_pairs(config), stored, len(labeler.kept[2])), small)
     kept = KeptPolicy(agent, config)
     parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler,
              "kept": kept}
@@ -98,7 +128,7 @@ def train(config):
     # priced: some rows have rewards.  explores: the critics still know nothing but novelty.
     at = {"step": 0, "episode": 0, "sessions": 0, "priced": False, "explores": True, "fit": {}, "solved": None}
     if run.state:
-        load_all(run.state, parts, at, rng)
+        load_all(run, parts, at, rng)
     else:
         write_gif(run.path("eval_before.gif"), eval_env, learned_policy(agent), config)
         run.write({"step": 0, "episodes": 0, **evaluate(agent, eval_env, config)})
@@ -197,14 +227,13 @@ def train(config):
         raise resumable(error, run) from None
     finally:
         bar.close()
-        labeler.close()
-    print("\n" + finish(config, run, finished, at, labeler, kept.agent, price, eval_env))
+    say("", finish(config, run, finished, at, labeler, kept.agent, price, eval_env))
     return run.rows
 
 
 def resumable(error, run):
     """What stopped the run, and how it goes on."""
-    return UserError(f"{error} [nothing is lost; go on with: python train.py --resume {run.folder}]")
+    return UserError(f"{error} [nothing is lost; go on with: {run.resume_command()}]")
 
 
 def forget_novelty(agent, buffer, batch_size):
@@ -246,6 +275,9 @@ class Candidates:
             self.large[slot], self.small[slot], self.progress[slot] = large, small, progress
 
     def state_dict(self):
+        for pictures in (self.large, self.small):
+            if isinstance(pictures, np.memmap):
+                pictures.flush()  # a checkpoint is of use after a power failure only with what it counts on
         return {"offered": self.offered, "progress": self.progress.tolist(), "seen": list(self.seen)}
 
     def load_state_dict(self, state):
@@ -408,7 +440,7 @@ def evaluate(agent, env, config):
     """
     act, rows = learned_policy(agent), []
     for episode in range(config.eval_episodes):
-        _, reward, progress, success = run_episode(env, act, EVAL_SEED + 1000 * config.seed + episode)
+        _, reward, progress, success = run_episode(env, act, other_seed(EVAL_SEED, config, episode))
         rows.append((reward.sum(), success[-1], success.max(), success.mean(), progress[-1]))
     names = ("eval_return", "eval_success", "eval_success_any", "eval_success_frames", "eval_progress")
     return {name: float(value) for name, value in zip(names, np.mean(rows, axis=0))
@@ -431,7 +463,7 @@ class KeptPolicy:
         """Try the agent's policy; keep a copy if it is worth no less than the kept one, or nothing is priced yet."""
         if not self.config.keep_best:
             return
-        trials = [self.trial(agent, env, TRIAL_SEED + 1000 * self.config.seed + n)
+        trials = [self.trial(agent, env, other_seed(TRIAL_SEED, self.config, n))
                   for n in range(self.config.keep_best)]
         if not (priced and self.trials) or self.worth(trials, price) >= self.worth(self.trials, price):
             self.trials = trials
@@ -520,7 +552,7 @@ def write_gif(path, env, act, config):
     """The first evaluation episode, as the VLM would see it, in at most 100 pictures and about four seconds."""
     import imageio
 
-    images = run_episode(env, act, EVAL_SEED + 1000 * config.seed, config.query_size, IN_A_FILM)[0]
+    images = run_episode(env, act, other_seed(EVAL_SEED, config), config.query_size, IN_A_FILM)[0]
     imageio.mimsave(path, list(images), duration=4000 / max(len(images), 4), loop=0)
 
 
@@ -554,8 +586,23 @@ def programs_price(config, run, env, labeler):
     try:
         return learn_programs(config, run, env, labeler)  # STEPs C1 to C3
     except (UserError, vlm_query.VLMError, code_as_reward.CodeAsRewardError) as error:
-        labeler.close()
         raise resumable(error, run) from None
+
+
+def read_programs(folder):
+    """code_as_reward.load_programs(), of files that are ordinary and small: the folder may be a stranger's."""
+    import cached_labels
+    import code_as_reward
+
+    paths = [*Path(folder).glob("programs/[1-9]_*.py"), *Path(folder).glob("[1-9]_*.py")]
+    if len(paths) > 100:
+        raise UserError(f"{folder}: {len(paths)} programs are too many (at most 100)")
+    try:
+        for path in paths:
+            cached_labels.read_plain(path, 10**6)
+    except (OSError, cached_labels.CachedLabelsError) as error:
+        raise UserError(f"a program cannot be read: {error}") from None
+    return code_as_reward.load_programs(folder)
 
 
 def learn_programs(config, run, env, labeler):
@@ -566,11 +613,11 @@ def learn_programs(config, run, env, labeler):
 
     folder = run.path("code_as_reward")
     if config.programs or os.path.exists(os.path.join(folder, "programs", "complete")):  # the latter: a resumed run
-        programs = code_as_reward.load_programs(config.programs or folder)
+        programs = read_programs(config.programs or folder)
     else:
         expert = envs.expert(env)
-        start_image = start_picture(env, EVAL_SEED + 1000 * config.seed, config.query_size)
-        goal_image = run_episode(env, expert, EVAL_SEED + 1000 * config.seed, config.query_size)[0][-1]
+        start_image = start_picture(env, other_seed(EVAL_SEED, config), config.query_size)
+        goal_image = run_episode(env, expert, other_seed(EVAL_SEED, config), config.query_size)[0][-1]
         episodes = code_as_reward.collect_episodes(env, expert, config.reward_size, seed=FRESH_SEED)
         other = envs.make("CartPole" if config.env != "CartPole" else "DoorKey-5x5")
         others = [run_episode(other, envs.expert(other), seed, config.reward_size)[0] for seed in range(3)]
@@ -592,7 +639,7 @@ def learn_programs(config, run, env, labeler):
             for parts in error.questions:
                 labeler.vlm.forget(parts)
             raise
-        print(code_as_reward.verification_table(reports), flush=True)
+        say(*code_as_reward.verification_table(reports).split("\n"))
     labeler.programs = programs
     return programs
 
@@ -638,16 +685,64 @@ def save_all(parts, at, rng):
             "rng": rng.bit_generator.state}
 
 
-def load_all(state, parts, at, rng):
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    at.update(state["at"])
-    rng.bit_generator.state = state["rng"]
+def load_all(run, parts, at, rng):
+    """Everything as it was at the checkpoint; UserError where the checkpoint is not of this version and this run."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(run.state[name])
+        at.update(run.state["at"])
+        rng.bit_generator.state = run.state["rng"]
+        parts["labeler"].row()
+        counts = [at["step"], at["episode"], at["sessions"], len(parts["pool"])]
+        if min(counts) < 0 or any(type(count) is not int for count in counts) or at["step"] != parts["buffer"].added:
+            raise ValueError(f"it is at step {at['step']} with {parts['buffer'].added} rows stored")
+    except Exception as error:  # a file from elsewhere may raise anything
+        raise UserError(run_folder.unusable(run.folder, error)) from None
 
 
+# trap: some environments hand their seed to numpy's older generators, which take 32 bits
 def train_seed(config, at):
     """Every episode is reset with a seed of its own: where a run resumes, nothing before that matters."""
-    return config.seed * 100_000 + at["episode"]
+    return (config.seed * 100_000 + at["episode"]) % 2**32
+
+
+def other_seed(first, config, number=0):
+    """The seed of an episode that is not trained on: first is EVAL_SEED, FRESH_SEED or TRIAL_SEED."""
+    return (first + 1000 * config.seed + number) % 2**32
+
+
+# ---- the part of the run folder that only a resumed run needs ----
+def buffer_files(config):
+    """The files in buffer/ that this run has: names without .npy."""
+    return ["obs", "next_obs", "action", "query", "query_small"] + ["image"] * looks_at_pictures(config)
+
+
+def open_buffer(config, run):
+    """Before arrays are mapped into buffer/: with a checkpoint all must be there, without one none is of use."""
+    folder = run.path("buffer")
+    if run.state:
+        for name in buffer_files(config):
+            if not os.path.exists(os.path.join(folder, name + ".npy")):
+                raise UserError(f"--resume {run.folder}: {name}.npy is missing in its buffer/; put it back, or begin "
+                                "anew: answers that were paid for are in the vlm_cache beside the run")
+    elif not os.path.islink(folder):
+        shutil.rmtree(folder, ignore_errors=True)  # a kill may have left half a file
+
+
+def remove_buffer(config, run):
+    """Gigabytes that only an unfinished run needs. Behind a link, only what is surely ours goes."""
+    folder = run.path("buffer")
+    if not os.path.islink(folder):
+        return shutil.rmtree(folder)
+    for name in buffer_files(config):
+        os.remove(os.path.join(folder, name + ".npy"))
+    os.remove(folder)
+
+
+def most_pairs(config):
+    """So many pairs the schedule can ask at most: with --max-pairs 1e9, memory is not needed for a billion."""
+    sessions = max(0, config.total_steps - config.explore_steps) // config.feedback_every + 1
+    return min(config.max_pairs, sessions * config.pairs_per_session)
 
 
 # ---- before and after ----
@@ -672,32 +767,39 @@ def prepare(config):
     if config.programs:
         import code_as_reward
 
-        code_as_reward.load_programs(config.programs).close()  # a wrong folder should leave nothing behind
+        read_programs(config.programs).close()  # a wrong folder should leave nothing behind
     who = "offline_stand-in" if config.vlm.startswith("offline") else config.vlm.replace("/", "_")
     who = "kept" if config.labels_from or config.programs else "oracle" if config.labels == "oracle" else who
     kind = f"{config.reward}-{who}" if config.reward in ("preference", "score", "code") else config.reward
     name = f"{config.env}-{kind}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = config.resume or config.out or os.path.join("runs", name.replace(":", "_"))
-    if os.path.exists(out) and not config.resume:
-        raise UserError(f"{out} exists already; choose another --out, or go on with it: --resume {out}")
+    out = config.resume or config.out or os.path.join("runs", name.replace(":", "_").replace("/", "_"))
+    if not config.resume:  # tried before anything is paid for, and made for good when there is something to put in
+        out = run_folder.make_folder(out, unique=not config.out)
+        os.rmdir(out)
     return dataclasses.replace(config, goal=env.goal, horizon=env.horizon, out=out), env, eval_env
 
 
-def check_disk(config):
-    """Room for the picture of every step?  UserError if not."""
-    if config.resume or not looks_at_pictures(config):
-        return
-    place = os.path.abspath(config.out)
+def check_disk(config, env):
+    """Room for every step, candidate and pair?  UserError if not."""
+    place = os.path.abspath(os.path.join(config.out, "buffer"))
+    # a resumed run has some of it already
+    there = sum(path.stat().st_blocks * 512 for path in Path(place).glob("*.npy")) if config.resume else 0
     while not os.path.exists(place):
         place = os.path.dirname(place)
-    # of every step the small picture; of every candidate for a question both
-    pixels = (config.total_steps + config.candidates) * config.reward_size**2
-    pixels += config.candidates * config.query_size**2
-    needed, free = 3 * pixels, shutil.disk_usage(place).free
+    # of every step two observations and an action, each number of four bytes (of a Discrete action eight)
+    numbers = 2 * env.observation_space.shape[0] + max(2, *env.action_space.shape, 0)
+    needed = 4 * numbers * config.total_steps
+    if looks_at_pictures(config):
+        # of every step the small picture; of every candidate for a question both
+        pixels = (config.total_steps + config.candidates) * config.reward_size**2
+        needed += 3 * (pixels + config.candidates * config.query_size**2)
+    if config.reward in ("preference", "score") and not config.labels_from:
+        needed += most_pairs(config) * 2 * config.query_size**2  # of every pair a PNG, about a third of its six bytes
+    free = shutil.disk_usage(place).free + there
     if needed > free:  # trap: the file is sparse at first; a disk that fills up later kills the run without a word
-        raise UserError(f"the pictures of {config.total_steps:,} steps and {config.candidates:,} candidates need "
-                        f"{needed / 2**30:,.1f} GiB of disk, and {free / 2**30:,.1f} are free: fewer --total-steps or "
-                        "--candidates, or a smaller --reward-size")
+        raise UserError(f"the {config.total_steps:,} steps and {config.candidates:,} candidates need "
+                        f"{needed / 2**30:,.1f} GiB of disk for observations and pictures, and {free / 2**30:,.1f} are "
+                        "free: fewer --total-steps or --candidates, or a smaller --reward-size")
 
 
 def finish(config, run, finished, at, labeler, agent, price, env):
@@ -718,7 +820,7 @@ def finish(config, run, finished, at, labeler, agent, price, env):
         **{key: value for key, value in run.rows[-1].items() if key.startswith("eval_")}})
     report.write_report(run.folder)
     if finished:
-        shutil.rmtree(run.path("buffer"))  # gigabytes that only a resumed run needs
+        remove_buffer(config, run)
     return text
 
 
@@ -744,7 +846,7 @@ def write_episodes(path, env, policy, price, config, random_episodes=5):
         writer = csv.writer(file)
         writer.writerow(("kind", "episode", "t", "learned_reward", "progress", "true_reward"))
         for number, (kind, act) in enumerate(episodes):
-            seed = FRESH_SEED + 1000 * config.seed + number
+            seed = other_seed(FRESH_SEED, config, number)
             start_image = start_picture(env, seed, config.reward_size)
             images, rewards, progress, _ = run_episode(env, act, seed, config.reward_size, IN_AN_EPISODE)
             learned = seen_rewards(config, price, images, start_image)
@@ -765,15 +867,23 @@ def main(arguments=None):
         import envs
         import vlm_query
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        say(f"train.py: {error}", file=sys.stderr)
         return 2
     try:
         train(config)
     except (UserError, vlm_query.VLMError, code_as_reward.CodeAsRewardError, envs.BadEnvironment) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        say(f"train.py: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        say(f"train.py: there is too little memory for these settings ({error})", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        say(f"train.py: {stopped or 'interrupted'}", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is said and written: Ctrl-C from here on is an end, no error
+    sys.exit(code)
