@@ -694,16 +694,6 @@ class VLM:
             read = self._read(self._redacted(raw))
             return None if read[1].startswith(("empty", "failed")) else read
 
-    def forget(self, parts):
-        """Remove the kept answer of this question, so that the next ask() asks anew."""
-        content = [self.wire.text(part) if isinstance(part, str) else
-                   self.wire.image(png_base64(part)) for part in parts]
-        body = json.dumps(merged(self.wire.body(self.model, content), self.extra)).encode()
-        where = "offline" if self.name.startswith("offline/") else f"{self.name}\n{self.url}"
-        key = hashlib.sha256(where.encode() + b"\n" + body).hexdigest()
-        if self.cache:
-            (self.cache / f"{key}.json").unlink(missing_ok=True)
-
     def _read(self, raw):
         """Body of an answer -> (text, end, tokens in, tokens out)."""
         try:
