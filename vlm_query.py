@@ -392,26 +392,21 @@ class ClockedResponse(http.client.HTTPResponse):
         self.fp = io.BufferedReader(OneClock(self.fp.detach(), sock))
 
 
-class ClockedHTTP(urllib3.connection.HTTPConnection):
-    response_class = ClockedResponse
-
-
-class ClockedHTTPS(urllib3.connection.HTTPSConnection):
-    response_class = ClockedResponse
-
-
 class Adapter(requests.adapters.HTTPAdapter):
     """Connections, direct or through a proxy, whose answers have one clock."""
 
     def get_connection_with_tls_context(self, *args, **kwargs):
         pool = super().get_connection_with_tls_context(*args, **kwargs)
-        pool.ConnectionCls = ClockedHTTPS if pool.scheme == "https" else ClockedHTTP
+        if pool.ConnectionCls.response_class is not ClockedResponse:
+            pool.ConnectionCls = type("Clocked", (pool.ConnectionCls,),
+                                      {"response_class": ClockedResponse})
         return pool
 
 
 def is_loopback(host):
     """This machine by any of its names: localhost, 127.0.0.1, 127.1, ::1, 0.0.0.0, ::, ..."""
-    if re.fullmatch(r"(.*\.)?localhost(\.localdomain)?\.?|localhost[46]|ip6-l(ocalhost|oopback)", host):
+    names = r"(.*\.)?localhost(\.localdomain)?\.?|localhost[46]|ip6-l(ocalhost|oopback)"
+    if re.fullmatch(names, host):
         return True
     with contextlib.suppress(OSError):
         host = socket.inet_ntoa(socket.inet_aton(host))  # "127.1" and "0" are addresses too
@@ -471,10 +466,11 @@ class Turns:
 
 MOST_WORKERS = 256
 HTTP_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError)
+TOO_LATE = (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError)
 
 
 class Silence(TimeoutError):
-    """Nobody had an answer since the question was asked: the server is at fault, not the question."""
+    """Nobody had an answer since the question was asked: it is the server, not the question."""
 
 
 class VLM:
@@ -542,7 +538,7 @@ class VLM:
         self._session.auth = lambda request: request
         # trap: a proxy named in the environment would be asked for localhost as well.
         self._session.trust_env = not is_loopback(urlsplit(base).hostname)
-        # trap: a cookie more with each answer, all sent with each question, until no server reads it.
+        # trap: a cookie more with each answer, all sent with each question: too long for any server.
         self._session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         # trap: following a redirect would turn the POST into a GET and hand the key to a stranger;
         # and requests reads the body of one that it does not follow, whatever its size.
@@ -675,7 +671,7 @@ class VLM:
                     return raw
             # trap: while the body is read, errors of urllib3 come through, not those of requests.
             except HTTP_ERRORS as error:
-                late = isinstance(error, (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError))
+                late = isinstance(error, TOO_LATE)
                 why = self._reason(error, late)
             finally:
                 self._turns.give_back(turn, quick, late)
