@@ -11,8 +11,9 @@ Four things are no label, and counted apart: "unreadable" (the answer did not pa
 Differs from the paper:
   1. Our own wording of the prompts; the official code has no licence.
   2. No temperature is sent: current models refuse it. The cache makes runs repeatable instead.
-  3. A failed call is no "-1": it is asked again, then counted as "no answer", and half a batch of
-     those stops the run. The official client trains on through an expired key.
+  3. A failed call is no "-1": it is asked again, then counted as "no answer". Half a batch of
+     those stops the run, or a server that answers nobody until the deadline of one question. The
+     official client trains on through an expired key.
   4. Pairs that look the same are not sent; the official client pays for them and drops them.
   5. The pairs of a batch are asked side by side, in threads; no result depends on their timing.
 
@@ -538,7 +539,7 @@ class VLM:
         self._session.auth = lambda request: request
         # trap: a proxy named in the environment would be asked for localhost as well.
         self._session.trust_env = not is_loopback(urlsplit(base).hostname)
-        # trap: a cookie more with each answer, all sent with each question: too long for any server.
+        # trap: a cookie more with each answer, all sent with each question: too much for a server.
         self._session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         # trap: following a redirect would turn the POST into a GET and hand the key to a stranger;
         # and requests reads the body of one that it does not follow, whatever its size.
@@ -708,7 +709,7 @@ class VLM:
     def _reason(self, error, late):
         """What an exception means, in one line: requests hides it in the innermost of a chain."""
         if late:
-            return f"no answer from {self.url} within {self.timeout[1]:g} s"
+            return f"no answer from {self.url} within {self.timeout[1]:g} s (--timeout)"
         while isinstance(error, HTTP_ERRORS) and (inner := error.__cause__ or error.__context__):
             error = inner
         said = " ".join(self._redacted(str(error)).split())[:300]
@@ -864,8 +865,8 @@ def ask_batch(ask, task, questions, goal, stages, workers, log):
     empty list is a pair not worth asking.
     """
     if stages not in (1, 2) or not 1 <= workers <= MOST_WORKERS:
-        raise ValueError(f"stages must be 1 or 2, and workers at least 1 and at most {MOST_WORKERS}, "
-                         f"not {stages}, {workers}")
+        raise ValueError("stages must be 1 or 2, and workers at least 1 and at most "
+                         f"{MOST_WORKERS}, not {stages}, {workers}")
     records, stop = [None] * len(questions), threading.Event()
     vlm = getattr(ask, "__self__", None)
     vlm = vlm if isinstance(vlm, VLM) else None
@@ -905,7 +906,7 @@ def ask_batch(ask, task, questions, goal, stages, workers, log):
     try:
         return records, count(records)
     except VLMError:
-        # trap: kept, the useless answers would end every run that goes on from here, in the same way
+        # trap: kept, the useless answers would end every run that goes on from here, likewise
         for i in last if vlm else ():
             if records[i]["kind"] in USELESS:
                 vlm.forget(last[i])
