@@ -11,8 +11,9 @@ Four things are no label, and counted apart: "unreadable" (the answer did not pa
 Differs from the paper:
   1. Our own wording of the prompts; the official code has no licence.
   2. No temperature is sent: current models refuse it. The cache makes runs repeatable instead.
-  3. A failed call is no "-1": it is asked again, then counted as "no answer", and half a batch of
-     those stops the run. The official client trains on through an expired key.
+  3. A failed call is no "-1": it is asked again, then counted as "no answer". Half a batch of
+     those stops the run, or a server that answers nobody until the deadline of one question. The
+     official client trains on through an expired key.
   4. Pairs that look the same are not sent; the official client pays for them and drops them.
   5. The pairs of a batch are asked side by side, in threads; no result depends on their timing.
 
@@ -454,26 +455,21 @@ class ClockedResponse(http.client.HTTPResponse):
         self.fp = io.BufferedReader(OneClock(self.fp.detach(), sock))
 
 
-class ClockedHTTP(urllib3.connection.HTTPConnection):
-    response_class = ClockedResponse
-
-
-class ClockedHTTPS(urllib3.connection.HTTPSConnection):
-    response_class = ClockedResponse
-
-
 class Adapter(requests.adapters.HTTPAdapter):
     """Connections, direct or through a proxy, whose answers have one clock."""
 
     def get_connection_with_tls_context(self, *args, **kwargs):
         pool = super().get_connection_with_tls_context(*args, **kwargs)
-        pool.ConnectionCls = ClockedHTTPS if pool.scheme == "https" else ClockedHTTP
+        if pool.ConnectionCls.response_class is not ClockedResponse:
+            pool.ConnectionCls = type("Clocked", (pool.ConnectionCls,),
+                                      {"response_class": ClockedResponse})
         return pool
 
 
 def is_loopback(host):
     """This machine by any of its names: localhost, 127.0.0.1, 127.1, ::1, 0.0.0.0, ::, ..."""
-    if re.fullmatch(r"(.*\.)?localhost(\.localdomain)?\.?|localhost[46]|ip6-l(ocalhost|oopback)", host):
+    names = r"(.*\.)?localhost(\.localdomain)?\.?|localhost[46]|ip6-l(ocalhost|oopback)"
+    if re.fullmatch(names, host):
         return True
     with contextlib.suppress(OSError):
         host = socket.inet_ntoa(socket.inet_aton(host))  # "127.1" and "0" are addresses too
@@ -533,10 +529,11 @@ class Turns:
 
 MOST_WORKERS = 256
 HTTP_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError)
+TOO_LATE = (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError)
 
 
 class Silence(TimeoutError):
-    """Nobody had an answer since the question was asked: the server is at fault, not the question."""
+    """Nobody had an answer since the question was asked: it is the server, not the question."""
 
 
 class VLM:
@@ -604,7 +601,7 @@ class VLM:
         self._session.auth = lambda request: request
         # trap: a proxy named in the environment would be asked for localhost as well.
         self._session.trust_env = not is_loopback(urlsplit(base).hostname)
-        # trap: a cookie more with each answer, all sent with each question, until no server reads it.
+        # trap: a cookie more with each answer, all sent with each question: too much for a server.
         self._session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         # trap: following a redirect would turn the POST into a GET and hand the key to a stranger;
         # and requests reads the body of one that it does not follow, whatever its size.
@@ -738,7 +735,7 @@ class VLM:
                     return raw
             # trap: while the body is read, errors of urllib3 come through, not those of requests.
             except HTTP_ERRORS as error:
-                late = isinstance(error, (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError))
+                late = isinstance(error, TOO_LATE)
                 why = self._reason(error, late)
             finally:
                 self._turns.give_back(turn, quick, late)
@@ -775,7 +772,7 @@ class VLM:
     def _reason(self, error, late):
         """What an exception means, in one line: requests hides it in the innermost of a chain."""
         if late:
-            return f"no answer from {self.url} within {self.timeout[1]:g} s"
+            return f"no answer from {self.url} within {self.timeout[1]:g} s (--timeout)"
         while isinstance(error, HTTP_ERRORS) and (inner := error.__cause__ or error.__context__):
             error = inner
         said = " ".join(self._redacted(str(error)).split())[:300]
@@ -931,8 +928,8 @@ def ask_batch(ask, task, questions, goal, stages, workers, log):
     empty list is a pair not worth asking.
     """
     if stages not in (1, 2) or not 1 <= workers <= MOST_WORKERS:
-        raise ValueError(f"stages must be 1 or 2, and workers at least 1 and at most {MOST_WORKERS}, "
-                         f"not {stages}, {workers}")
+        raise ValueError("stages must be 1 or 2, and workers at least 1 and at most "
+                         f"{MOST_WORKERS}, not {stages}, {workers}")
     records, stop = [None] * len(questions), threading.Event()
     vlm = getattr(ask, "__self__", None)
     vlm = vlm if isinstance(vlm, VLM) else None
@@ -972,7 +969,7 @@ def ask_batch(ask, task, questions, goal, stages, workers, log):
     try:
         return records, count(records)
     except VLMError:
-        # trap: kept, the useless answers would end every run that goes on from here, in the same way
+        # trap: kept, the useless answers would end every run that goes on from here, likewise
         for i in last if vlm else ():
             if records[i]["kind"] in USELESS:
                 vlm.forget(last[i])
