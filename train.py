@@ -59,14 +59,14 @@ IN_A_FILM, IN_AN_EPISODE = 100, 1000
 # ---- the algorithm ----
 def train(config):
     """Run the whole algorithm -> the rows of metrics.csv. What it leaves in the run folder: see the header."""
-    import sac
-
     unique = not config.out  # a folder that we name may get a number, too
-    config, env, eval_env = prepare(config)
-    check_disk(config, env)
     with contextlib.ExitStack() as at_the_end:
         if config.resume:
-            at_the_end.enter_context(run_folder.claim(config.resume))  # before a question is paid for
+            at_the_end.enter_context(run_folder.claim(config.resume))  # first of all, and before a question is paid for
+        config, env, eval_env = prepare(config)
+        check_disk(config, env)
+        import sac
+
         clip = clip_price(config)  # it and the labeler before the run folder: no CLIP here, a wrong key or an unknown
         labeler = Labeler(config)  # goal should leave nothing behind
         at_the_end.callback(labeler.close)

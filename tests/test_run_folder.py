@@ -369,7 +369,7 @@ def test_disk_for_observations_is_counted(tmp_path, monkeypatch):
 # ---- Ctrl-C ----
 def test_ctrl_c_outside_the_loop_is_one_line(half, monkeypatch, capsys):
     """While a run is wound up, or before its first step: exit code 130 and how to go on."""
-    for place in ("finish", "programs_price"):
+    for place in ("open_buffer", "finish"):
         with monkeypatch.context() as patch:
             patch.setattr(train, place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             code, error = resume(half, capsys=capsys)
