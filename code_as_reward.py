@@ -396,7 +396,7 @@ def describe_subtasks(ask, start_image, goal_image, goal):
         raise CodeAsRewardError(f"the VLM was asked for a list of 1 to 5 sub-tasks and gave "
                                 f"{len(found) or 'none that can be read'}: {str(text)[:200]!r}",
                                 [question])
-    return found
+    return list(dict.fromkeys(found[::-1]))[::-1]  # of two that are alike the later: the goal
 
 
 # How an entry of a list begins: "- ", "* [ ] ", "•"; "1. ", "(2) ", "a) ", "iv. ", "Step 3: ",
@@ -412,7 +412,7 @@ ITEM = re.compile(r"""(?P<indent>\s*) (?:[>\#]+\s+)*
 
 
 def read_list(text):
-    """A list in nearly any notation -> its entries in order, each once; [] where some are missing.
+    """A list in nearly any notation -> its entries in order; [] where some are missing.
 
     What is nested in an entry or explains it is left out, and so are other lists, such as notes.
     """
@@ -462,8 +462,7 @@ def read_list(text):
     if best.numbers not in ([None] * count, [1] * count, [*range(count)], [*range(1, 1 + count)]):
         return []
     found = [one_line(text).strip("\"'“” ") for text in best.texts]
-    found = [text for text in reversed(found) if re.search(r"\w", text)]
-    return list(dict.fromkeys(found))[::-1]  # of two that are alike the later: the goal stays last
+    return [text for text in found if re.search(r"\w", text)]
 
 
 def _from_json(text):
