@@ -127,7 +127,7 @@ class CartPole(gymnasium.Env):
         return draw_pole(size, self.state[2])
 
     def render(self):
-        return self.picture(300)
+        return self.image(300)
 
 
 # Lengths in sides of the picture. x to the right from the middle, y up from the lower edge.
@@ -238,7 +238,7 @@ class MetaWorld(gymnasium.Env):
         return self.views[size].picture(self.sim.data)
 
     def render(self):
-        return self.picture(300)
+        return self.image(300)
 
     def close(self):
         while self.views:
@@ -364,10 +364,10 @@ class TaskEnv(gymnasium.Wrapper):
         progress = info.get("progress", reward)
         return {**info, "success": float(success or 0.0), "progress": float(progress)}
 
-    def picture(self, size=300):
+    def image(self, size=300):
         """(size, size, 3) uint8: what can be seen now."""
         with opengl_errors():
-            ours = getattr(self.unwrapped, "picture", None)
+            ours = getattr(self.unwrapped, "image", None)
             image = ours(size) if ours else square(self._foreign_picture(), size)
         if not self.drawn:
             # trap: a renderer that outlives OpenGL prints tracebacks when Python ends. (Whoever
@@ -377,7 +377,7 @@ class TaskEnv(gymnasium.Wrapper):
         return image
 
     def render(self):
-        return self.picture(300)
+        return self.image(300)
 
     def _foreign_picture(self):
         """What an environment that is not of this project draws, (height, width, 3) uint8."""

@@ -1591,7 +1591,7 @@ def env_of():
             if name not in made:
                 made[name] = envs.make(name)
                 made[name].reset(seed=0)
-                made[name].picture(84)
+                made[name].image(84)
         except (ValueError, ModuleNotFoundError) as error:
             pytest.skip(str(error))
         return made[name]
@@ -1609,7 +1609,7 @@ def rollout(env, seed, steps=6):
     for _ in range(steps):
         obs, reward, _, _, info = env.step(rng.uniform(-1, 1, env.action_space.shape))
         seen += [obs, [reward, info["success"], info["progress"]]]
-    return np.concatenate(seen), env.picture(84)
+    return np.concatenate(seen), env.image(84)
 
 
 def test_every_task_has_a_goal_a_horizon_and_picture_sizes():
@@ -1636,7 +1636,7 @@ def test_shapes_types_and_infos_are_as_promised(env_of, name):
         assert not terminated and isinstance(reward, float)
     assert truncated
     for size in (84, 200):
-        assert env.picture(size).shape == (size, size, 3) and env.picture(size).dtype == np.uint8
+        assert env.image(size).shape == (size, size, 3) and env.image(size).dtype == np.uint8
     assert env.render().shape == (300, 300, 3)
 
 
@@ -1703,9 +1703,9 @@ def test_the_cartpole_picture_shows_the_angle_and_not_the_position():
     pole.reset(seed=0)
     for size in (64, 200):
         pole.state = np.array([-1.5, 0, np.radians(20), 0])
-        left = pole.picture(size)
+        left = pole.image(size)
         pole.state[0] = 1.5
-        assert np.array_equal(left, pole.picture(size))
+        assert np.array_equal(left, pole.image(size))
         brown = left[..., 0].astype(int) - left[..., 2] > 55
         rows, columns = np.nonzero(brown)
         tip = columns[rows == rows.min()].mean() / size - 0.5
@@ -1718,17 +1718,17 @@ def test_metaworld_pictures_hide_the_robot(env_of, name):
     """Moving the hand while the object lies still must not change one pixel; moving the object must."""
     env = env_of(name)
     start_obs, start = env.reset(seed=0)
-    before = env.picture(84)
+    before = env.image(84)
     for _ in range(8):
         obs, *_, info = env.step(np.array([0, 0, 1, 1], np.float32))  # straight up, away from everything
     assert info["progress"] == pytest.approx(start["progress"], abs=2e-3)  # it is the object's alone
     assert np.linalg.norm(obs[:3] - start_obs[:3]) > 0.04 and np.allclose(obs[4:6], start_obs[4:6], atol=2e-3)
     env.unwrapped.sim.data.qpos[9:] = env.unwrapped.start[1:][9 : env.unwrapped.sim.model.nq]  # the object, exactly
     env.unwrapped.mujoco.mj_forward(env.unwrapped.sim.model, env.unwrapped.sim.data)
-    assert np.array_equal(before, env.picture(84))
+    assert np.array_equal(before, env.image(84))
     env.unwrapped.sim.data.qpos[9 if name != "DrawerOpen" else -1] -= 0.05
     env.unwrapped.mujoco.mj_forward(env.unwrapped.sim.model, env.unwrapped.sim.data)
-    assert (before != env.picture(84)).any(axis=2).mean() > 0.005
+    assert (before != env.image(84)).any(axis=2).mean() > 0.005
 
 
 @pytest.mark.parametrize("size", [84, 300])
@@ -1738,15 +1738,15 @@ def test_what_stands_still_is_drawn_once_and_nobody_can_tell(env_of, name, size)
     env = env_of(name)
     sim, mujoco, flags = env.unwrapped.sim, env.unwrapped.mujoco, env.unwrapped.mujoco.mjtRndFlag
     obs, _ = env.reset(seed=0)
-    first = env.picture(size)
+    first = env.image(size)
     renderer = mujoco.Renderer(sim.model, size, size)
     for flag in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION, flags.mjRND_SKYBOX, flags.mjRND_HAZE, flags.mjRND_FOG):
         renderer.scene.flags[flag] = False
     for step in range(24):  # the object on its way, at the goal, and where chance brings it
         obs, *_ = env.step(envs.expert(env)(obs) if step < 18 else env.action_space.sample())
         renderer.update_scene(sim.data, env.unwrapped.camera, env.unwrapped.options)
-        assert np.array_equal(env.picture(size), renderer.render())
-    assert not np.array_equal(first, env.picture(size))
+        assert np.array_equal(env.image(size), renderer.render())
+    assert not np.array_equal(first, env.image(size))
     renderer.close()
 
 
@@ -1822,7 +1822,7 @@ def test_any_gymnasium_id_gets_the_same_face():
     *_, info = env.step(np.array([1.0], np.float32))
     assert env.unwrapped.got == 4.0 and info["progress"] == 7.0 and info["success"] == 1.0
     for size in (16, 40, 90):
-        assert np.array_equal(env.picture(size), np.full((size, size, 3), 200, np.uint8))
+        assert np.array_equal(env.image(size), np.full((size, size, 3), 200, np.uint8))
 
 
 def test_an_environment_without_a_limit_of_its_own_gets_one(tmp_path, monkeypatch):
@@ -1838,7 +1838,7 @@ def test_an_environment_without_a_limit_of_its_own_gets_one(tmp_path, monkeypatc
 
 def test_kill_ends_a_run_that_sdl_draws():
     """SDL draws Gymnasium's classic tasks and would catch SIGTERM: kill, docker and Slurm would wait in vain."""
-    code = ("import envs, os, signal\nenv = envs.make('Pendulum-v1', goal='up')\nenv.reset(seed=0)\nenv.picture(50)\n"
+    code = ("import envs, os, signal\nenv = envs.make('Pendulum-v1', goal='up')\nenv.reset(seed=0)\nenv.image(50)\n"
             "os.kill(os.getpid(), signal.SIGTERM)\nprint('still here')")
     environment = {name: value for name, value in os.environ.items() if name != "SDL_NO_SIGNAL_HANDLERS"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100,
@@ -1914,7 +1914,7 @@ def test_what_gymnasium_cannot_make_is_one_line():
     env = envs.make("Fussy-v0", goal="to go")
     env.reset(seed=0)
     with pytest.raises(ValueError, match="Fussy-v0 drew no picture, but NoneType"):
-        env.picture(64)
+        env.image(64)
     del gymnasium.registry["Fussy-v0"]
 
 
@@ -2007,7 +2007,7 @@ def test_what_is_in_the_air_is_read_where_it_is(env_of, name, read, width, place
     state[9:12] = place
     sim.set_state(state, np.zeros_like(sim.data.qvel))
     distance = 100 * np.linalg.norm(np.array(place[:2]) - sim._target_pos[:2])  # cm
-    assert read(env.picture(300)) * width == pytest.approx(distance, abs=0.6)
+    assert read(env.image(300)) * width == pytest.approx(distance, abs=0.6)
 
 
 @pytest.mark.parametrize("name", ["DoorKey-5x5", "DoorKey-6x6", "DoorKey-8x8", "Unlock", "UnlockPickup"])
@@ -2021,9 +2021,9 @@ def test_the_planner_solves_every_grid_and_a_box_stays_shut(env_of, name):
         while not over:
             action, front = envs.expert(env)(obs), grid.grid.get(*grid.front_pos)
             if front is not None and front.type == "box":
-                before = env.picture(88)
+                before = env.image(88)
                 env.step(env.unwrapped.TOGGLE)
-                assert np.array_equal(env.picture(88), before)
+                assert np.array_equal(env.image(88), before)
             obs, _, terminated, truncated, info = env.step(action)
             over = terminated or truncated
         assert info["success"] == 1
@@ -2046,15 +2046,15 @@ def test_the_way_to_the_other_room_leads_through_the_door(env_of):
     """Behind the wall next to the target must be further than in the door, for progress, the reader and the program."""
     env = env_of("DoorKey-8x8")
     env.reset(seed=0)
-    first, grid, said = env.picture(80), env.unwrapped, []
+    first, grid, said = env.image(80), env.unwrapped, []
     grid._door().is_open, grid._door().is_locked = True, False
     grid.inner.grid.set(*grid._places()[1], None)  # the key has been taken
     source = offline_vlm.write_code(env.goal, "the red agent is on the green square", False)
     with contextlib.closing(code_as_reward.Program(source)) as program:
         for cell in ((4, 6), (4, 2), (6, 2), (6, 5)):  # behind the wall, before the door at (5, 2), past it, at the target
             grid.inner.agent_pos = cell
-            said.append((grid._info()["progress"], offline_vlm.read_rooms(env.picture(300)),
-                         program(env.picture(80)[None], first)[0]))
+            said.append((grid._info()["progress"], offline_vlm.read_rooms(env.image(300)),
+                         program(env.image(80)[None], first)[0]))
     assert (np.diff(said, axis=0) > 0.03).all()
 
 
@@ -2074,7 +2074,7 @@ def soft():
 def soft_picture(env, size):
     """A picture, or a skip that says in one line what cures it."""
     try:
-        return env.picture(size)
+        return env.image(size)
     except deformables.OpenGLMissing as error:
         pytest.skip(str(error))
 
@@ -2094,7 +2094,7 @@ def test_soft_task_passes_gymnasiums_checker(name):
     """Each id must resolve by its module and satisfy check_env without a warning."""
     env = gymnasium.make(f"deformables:{name}-v0").unwrapped
     try:
-        no_opengl = env.picture(64) is None
+        no_opengl = env.image(64) is None
     except deformables.OpenGLMissing:
         no_opengl = True
     with warnings.catch_warnings():
@@ -2221,13 +2221,13 @@ def test_water_settles_as_a_heap_and_not_as_columns(soft):
     assert env.spilled() == 0
 
 
-def test_a_goal_picture_that_fails_leaves_the_episode_as_it_was(soft):
+def test_a_goal_image_that_fails_leaves_the_episode_as_it_was(soft):
     """A size that is refused must not put the rope where the goal is."""
     env = soft["StraightenRope"]
     env.reset(seed=0)
     state = env.data.qpos.copy()
     with pytest.raises(ValueError, match="picture's size"):
-        env.goal_picture(8)
+        env.goal_image(8)
     np.testing.assert_array_equal(env.data.qpos, state)
 
 
@@ -2246,11 +2246,11 @@ def test_soft_pictures_change_with_the_state_and_leave_it_alone(name, soft):
     before = soft_picture(env, 96)
     assert before.shape == (96, 96, 3) and before.dtype == np.uint8
     state = env.data.qpos.copy()
-    assert (env.goal_picture(96) != before).any(-1).mean() > 0.005
+    assert (env.goal_image(96) != before).any(-1).mean() > 0.005
     np.testing.assert_array_equal(env.data.qpos, state)
-    np.testing.assert_array_equal(env.picture(96), before)
+    np.testing.assert_array_equal(env.image(96), before)
     env.step(env.expert_action(env.observe()))
-    assert (env.picture(96) != before).any(-1).mean() > 0.005
+    assert (env.image(96) != before).any(-1).mean() > 0.005
     assert env.render().shape == (300, 300, 3)
 
 
@@ -2279,7 +2279,7 @@ def test_soft_tasks_step_without_opengl_and_name_the_cure():
     code = ("import deformables, numpy\n"
             "env = deformables.StraightenRope()\n"
             "env.reset(seed=0); env.step(numpy.zeros(8)); print('stepped')\n"
-            "try: env.picture(64)\n"
+            "try: env.image(64)\n"
             "except deformables.OpenGLMissing as error: print(error)\n")
     # PYOPENGL_PLATFORM=osmesa makes EGL fail while mujoco is imported, as a missing library does.
     env = {**os.environ, "MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "osmesa"}
@@ -2292,7 +2292,7 @@ def test_soft_tasks_step_without_opengl_and_name_the_cure():
 def test_soft_renderer_left_open_ends_quietly(soft):
     """A user who forgets close() must not get OpenGL tracebacks when Python ends."""
     soft_picture(soft["StraightenRope"], 64)
-    code = "import deformables; env = deformables.StraightenRope(); env.reset(); env.picture(64)"
+    code = "import deformables; env = deformables.StraightenRope(); env.reset(); env.image(64)"
     env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(deformables.__file__))}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == ""
@@ -2301,7 +2301,7 @@ def test_soft_renderer_left_open_ends_quietly(soft):
 def test_a_task_left_open_ends_quietly(env_of):
     """The same for Meta-World's pictures, drawn through TaskEnv."""
     env_of("DrawerOpen")
-    code = "import envs; env = envs.make('DrawerOpen'); env.reset(seed=0); env.picture(64)"
+    code = "import envs; env = envs.make('DrawerOpen'); env.reset(seed=0); env.image(64)"
     env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(envs.__file__))}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr[-2000:]

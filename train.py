@@ -101,7 +101,7 @@ def train(config):
         run.write({"step": 0, "episodes": 0, **evaluate(agent, eval_env, config)})
 
     obs, _ = env.reset(seed=train_seed(config, at))
-    start_image, successes, losses = env.picture(config.reward_size), [], {}
+    start_image, successes, losses = env.image(config.reward_size), [], {}
     bar = tqdm(range(at["step"], config.total_steps), initial=at["step"], total=config.total_steps, unit="step")
     try:
         for step in bar:
@@ -118,11 +118,11 @@ def train(config):
 
             # ---- STEP 1: act, and store the transition with the image seen after it ----
             next_obs, true_reward, terminated, truncated, info = env.step(action)
-            image = env.picture(config.reward_size) if looks else None
+            image = env.image(config.reward_size) if looks else None
             buffer.add(obs, action, next_obs, terminated, image, true_reward)
             successes.append(info["success"])
             if learned and rng.random() < candidate_share:  # drawn a second time, large
-                pool.offer(env.picture(config.query_size), image, info["progress"], rng)
+                pool.offer(env.image(config.query_size), image, info["progress"], rng)
             obs, done = next_obs, terminated or truncated
 
             due = step + 1 >= config.explore_steps + at["sessions"] * config.feedback_every
@@ -181,7 +181,7 @@ def train(config):
                 if session or at["step"] % config.eval_every < len(successes):
                     run.save(save_all(parts, at, rng))
                 obs, _ = env.reset(seed=train_seed(config, at))
-                start_image, successes = env.picture(config.reward_size), []
+                start_image, successes = env.image(config.reward_size), []
                 bar.set_postfix_str(status(run.rows[-1], labeler))
         finished = True
     except KeyboardInterrupt:
@@ -470,7 +470,7 @@ def learned_policy(agent):
 def start_picture(env, seed, size):
     """What an episode with this seed starts from: (size, size, 3) uint8."""
     env.reset(seed=seed)
-    return env.picture(size)
+    return env.image(size)
 
 
 def run_episode(env, act, seed, size=None):
@@ -481,7 +481,7 @@ def run_episode(env, act, seed, size=None):
         obs, reward, terminated, truncated, info = env.step(act(obs))
         rows.append((reward, info["progress"], info["success"]))
         if size:
-            images.append(env.picture(size))
+            images.append(env.image(size))
         done = terminated or truncated
     return (np.stack(images) if size else None, *np.array(rows).T)
 
@@ -624,7 +624,7 @@ def prepare(config):
         env, eval_env = (envs.make(config.env, config.seed, config.goal, config.horizon, config.action_repeat)
                          for _ in range(2))
         eval_env.reset(seed=config.seed)
-        eval_env.picture(config.reward_size)  # now, not later, if there is no OpenGL
+        eval_env.image(config.reward_size)  # now, not later, if there is no OpenGL
         if config.reward == "code" and not config.programs:
             envs.expert(env)  # programs are verified on its episodes
     except ValueError as error:
