@@ -88,7 +88,7 @@ def sac_search(env, reward, settings, steps, seed):
 
 def examine(task, searched=200, episodes=10, seed=5_000_000, steps=None):
     """-> rows of code_accuracy.csv, one per program; the row of reward_hacking.csv"""
-    env, rng, size = envs.make(task), np.random.default_rng(seed), envs.TASKS[task].reward_size
+    env, rng, size = envs.make(task), np.random.default_rng(seed), envs.TASKS[task].reward_image_size
     expert, space, right, best = envs.expert(env), env.action_space, {}, (-np.inf,)
     played = code_as_reward.collect_episodes(env, expert, size, seed=2_000_000)  # as train.py does
     ask = lambda parts: types.SimpleNamespace(text=offline_vlm.answer(parts))

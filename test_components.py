@@ -86,6 +86,7 @@ from code_as_reward import (
     verify,
 )
 from offline_vlm import OfflineVLM
+from tasks import schedules
 from vlm_query import LabelLog, LimitReached, Reply, VLM, VLMError, label_pairs, parse_label
 
 torch.set_num_threads(1)  # the networks are small: threads would only get into each other's way
@@ -1617,8 +1618,9 @@ def test_every_task_has_a_goal_a_horizon_and_picture_sizes():
     assert set(envs.TASKS) >= {*BUILT_IN, "FoldCloth", "StraightenRope", "PassWater"}
     for name, task in envs.TASKS.items():
         assert task.goal.startswith("to ") and task.horizon >= 1, name
-        assert 64 <= task.reward_size <= 100 <= task.query_size <= 720, name
-        assert {"total_steps", "pairs_per_session", "feedback_every", "max_pairs"} <= set(task.train), name
+        assert 64 <= task.reward_image_size <= 100 <= task.vlm_image_size <= 720, name
+        assert {"total_steps", "pairs_per_session", "feedback_every", "max_pairs"} <= set(schedules.OURS[name]), name
+    assert set(schedules.PAPER) < set(schedules.OURS) == set(envs.TASKS)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -2226,7 +2228,7 @@ def test_a_goal_image_that_fails_leaves_the_episode_as_it_was(soft):
     env = soft["StraightenRope"]
     env.reset(seed=0)
     state = env.data.qpos.copy()
-    with pytest.raises(ValueError, match="picture's size"):
+    with pytest.raises(ValueError, match="image's size"):
         env.goal_image(8)
     np.testing.assert_array_equal(env.data.qpos, state)
 
@@ -3781,7 +3783,7 @@ def test_rows_of_earlier_calls_stay_and_a_changed_table_is_noticed(here, monkeyp
                for job in sweep.plan_grid(["env=CartPole", "seed=0"])]
     with pytest.raises(ValueError, match="max_pairs=100, not 99.*another --name"):
         sweep.sweep(changed, "mine")
-    monkeypatch.setitem(envs.TASKS["CartPole"].train, "total_steps", 777)  # the task's own preset has changed
+    monkeypatch.setitem(schedules.OURS["CartPole"], "total_steps", 777)  # the task's own preset has changed
     with pytest.raises(ValueError, match="total_steps=2000, not 777.*another --name"):
         sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=0"]), "mine")
 
@@ -4465,11 +4467,10 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsy
     assert [name for name in os.listdir(tmp_path) if name != "runs"] == [] and not list(tmp_path.glob("runs/*seed*"))
 
 
-@pytest.mark.parametrize("name", [name for name, task in envs.TASKS.items() if task.paper])
+@pytest.mark.parametrize("name", list(schedules.PAPER))
 def test_the_paper_s_schedule_takes_nothing_from_ours(name):
     """Whatever a task's own schedule sets, the paper's must set too, or a departure would slip into it."""
-    task = envs.TASKS[name]
-    assert set(task.train) <= set(task.paper)
+    assert set(schedules.OURS[name]) <= set(schedules.PAPER[name])
     config = run.resolve(run.Config(env=name, schedule="paper"))
     assert (config.hold, config.discount, config.reward_shift, config.reward_mirror) == (1, 0.99, 0, 0)
     assert config.reward_batch == 64
@@ -4673,7 +4674,7 @@ def test_auto_takes_a_gpu_only_where_it_gains(monkeypatch, changes, device):
 def test_numbers_on_the_command_line_may_be_written_as_floats():
     """--total-steps 4e3 must mean 4000, and given flags must override the task's entry."""
     config = run.resolve(run.parse_args(["--total-steps", "4e3", "--sac-lr", "1"]))
-    assert config.total_steps == 4000 and config.sac_lr == 1.0 and config.hidden == envs.TASKS["CartPole"].train["hidden"]
+    assert config.total_steps == 4000 and config.sac_lr == 1.0 and config.hidden == schedules.OURS["CartPole"]["hidden"]
 
 
 # ==== the repository ====

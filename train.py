@@ -19,7 +19,7 @@ What this is: the algorithm, STEP by STEP (RL-VLM-F, arXiv 2402.03681); the only
 
 Differs from the paper:
   1. Sessions of questions, checkpoints and pricing happen where an episode ends: nothing half-done to save.
-  2. Fewer steps and pairs, from each task's entry in envs.py (`--schedule paper` has the paper's own).
+  2. Fewer steps and pairs, from tasks/schedules.py (`--schedule paper` has the paper's own).
   3. Only some pictures (at least one in ten) become candidates for a question, each but once, in a reservoir over the
      whole run, not the last 100 episodes; the reward network sees a smaller picture than the VLM.
   4. In Soccer and SweepInto the best policy so far by the learned reward is kept: see KeptPolicy. The episodes in which
