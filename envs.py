@@ -46,14 +46,22 @@ OPENGL_CURE = (
 
 @dataclass
 class Task:
-    """What a task is. How long it is trained, and with how many questions: tasks/schedules.py."""
+    """What a task is. How long it is trained, and with how many questions: tasks/schedules.py.
 
-    goal: str  # what the VLM is told; RL-VLM-F's seven word for word
-    make: object  # "module:id" as Gymnasium spells it, or a callable that returns an environment
-    horizon: int  # steps until an episode is cut off (truncated)
-    vlm_image_size: int  # side of the square image that the VLM sees, px
-    reward_image_size: int  # side of the one that the reward network sees, px
-    action_repeat: int = 1  # steps of the simulator in one of ours
+    goal               what the VLM is told; RL-VLM-F's seven tasks have the paper's words.
+    make               "module:id" as Gymnasium spells it, or what is called for an environment.
+    horizon            steps until an episode is cut off (truncated).
+    vlm_image_size     side of the square image that the VLM sees, px.
+    reward_image_size  side of the square image that the reward network sees, px.
+    action_repeat      steps of the simulator in one of ours, all with the same action.
+    """
+
+    goal: str
+    make: object
+    horizon: int
+    vlm_image_size: int
+    reward_image_size: int
+    action_repeat: int = 1
 
 
 # ---- CartPole: physics ----
@@ -264,7 +272,11 @@ def square(image, size):
 
 @contextlib.contextmanager
 def opengl_errors():
-    """A missing OpenGL has many faces, AttributeErrors on None among them: one line, one cure."""
+    """Around code that draws: a missing OpenGL becomes one ValueError of one line, with its cure.
+
+    What is missing shows in many ways, an AttributeError on None among them; which one depends on
+    the library that was tried (EGL, OSMesa, GLFW). Their names in the message give it away.
+    """
     try:
         yield
     except Exception as error:
@@ -283,14 +295,19 @@ def choose_opengl(small=True):
     # EGL draws without a display. MuJoCo would otherwise look for a window, and fail.
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
-    if small:  # trap: to wake a thread of Mesa's for every core takes longer than such an image
+    # Without a GPU it is Mesa that draws, in software, on as many threads as there are cores.
+    # trap: to wake these threads takes longer than an image of ours does. 0 means: no threads.
+    if small:
         os.environ.setdefault("LP_NUM_THREADS", "0")
-    # trap: SDL, which draws Gymnasium's classic tasks, swallows SIGTERM: `kill` would do nothing
+    # trap: SDL, which draws Gymnasium's classic tasks, swallows SIGTERM: `kill` would do nothing.
     os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
 
 
 def draw_fast(model):
-    """No multisampling, shadows and reflections: software draws them slowly. model: MuJoCo's."""
+    """Turn off what software draws slowly: multisampling, shadows, reflections. model: MuJoCo's.
+
+    Nothing that a goal speaks of is lost, and the reward network sees an image of every step.
+    """
     model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
     model.mat_reflectance[:] = 0
 
@@ -299,7 +316,7 @@ def draw_fast(model):
 # make() imports the module before the colon, which registers the id behind it with Gymnasium.
 #
 # Sizes. A larger image costs a VLM more tokens; the reward network sees the image of every step, so
-# its images are smaller still. (CartPole and DrawerOpen were learned as well from 64 px as from 200:
+# its images are smaller still. (CartPole and DrawerOpen were learned at 64 px as well as at 200:
 # results/README.md, "What matters?".) In the grids both are whole numbers of pixels a cell.
 UNLOCKED = "to pick up the key, open the yellow door with it"
 TASKS = {
@@ -403,7 +420,11 @@ def _from_gymnasium(name, horizon):
 
 
 def expert(env):
-    """A scripted policy that reaches the goal, obs -> action. The learner never sees it."""
+    """A scripted policy that reaches the goal, obs -> action.
+
+    The preference learner never sees it. It shows what can be reached, draws the goal image for
+    VLM-CaR, and makes the episodes on which VLM-CaR's programs are verified.
+    """
     act = getattr(env.unwrapped, "expert_action", None)
     if act is None:
         raise ValueError(f"no scripted expert here; there is one for {', '.join(TASKS)}")

@@ -87,6 +87,7 @@ from code_as_reward import (
 )
 from offline_vlm import OfflineVLM
 from tasks import schedules
+from tools import draw_tasks
 from vlm_query import LabelLog, LimitReached, Reply, VLM, VLMError, label_pairs, parse_label
 
 torch.set_num_threads(1)  # the networks are small: threads would only get into each other's way
@@ -1980,6 +1981,34 @@ def test_a_missing_opengl_is_one_line_with_its_cure():
     with pytest.raises(AttributeError):  # an error of ours keeps its traceback
         with envs.opengl_errors():
             raise AttributeError("no attribute 'qpos'")
+
+
+@pytest.mark.parametrize("package", ["mujoco", "metaworld"])
+def test_a_task_without_its_package_is_one_line_with_its_cure(monkeypatch, package):
+    """Without Meta-World the user must read the name of the task and what to install."""
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "metaworld.env_dict", raising=False)
+    with pytest.raises(ValueError, match=f"DrawerOpen.*pip install {package}") as error:
+        envs.make("DrawerOpen")
+    assert "\n" not in str(error.value)
+
+
+def test_the_bounds_of_a_task_are_means_over_episodes():
+    """What random and expert episodes reach must be found for each, and the expert must hold the pole."""
+    found = draw_tasks.bounds(envs.make("CartPole", horizon=20), episodes=2)
+    assert found["episodes"] == 2 and set(found) == {"episodes"} | {
+        f"{who}_{what}" for who in ("random", "expert") for what in ("return", "success", "progress")}
+    assert found["expert_success"] == 1 and found["random_return"] < found["expert_return"] < 0
+
+
+def test_envs_alone_plays_cartpole_at_random_and_by_its_expert(tmp_path):
+    """Its demo must need no other file, and send whoever gives it the flags of draw_tasks there."""
+    shutil.copy("envs.py", tmp_path)
+    outcome = [subprocess.run([sys.executable, "envs.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+               for flags in ([], ["--csv", "x"])]
+    assert outcome[0].returncode == 0 and "expert: true return -84, within 5 degrees on 100 of 100" in outcome[0].stdout
+    assert imageio.imread(tmp_path / "cartpole.png").shape == (200, 400, 3)
+    assert outcome[1].returncode == 1 and "python -m tools.draw_tasks" in outcome[1].stderr
 
 
 def test_a_drawer_further_open_is_never_worse(env_of):

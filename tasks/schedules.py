@@ -100,7 +100,8 @@ OURS = {
         seed_steps=2_000, hold=7, explore_steps=4_000,
         # Questions early: the last of five sessions is at 8,000 of 12,000 steps.
         pairs_per_session=100, max_pairs=500,
-        # A shot takes about 15 steps. Why not .99: see StraightenRope. (In a trial, .99 did not help.)
+        # A shot takes about 15 steps. For why not .99 see StraightenRope; in a trial, .99 did not
+        # help here.
         discount=0.95,
         # SAC finds a policy that scores, and loses it again within a thousand or two of steps; the
         # reward that it learns from can tell the two apart. So the best policy so far is kept, by

@@ -89,7 +89,7 @@ def main():
         return
     from PIL import Image
 
-    sheet, table = [], [("task", "size", "pictures_per_s", "steps_per_s")]
+    sheet, table = [], [("task", "size", "images_per_s", "steps_per_s")]
     for name in TASKS:
         try:
             env = make(name)
