@@ -482,7 +482,7 @@ def task_pictures(name, sizes, count, seed=0):
         done = terminated or truncated
         progress.append(info["progress"])
         for s in sizes:
-            pictures[s].append(env.picture(s))
+            pictures[s].append(env.image(s))
     env.close()
     return {s: np.stack(images) for s, images in pictures.items()}, np.array(progress)
 
@@ -633,7 +633,7 @@ def drawing(size, device):
 
     ours, seconds = envs.make("DrawerOpen"), size["seconds"]
     ours.reset(seed=0)
-    ours.picture(84), ours.picture(300)
+    ours.image(84), ours.image(300)
     # trap: ours are drawn on one thread (choose_opengl), and a process has one setting for all it
     # draws. Theirs are faster on two: they get a process of their own.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
@@ -641,11 +641,11 @@ def drawing(size, device):
         for side, target in ((300, ">= 20"), (84, ">= 60")):
             yield compare(
                 f"Meta-World pictures, {side} px", "pictures/s",
-                lambda side=side: per_second(lambda: ours.picture(side), 1, seconds),
+                lambda side=side: per_second(lambda: ours.image(side), 1, seconds),
                 lambda: apart.submit(shipped_pictures_per_second, seconds).result(),
                 size["runs"], target, "against env.render() as shipped at 300 px, which draws "
                 "shadows, reflections and the robot, multisampled",
-                lambda side=side: python_spots(lambda: ours.picture(side)))
+                lambda side=side: python_spots(lambda: ours.image(side)))
     ours.close()
 
 

@@ -685,10 +685,10 @@ def collect_episodes(env, expert, size, count=20, seed=0):
         obs, info = env.reset(seed=seed + number)
         for _ in range(rng.integers(warm_up + 1)):
             obs, _, _, _, info = env.step(chance(obs))
-        images, success, over = [env.picture(size)], [info.get("success", 0)], False
+        images, success, over = [env.image(size)], [info.get("success", 0)], False
         while not over:
             obs, _, terminated, truncated, info = env.step(policy(obs))
-            images.append(env.picture(size))
+            images.append(env.image(size))
             success.append(info["success"])
             over = terminated or truncated
         return np.stack(images), np.array(success, bool)

@@ -11,7 +11,7 @@ Differs from the original (SoftGym on PyFlex, which needs CUDA and a compiler):
    damping are ours, not compared with PyFlex.
 2. Particles 256, 41, 200, not 1600, 41, 4000; crumpled ropes 300, not 1000: speed. Water is soft
    spheres in gravity 4: hard ones in 9.81 lose their energy, a dash spills nothing: no task.
-3. The cloth is let go at the end (the original holds on), so the picture shows a finished fold.
+3. The cloth is let go at the end (the original holds on), so the image shows a finished fold.
 4. A rope move is dropped if a *hand* would leave the table (there: any particle, which deadlocks),
    or if the hands would be over 1.1 rope lengths apart (there the rope stretches at will).
 5. Axes are MuJoCo's, z up. The cloth's one step *terminates*: its value is its reward. Rope and
@@ -20,8 +20,8 @@ Differs from the original (SoftGym on PyFlex, which needs CUDA and a compiler):
 Shapes: N particles (N, 3) metres. Actions Box(-1, 1): cloth (2,) place; rope (8,) = 2 hands x
 (x, y, z, ignored grip flag); water (1,). Observations float32 (111,), (36,), (7,). info: success
 (0 or 1), progress (larger is closer, visible), unstable; cloth: performance; water: spilled.
-Unwrapped: .goal, .horizon, picture(size), goal_picture(size), expert_action(obs), close().
-To use it elsewhere (stepping needs no OpenGL, pictures do):
+Unwrapped: .goal, .horizon, image(size), goal_image(size), expert_action(obs), close().
+To use it elsewhere (stepping needs no OpenGL, images do):
     import gymnasium, deformables
     env = gymnasium.make("StraightenRope-v0")
     obs, info = env.reset(seed=0)
@@ -37,13 +37,13 @@ import weakref
 import gymnasium
 import numpy as np
 
-CURE = "pictures need OpenGL, missing here; cure: apt-get install -y libegl1 libgl1-mesa-dri"
+CURE = "images need OpenGL, missing here; cure: apt-get install -y libegl1 libgl1-mesa-dri"
 
 OPEN_RENDERERS = weakref.WeakSet()
 
 
 class OpenGLMissing(RuntimeError):
-    """Raised by the picture functions alone: the physics never needs OpenGL."""
+    """Raised by the image functions alone: the physics never needs OpenGL."""
 
 
 def close_open_renderers():
@@ -125,7 +125,7 @@ class SoftBodyEnv(gymnasium.Env):
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (obs_size,), np.float32)
         self.model = self.mujoco.MjModel.from_xml_string(self.mjcf())
         self.data = self.mujoco.MjData(self.model)
-        self.renderers = {}  # picture size -> mujoco.Renderer
+        self.renderers = {}  # image size -> mujoco.Renderer
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -177,11 +177,11 @@ class SoftBodyEnv(gymnasium.Env):
     def simulate(self, steps=1):
         self.mujoco.mj_step(self.model, self.data, nstep=steps)
 
-    # -- pictures --
-    def picture(self, size):
+    # -- images --
+    def image(self, size):
         """-> (size, size, 3) uint8, drawn at that size: no shadows, no multisampling, no hands."""
         if not 16 <= size <= 2048:
-            raise ValueError(f"a picture's size is 16 to 2048 pixels, got {size}")
+            raise ValueError(f"an image's size is 16 to 2048 pixels, got {size}")
         if size not in self.renderers:
             self.renderers[size] = self.open_renderer(size)
         # mj_step leaves positions one sub-step behind qpos; these two alone bring them up to date.
@@ -211,12 +211,12 @@ class SoftBodyEnv(gymnasium.Env):
         self.look.flags[mujoco.mjtVisFlag.mjVIS_FLEXVERT] = False
         return renderer
 
-    def goal_picture(self, size):
-        """-> the picture of the reached goal; the episode goes on as if nothing had happened."""
+    def goal_image(self, size):
+        """-> the image of the reached goal; the episode goes on as if nothing had happened."""
         before = self.data.qpos.copy()
         try:
             self.show_goal()
-            return self.picture(size)
+            return self.image(size)
         finally:
             self.data.qpos[:] = before
 
@@ -224,7 +224,7 @@ class SoftBodyEnv(gymnasium.Env):
         return image
 
     def render(self):
-        return self.picture(300)
+        return self.image(300)
 
     def close(self):
         while self.renderers:
@@ -431,7 +431,7 @@ class PassWater(SoftBodyEnv):
     """A cup full of water slides along x; each action moves it by at most 8.8 cm, at 1.1 m/s.
 
     What is spilled counts in progress wherever it lies: drops that fell far from the target are
-    beyond the picture's edge, and there only the cup, less full, tells of them.
+    beyond the image's edge, and there only the cup, less full, tells of them.
     """
 
     goal = ("to move the container, which holds water, to be as close to the red circle as "
@@ -565,7 +565,7 @@ def main(file="contact_deformables.png", episodes=10):
         print(f"{type(env).__name__}: {env.goal}")
         env.action_space.seed(0)
         env.reset(seed=0)
-        row = [env.picture(300)]
+        row = [env.image(300)]
         for name, act in (("random", lambda obs: env.action_space.sample()),
                           ("expert", env.expert_action)):
             begin = time.perf_counter()
@@ -573,13 +573,13 @@ def main(file="contact_deformables.png", episodes=10):
             rate = episodes * env.horizon / (time.perf_counter() - begin)
             print(f"  {name} return {np.mean(returns):8.2f} +- {np.std(returns):.2f}, "
                   f"success {np.mean(success):.1f}, {rate:.0f} steps/s")
-            row.append(env.picture(300))
-        row.append(env.goal_picture(300))
+            row.append(env.image(300))
+        row.append(env.goal_image(300))
         for size in (84, 300):
             begin = time.perf_counter()
-            pictures = [env.picture(size) for _ in range(50)]
-            print(f"  {len(pictures) / (time.perf_counter() - begin):.0f} pictures/s, {size} px")
-        frame = ((3, 3), (3, 3), (0, 0))  # white, between the pictures
+            images = [env.image(size) for _ in range(50)]
+            print(f"  {len(images) / (time.perf_counter() - begin):.0f} images/s, {size} px")
+        frame = ((3, 3), (3, 3), (0, 0))  # white, between the images
         rows.append(np.concatenate([np.pad(p, frame, constant_values=255) for p in row], axis=1))
         env.close()
     imageio.imwrite(file, np.concatenate(rows))

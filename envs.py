@@ -1,53 +1,47 @@
 """The tasks: what the policy acts in, what the VLM looks at, and the sentence that says the goal.
 
-What this is: CartPole with a continuous force, drawn with numpy alone; DrawerOpen, Soccer and
-SweepInto of Meta-World, with pictures made for a VLM; and any Gymnasium id, given a goal.
+What this is: CartPole with a continuous force, drawn by numpy alone; TaskEnv, one face for any
+Gymnasium environment; the table TASKS, one entry a task; and make(), which makes one by its name.
 
-Which STEPs: none; every STEP acts or looks here. CartPole's physics (a angle, F force, M mass):
+Which STEPs: none; every STEP acts or looks here. CartPole's physics: a angle of the pole, F force,
+m mass of the pole, M mass of cart and pole, l half the pole's length, ' change per second:
     temp = (F + m l a'^2 sin a) / M       a'' = (g sin a - temp cos a) / (l (4/3 - m cos^2 a / M))
 
 Differs from the paper (RL-VLM-F, 2402.03681):
-  1. Meta-World v3 in place of a changed v2, whose copy does not install any more.
-  2. Its episodes last 50 steps, each three of Meta-World's with one action (theirs: 500, of one;
-     action repeat as in 2203.04955): the experts are done after 14 to 18. In Soccer and SweepInto
-     the hand starts 5 cm lower, or random actions seldom touch the object.
-  3. Its pictures have no shadows, reflections, multisampling, goal markers, and what cannot move
-     is drawn once: much faster.
-  4. The reward model sees 64 to 100 px, the VLM 200 to 308 px (theirs: the VLM sees 200 to 720).
+  1. Episodes of Meta-World's tasks last 50 steps, each three of the simulator's with one action
+     (theirs: 500, of one; action repeat as in 2203.04955): the experts are done after 14 to 18.
+  2. The reward model sees 64 to 100 px, the VLM 200 to 308 px (theirs: 200 to 360, and 200 to 720).
+  3. The simulators are others: see the headers of the files in tasks/.
 
-Shapes: O observation, A action numbers; pictures (size, size, 3) uint8.
-  make(name) -> env with .goal, .horizon, .picture(size), .render() = picture(300); obs (O,)
-  float32, action (A,) in [-1, 1], or an int; info["success"] 0 or 1; info["progress"]: larger is
-  closer to the goal, and visible in pictures. expert(env)(obs) -> action. TASKS: one entry a task.
+Shapes: O observation, A action numbers; images (size, size, 3) uint8.
+  make(name) -> env with .goal, .horizon, .image(size), .render() = image(300); obs (O,) float32,
+  action (A,) in [-1, 1], or an int; info["success"] 0 or 1; info["progress"]: larger is closer to
+  the goal, and visible in images. expert(env)(obs) -> action. TASKS: name -> Task.
 
 To use it elsewhere:
     import envs
     env = envs.make("CartPole", seed=0)  # or make("Reacher-v5", goal="to touch the red ball")
     obs, info = env.reset(seed=0)
     obs, true_reward, terminated, truncated, info = env.step(envs.expert(env)(obs))
-    image, progress = env.picture(64), info["progress"]
+    image, progress = env.image(64), info["progress"]
 """
-import argparse
 import atexit
 import contextlib
 import copy
-import csv
 import inspect
 import math
 import os
 import re
 import sys
-import time
-import warnings
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
 OPENGL_CURE = (
-    "pictures of this task need OpenGL, which is missing here: apt-get install -y libegl1 "
+    "images of this task need OpenGL, which is missing here: apt-get install -y libegl1 "
     "libgl1-mesa-dri (or set MUJOCO_GL to egl, osmesa or glfw, whichever this machine has)"
 )
 # No number from an environment may be larger: the learner squares it, and float32 ends at 3.4e38.
@@ -60,51 +54,67 @@ class BadEnvironment(ValueError):
 
 @dataclass
 class Task:
-    """All that the other files need to know about a task."""
+    """What a task is. How long it is trained, and with how many questions: tasks/schedules.py.
 
-    goal: str  # what the VLM is told; RL-VLM-F's seven word for word
-    make: object  # a Gymnasium id, "module:id", or a callable that returns an environment
-    horizon: int  # steps until an episode is cut off (truncated)
-    query_size: int  # side of the square picture the VLM sees, px
-    reward_size: int  # side of the one the reward network sees, px
-    action_repeat: int = 1  # steps of the simulator in one of ours
-    train: dict = field(default_factory=dict)  # what train.py's Config takes for this task
-    paper: dict = field(default_factory=dict)  # the same fields as the paper had them
-
-
-# ---- CartPole: physics and pictures in numpy ----
-class CartPole(gymnasium.Env):
-    """Keep a pole upright with -10 to 10 N on the cart. The state is clamped: nothing terminates.
-
-    Observation (4,): cart position m, its speed; pole angle rad (0 up, + leans right), its speed.
+    goal               what the VLM is told; RL-VLM-F's seven tasks have the paper's words.
+    make               "module:id" as Gymnasium spells it, or what is called for an environment.
+    horizon            steps until an episode is cut off (truncated).
+    vlm_image_size     side of the square image that the VLM sees, px.
+    reward_image_size  side of the square image that the reward network sees, px.
+    action_repeat      steps of the simulator in one of ours, all with the same action.
     """
 
-    GRAVITY, CART_MASS, POLE_MASS, HALF_POLE, FORCE, SECONDS = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02
-    LIMIT = np.array([0.8 * 2.4, np.inf, math.radians(30), np.inf])  # of |state|
+    goal: str
+    make: object
+    horizon: int
+    vlm_image_size: int
+    reward_image_size: int
+    action_repeat: int = 1
+
+
+# ---- CartPole: physics ----
+class CartPole(gymnasium.Env):
+    """Keep a pole upright by pushing its cart with -10 to 10 N; action (1,) in [-1, 1].
+
+    Observation (4,): cart position m, its speed m/s; pole angle rad (0 up, + leans right), its
+    speed rad/s. True reward, and progress: minus the angle from upright, in degrees.
+    """
+
+    GRAVITY, CART_MASS, POLE_MASS, HALF_POLE = 9.8, 1.0, 0.1, 0.5  # m/s^2, kg, kg, m
+    FORCE, SECONDS = 10.0, 0.02  # N at full action; length of a step
+    # The largest |state|. Cart and pole stop here and the episode goes on: as in the paper, nothing
+    # terminates. An episode that ended when the pole falls would tell the policy about the goal by
+    # its length alone. And a learned reward has no natural zero: where it happens to be negative
+    # everywhere, a policy that may end an episode learns to end it quickly.
+    LIMIT = np.array([0.8 * 2.4, np.inf, math.radians(30), np.inf])
     render_mode = "rgb_array"
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
 
     def __init__(self):
         high = self.LIMIT.astype(np.float32)
-        high[[0, 2]] *= 1.001  # float32 rounds the clamped state either way
+        high[[0, 2]] *= 1.001  # rounded to float32, a state at the limit may lie a little beyond it
         self.observation_space = Box(-high, high, dtype=np.float32)
         self.action_space = Box(-1.0, 1.0, (1,), np.float32)
-        self.state = np.zeros(4)  # float64; observations are float32 copies
+        self.state = np.zeros(4)  # (4,) float64; observations are float32 copies
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        # Nearly upright: within 0.05 rad, which is 2.9 degrees. What has to be learned is to hold.
         self.state = self.np_random.uniform(-0.05, 0.05, 4)
         return self.state.astype(np.float32), self._info()
 
     def step(self, action):
+        """action (1,) -> obs (4,), true reward, terminated, truncated (both always False), info."""
         push = float(np.asarray(action).reshape(-1)[0])
-        if not math.isfinite(push):
+        if not math.isfinite(push):  # min and max below would make a full push of a nan
             raise ValueError(f"an action must be a number, not {push}")
         force = self.FORCE * min(max(push, -1.0), 1.0)
-        moved = self.state + self.SECONDS * self.derivative(self.state, force)  # Euler
+        # Euler's method: for 20 ms, everything changes as fast as it does now.
+        moved = self.state + self.SECONDS * self.derivative(self.state, force)
         self.state = np.clip(moved, -self.LIMIT, self.LIMIT)
-        # trap: without this the pole "falls on" at the clamp, and needs as long to turn round.
-        place, speed = self.state[[0, 2]], self.state[[1, 3]]
+        # trap: what is stopped must lose its speed too. Else the speed goes on growing while the
+        # pole lies at its limit, and the pole needs as long again before it turns round.
+        place, speed = self.state[[0, 2]], self.state[[1, 3]]  # (2,) each: of the cart, of the pole
         outwards = (np.abs(place) >= self.LIMIT[[0, 2]]) & (place * speed > 0)
         self.state[[1, 3]] = np.where(outwards, 0.0, speed)
         info = self._info()
@@ -112,7 +122,12 @@ class CartPole(gymnasium.Env):
 
     @classmethod
     def derivative(cls, state, force):
-        """d state / dt, (4,), Gymnasium's: https://coneural.org/florian/papers/05_cart_pole.pdf"""
+        """d state / dt, (4,), the header's equations.
+
+        Gymnasium's CartPole has the same: https://coneural.org/florian/papers/05_cart_pole.pdf
+        From upright and at rest, 10 N to the right: temp = 10 / 1.1 = 9.09, the pole falls to the
+        left with a'' = -9.09 / (0.5 (4/3 - 0.1 / 1.1)) = -14.6 rad/s^2, the cart gains 9.8 m/s^2.
+        """
         _, speed, angle, spin = state
         total, pole = cls.CART_MASS + cls.POLE_MASS, cls.POLE_MASS * cls.HALF_POLE
         sin, cos = math.sin(angle), math.cos(angle)
@@ -122,23 +137,29 @@ class CartPole(gymnasium.Env):
         return np.array([speed, temp - pole * spin_rate * cos / total, spin, spin_rate])
 
     def _info(self):
+        # Progress is of the angle alone. A cart in the middle may be worth something too, but no
+        # image shows where the cart is, so no answer about images could say so.
         degrees = abs(math.degrees(self.state[2]))
         return {"success": float(degrees < 5.0), "progress": -degrees}
 
     def expert_action(self, obs):
-        """Push where the pole leans and is going; a little more brings the cart to the middle."""
-        gains = np.array([0.1, 0.25, 4.0, 1.0])
+        """Push where the pole leans and is going: that brings the cart under it again.
+
+        The two small gains let the pole lean a little towards the middle, and the cart follows.
+        """
+        gains = np.array([0.1, 0.25, 4.0, 1.0])  # of position, speed, angle, speed of the angle
         return np.clip([gains @ obs], -1, 1).astype(np.float32)
 
-    def picture(self, size):
-        """The cart is always drawn in the middle: its position cannot be seen."""
+    def image(self, size):
+        """-> (size, size, 3) uint8. The cart is always in the middle: its position is not seen."""
         return draw_pole(size, self.state[2])
 
     def render(self):
-        return self.picture(300)
+        return self.image(300)
 
 
-# Lengths in sides of the picture. x to the right from the middle, y up from the lower edge.
+# ---- CartPole: images ----
+# Lengths in sides of the image. x to the right from the middle, y up from the lower edge.
 PIVOT_Y, POLE_LENGTH, POLE_HALF_WIDTH = 0.29, 0.60, 0.028
 CART_LOW, CART_HIGH, CART_HALF_WIDTH = 0.16, 0.31, 0.14
 BROWN, BLACK, WHITE = np.array([[150, 90, 40], [0, 0, 0], [255, 255, 255]], np.float32)
@@ -147,195 +168,30 @@ BROWN, BLACK, WHITE = np.array([[150, 90, 40], [0, 0, 0], [255, 255, 255]], np.f
 def draw_pole(size, angle):
     """angle rad -> (size, size, 3) uint8: a brown pole on a black cart, on white.
 
-    Edges are smooth: a pixel is as brown as the share of it that the pole covers.
+    Both are rectangles, drawn by their signed distance: how far a pixel's centre is outside of the
+    rectangle, negative inside. For |x| <= w and |y| <= h it is the larger of |x| - w and |y| - h.
+    In pixels, clip(0.5 - distance, 0, 1) is the share of the pixel that is covered: 1 from half a
+    pixel inside on, 0.5 on the edge, 0 from half a pixel outside on. So edges are smooth, and every
+    change of the angle changes the image. Without this, a pole drawn at 64 px would move in jumps
+    of one pixel, 1.5 degrees at its tip, and which of two images is better could often not be seen.
     """
-    rows = slice(0, math.ceil((1 - CART_LOW) * size) + 1)  # nothing below the cart
-    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size  # centres
+    rows = slice(0, math.ceil((1 - CART_LOW) * size) + 1)  # nothing is drawn below the cart
+    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size  # (size,) centres, in sides
     x, y = pixel[None, :] - 0.5, 1.0 - pixel[rows, None]  # (1, size), (rows, 1)
+    # The pole's own axes: along it, 0 at the pivot and POLE_LENGTH at the tip; and across it.
     sin, cos = np.float32(math.sin(angle)), np.float32(math.cos(angle))
-    along = x * sin + (y - PIVOT_Y) * cos  # (rows, size), 0 at the pivot, POLE_LENGTH at the tip
-    across = np.abs(x * cos - (y - PIVOT_Y) * sin)
+    along = x * sin + (y - PIVOT_Y) * cos  # (rows, size)
+    across = np.abs(x * cos - (y - PIVOT_Y) * sin)  # (rows, size)
+    # Signed distances, (rows, size): the pole's ends are at along = POLE_LENGTH and along = 0.
     outside_pole = np.maximum(across - POLE_HALF_WIDTH, np.maximum(along - POLE_LENGTH, -along))
     middle, half_height = (CART_LOW + CART_HIGH) / 2, (CART_HIGH - CART_LOW) / 2
     outside_cart = np.maximum(np.abs(x) - CART_HALF_WIDTH, np.abs(y - middle) - half_height)
+    # Distances in sides, times size, are distances in pixels -> covered shares (rows, size, 1).
     pole, cart = (np.clip(0.5 - size * d, 0, 1)[..., None] for d in (outside_pole, outside_cart))
     image = np.full((size, size, 3), 255, np.uint8)
-    colours = (WHITE + pole * (BROWN - WHITE)) * (1 - cart) + BLACK * cart
-    image[rows] = (colours + 0.5).astype(np.uint8)
+    colours = (WHITE + pole * (BROWN - WHITE)) * (1 - cart) + BLACK * cart  # the cart is in front
+    image[rows] = (colours + 0.5).astype(np.uint8)  # + 0.5: astype cuts off, this rounds
     return image
-
-
-# ---- Meta-World: three tasks of a robot arm, and pictures without the arm ----
-class MetaWorld(gymnasium.Env):
-    """A Meta-World v3 task with object, goal and hand always at one start, as the paper has it.
-
-    Observation (39,): hand (3), gripper opening, object (3 + quaternion 4), 7 zeros; the same 18
-    one step before; goal (3). Action (4,): hand by up to 1 cm along x, y, z; gripper. layout:
-    where object and goal are, Meta-World's random vector. True reward: Meta-World's, 0 to 10 in
-    each of its steps.
-    """
-
-    render_mode = "rgb_array"
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
-
-    def __init__(self, name, layout, hand, camera, expert, colours=(), one_way=False):
-        """hand: (3,) m.  camera: look_at (3,) m, distance m, azimuth, elevation degrees.
-        expert: obs -> action.  colours: pairs of geom name and (red, green, blue) in [0, 1].
-        one_way: beyond the goal is as good as at it."""
-        with opengl_errors():  # importing mujoco already looks for OpenGL
-            import mujoco
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-
-        self.mujoco, self.expert_action, self.views = mujoco, expert, {}  # size -> FixedView
-        self.one_way = one_way
-        sim = self.sim = ALL_V3_ENVIRONMENTS[name]()
-        sim._freeze_rand_vec, sim._set_task_called = True, True
-        sim._last_rand_vec, sim.hand_init_pos = np.array(layout, float), np.array(hand, float)
-        sim._partially_observable = False  # shows the goal: constant, but the experts want it
-        del sim.sawyer_observation_space  # trap: cached with bounds 0 for the goal; step() clips
-        sim.max_path_length = math.inf  # the time limit is ours
-        sim.touching_object = lambda geom: False  # a slow loop over contacts, read by nobody here
-        sim.reset()  # 250 physics steps to bring the hand there: once, later resets restore this
-        self.kind = mujoco.mjtState.mjSTATE_INTEGRATION
-        self.start = np.empty(mujoco.mj_stateSize(sim.model, self.kind))
-        mujoco.mj_getState(sim.model, sim.data, self.start, self.kind)
-        self.observation_space = Box(-np.inf, np.inf, (39,), np.float32)
-        self.action_space = Box(-1.0, 1.0, (4,), np.float32)
-        self._prepare_pictures(camera, colours)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        sim = self.sim
-        # Meta-World's own reset lets the arm travel there through 500 physics steps, every time.
-        self.mujoco.mj_resetData(sim.model, sim.data)
-        self.mujoco.mj_setState(sim.model, sim.data, self.start, self.kind)
-        self.mujoco.mj_forward(sim.model, sim.data)
-        sim.curr_path_length, sim._prev_obs = 0, sim._get_curr_obs_combined_no_goal()
-        obs = sim._get_obs()
-        return obs.astype(np.float32), {"success": 0.0, "progress": self._progress(obs)}
-
-    def step(self, action):
-        obs, reward, _, _, info = self.sim.step(np.clip(np.asarray(action, np.float64), -1, 1))
-        info = {"success": float(info["success"]), "progress": self._progress(obs)}
-        return obs.astype(np.float32), float(reward), False, False, info
-
-    def _progress(self, obs):
-        """Minus the distance over the table from object (handle, ball, cube) to goal, m."""
-        # trap: the true reward also pays for the hand, which the picture hides: as a label, noise.
-        if self.one_way:  # the arm pulls a drawer past the goal, where it looks further open still
-            return -max(0.0, float(obs[5] - self.sim._target_pos[1]))
-        return -math.dist(obs[4:6], self.sim._target_pos[:2])
-
-    def _prepare_pictures(self, camera, colours):
-        """Once: hide the robot, throw out what makes drawing slow, aim the camera."""
-        mujoco, model = self.mujoco, self.sim.model
-        self.camera, self.options = mujoco.MjvCamera(), mujoco.MjvOption()
-        self.camera.lookat[:], self.camera.distance = camera[:2]
-        self.camera.azimuth, self.camera.elevation = camera[2:]
-        self.options.sitegroup[:] = 0  # markers of goals and fingers
-        robot = model.body_rootid == model.body("base").id  # (bodies,)
-        model.geom_group[robot[model.geom_bodyid]] = 5  # groups 3 to 5 are not drawn
-        for geom, colour in colours:
-            model.geom(geom).rgba[:3], model.geom(geom).matid[:] = colour, -1
-        draw_fast(model)
-
-    def picture(self, size):
-        if size not in self.views:
-            view = FixedView(self.mujoco, self.sim.model, self.camera, self.options, size)
-            self.views[size] = view
-        return self.views[size].picture(self.sim.data)
-
-    def render(self):
-        return self.picture(300)
-
-    def close(self):
-        while self.views:
-            self.views.popitem()[1].close()
-
-
-class FixedView:
-    """Pictures of a MuJoCo scene from one place: what cannot move is drawn once, the rest over it.
-
-    Of the two, the nearer one is seen: OpenGL's own rule, so pictures are those of mujoco.Renderer,
-    to the last bit, and come several times as fast.
-    trap: not with shadows, reflections or anything transparent, nor where the model itself changes.
-    """
-
-    def __init__(self, mujoco, model, camera, options, size):
-        """camera, options: MjvCamera and MjvOption.  size: of the square picture, px."""
-        self.mujoco, self.model, self.camera, self.options = mujoco, model, camera, options
-        model.vis.global_.offwidth = model.vis.global_.offheight = size
-        self.opengl = mujoco.GLContext(size, size)
-        self.opengl.make_current()
-        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
-        self.context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR  # nearer is larger
-        self.scene, self.no_pull = mujoco.MjvScene(model, maxgeom=1000), mujoco.MjvPerturb()
-        for name in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE", "FOG"):
-            self.scene.flags[getattr(mujoco.mjtRndFlag, "mjRND_" + name)] = False
-        self.colour = np.empty((size, size, 3), np.uint8)[::-1]  # OpenGL's first row is the lowest
-        self.depth, self.still = np.empty((size, size), np.float32)[::-1], None
-
-    def _draw(self, data, which):
-        """Fill self.colour and self.depth with the things that stand still, or that can move."""
-        mujoco, rect = self.mujoco, self.mujoco.MjrRect(0, 0, *self.depth.shape)
-        mujoco.mjv_updateScene(self.model, data, self.options, self.no_pull, self.camera,
-                               getattr(mujoco.mjtCatBit, "mjCAT_" + which), self.scene)
-        mujoco.mjr_render(rect, self.scene, self.context)
-        mujoco.mjr_readPixels(self.colour[::-1], self.depth[::-1], rect, self.context)
-
-    def picture(self, data):
-        """data: MjData -> (size, size, 3) uint8."""
-        self.opengl.make_current()  # there is one a size
-        if self.still is None:
-            self._draw(data, "STATIC")
-            self.still = self.colour.copy(), self.depth.copy()
-        self._draw(data, "DYNAMIC")
-        colour, depth = self.still
-        image, nearer = colour.copy(), self.depth > depth  # (size, size, 3), (size, size)
-        # as pixels, three bytes each: by channels it takes three times as long
-        np.copyto(image.view("V3"), self.colour.view("V3"), where=nearer[..., None])
-        return image
-
-    def close(self):
-        self.opengl.make_current()
-        self.context.free()
-        self.opengl.free()
-
-
-def draw_fast(model):
-    """No multisampling, shadows and reflections: software draws them slowly. model: MuJoCo's."""
-    model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
-    model.mat_reflectance[:] = 0
-
-
-def scripted(name):
-    """One of the policies that Meta-World brings: obs (39,) -> action (4,)."""
-
-    def act(obs):
-        from metaworld import policies
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns that it asks for more than [-1, 1]
-            return np.clip(getattr(policies, name)().get_action(obs), -1, 1).astype(np.float32)
-
-    return act
-
-
-def sweep_expert(obs):
-    """Go behind the cube with closed fingers, go down, push it to the hole, stay.
-
-    Meta-World's own policy pinches the cube, presses it into the table from this start, and fails.
-    """
-    hand, cube, goal = obs[:3], obs[4:7], obs[36:39]
-    behind = np.array([cube[0], cube[1] - 0.06, 0.115])  # m; fingers 2 cm above the table
-    if hand[1] > cube[1] - 0.02:  # in front of it: go back, above it
-        target = behind + [0.0, -0.02, 0.1]
-    elif hand[2] > 0.145 or abs(hand[0] - cube[0]) > 0.02:
-        target = behind
-    else:  # push, and stop 1 cm before the hole's middle: the cube slides on
-        target = behind + [0.0, 0.06, 0.0] if cube[1] < goal[1] - 0.01 else hand
-    return np.clip([*25 * (target - hand), 1.0], -1, 1).astype(np.float32)
 
 
 # ---- Any environment: one face for all of them ----
@@ -344,6 +200,19 @@ def one_line(text):
     return " ".join(text.split())
 
 
+# Success and progress. Success says whether the goal is reached now; evaluation counts it. Progress
+# says how near the goal is, and larger is nearer. No policy learns from either. Progress tells
+# which labels are right, and makes them with `--labels oracle`. So it must be something that an
+# image shows: a VLM cannot answer for what it does not see, and its labels would count as wrong.
+#
+# Terminated or truncated. An episode that terminated has no future, so the value of its last state
+# is the last reward alone. An episode that was truncated only met its time limit: it would have
+# gone on, so the value of the state after it still counts. Mistaken for the other, a time limit
+# teaches that whatever is reached late is worth nothing.
+#
+# Action repeat. One of Meta-World's steps lasts 12.5 ms and changes hardly a pixel: two such images
+# cannot be told apart, and random actions cancel out before anything moves. With action_repeat=3,
+# one action lasts three steps, and an episode of 150 simulator steps is 50 decisions.
 class TaskEnv(gymnasium.Wrapper):
     """The goal, square pictures, a time limit; and the one door for all that an environment says.
 
@@ -460,9 +329,9 @@ class TaskEnv(gymnasium.Wrapper):
                 "success": self._number("success", 0.0 if success is None else success),
                 "progress": self._number("progress", progress, or_nan=self.moves == 0)}
 
-    def picture(self, size=300):
+    def image(self, size=300):
         """(size, size, 3) uint8: all that can be seen now, a copy."""
-        own = getattr(self.unwrapped, "picture", None)  # draws at any size
+        own = getattr(self.unwrapped, "image", None)  # draws at any size
         with opengl_errors():
             image = own(size) if callable(own) else self._rendered()
         if getattr(image, "dtype", None) == np.uint8 and image.shape == (size, size, 3):
@@ -480,7 +349,7 @@ class TaskEnv(gymnasium.Wrapper):
         return image
 
     def render(self):
-        return self.picture(300)
+        return self.image(300)
 
     def _rendered(self):
         try:
@@ -551,183 +420,90 @@ def square(image, size):
 
 @contextlib.contextmanager
 def opengl_errors():
-    """A missing OpenGL has many faces, AttributeErrors on None among them: one line, one cure."""
+    """Around code that draws: a missing OpenGL becomes one ValueError of one line, with its cure.
+
+    What is missing shows in many ways, an AttributeError on None among them; which one depends on
+    the library that was tried (EGL, OSMesa, GLFW). Their names in the message give it away.
+    """
     try:
         yield
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         if re.search(r"OpenGL|EGL|OSMesa|GLFW|MUJOCO_GL|GLContext|\be?gl[A-Z]", text):
             raise ValueError(f"{OPENGL_CURE} [{text}]") from None
-        raise
+        raise  # an error of another kind keeps its traceback
 
 
 def choose_opengl(small=True):
     """Draw without a display where there is none. MuJoCo, Mesa and SDL read these when they start.
 
-    small: whether pictures are as quick to draw as those of this project's own tasks.
+    small: whether images are as quick to draw as those of this project's own tasks.
+    What a user has set in the environment stays.
     """
+    # EGL draws without a display. MuJoCo would otherwise look for a window, and fail.
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
-    if small:  # trap: to wake a thread of Mesa's for every core takes longer than such a picture
+    # Without a GPU it is Mesa that draws, in software, on as many threads as there are cores.
+    # trap: to wake these threads takes longer than an image of ours does. 0 means: no threads.
+    if small:
         os.environ.setdefault("LP_NUM_THREADS", "0")
-    # trap: SDL, which draws Gymnasium's classic tasks, swallows SIGTERM: `kill` would do nothing
+    # trap: SDL, which draws Gymnasium's classic tasks, swallows SIGTERM: `kill` would do nothing.
     os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
 
 
-# ---- The table of tasks ----
-PAPER_SAC = dict(
-    seed_steps=1_000, hold=1, explore_steps=10_000, sampler="uniform", reward_shift=0,
-    reward_mirror=0, reward_batch=64, sac_lr=3e-4, batch_size=512, hidden=256, updates=1,
-    discount=0.99, eval_every=10_000, eval_episodes=1, keep_best=0,
-)
-PAPER_METAWORLD = dict(
-    PAPER_SAC, total_steps=1_000_000, feedback_every=4_000, pairs_per_session=40, max_pairs=20_000,
-    reward_lr=3e-4, reward_epochs=10, query_size=300, reward_size=300, horizon=500,
-    action_repeat=1,
-)
-PAPER_ROPE_WATER = dict(
-    PAPER_SAC, total_steps=600_000, feedback_every=5_000, pairs_per_session=100,
-    max_pairs=12_000, reward_lr=1e-4, reward_epochs=30, query_size=720,
-)
+def draw_fast(model):
+    """Turn off what software draws slowly: multisampling, shadows, reflections. model: MuJoCo's.
 
-TRAIN_METAWORLD = dict(
-    seed_steps=1_000, explore_steps=3_000, feedback_every=1_000, pairs_per_session=60,
-    sac_lr=5e-4, batch_size=256, reward_epochs=20, reward_shift=0, eval_every=1_000,
-    eval_episodes=1,
-)
-TRAIN_ROPE_WATER = dict(
-    total_steps=15_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
-    pairs_per_session=40, max_pairs=500, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
-    reward_epochs=20, reward_shift=0, eval_every=1_000, eval_episodes=10,
-)
-TRAIN_GRID = dict(  # episodes last 100 steps (MiniGrid's own: 250 to 640): more different starts
-    total_steps=16_000, seed_steps=1_000, explore_steps=1_000, feedback_every=2_000,
-    pairs_per_session=50, max_pairs=1_000, sac_lr=1e-3, batch_size=128, hidden=128,
-    discount=0.95, eval_every=2_000,  # an errand takes 5 to 25 steps
-)
-ERRAND = "to pick up the key, open the yellow door with it"
+    Nothing that a goal speaks of is lost, and the reward network sees an image of every step.
+    """
+    model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
+    model.mat_reflectance[:] = 0
+
+
+# ---- The table of tasks ----
+# make() imports the module before the colon, which registers the id behind it with Gymnasium.
+#
+# Sizes. A larger image costs a VLM more tokens; the reward network sees the image of every step, so
+# its images are smaller still. (CartPole and DrawerOpen were learned at 64 px as well as at 200:
+# results/README.md, "What matters?".) In the grids both are whole numbers of pixels a cell.
+UNLOCKED = "to pick up the key, open the yellow door with it"
 TASKS = {
-    "CartPole": Task(
-        goal="to balance the brown pole on the black cart to be upright",
-        make=CartPole,
-        horizon=100, query_size=200, reward_size=64,
-        # Questions early, while the pole still falls: later all pictures are near the goal, and
-        # nothing tells the order of those far from it.
-        train=dict(
-            total_steps=2_000, seed_steps=300, explore_steps=300, feedback_every=300,
-            pairs_per_session=34, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
-            reward_lr=5e-5, reward_epochs=60, reward_shift=0, reward_mirror=1, eval_every=500,
-        ),
-        paper=dict(
-            PAPER_SAC, total_steps=500_000, feedback_every=5_000, pairs_per_session=50,
-            max_pairs=10_000, explore_steps=2_000, sac_lr=5e-4, batch_size=1024, hidden=1024,
-            reward_lr=3e-4, reward_epochs=50, query_size=200, reward_size=200, eval_episodes=10,
-        ),
-    ),
-    "DrawerOpen": Task(
-        goal="to open the drawer",
-        make=lambda: MetaWorld(
-            "drawer-open-v3",
-            layout=(0.0, 0.9, 0.0),  # drawer
-            hand=(0.0, 0.75, 0.15),
-            camera=((0.0, 0.72, 0.07), 0.55, 50, -38),
-            expert=scripted("SawyerDrawerOpenV3Policy"),
-            one_way=True,
-        ),
-        horizon=50, action_repeat=3, query_size=300, reward_size=84,
-        train=dict(TRAIN_METAWORLD, total_steps=8_000, explore_steps=2_000, feedback_every=500,
-                   pairs_per_session=13, max_pairs=100),
-        paper=PAPER_METAWORLD,
-    ),
-    "Soccer": Task(
-        goal="to move the soccer ball into the goal",
-        make=lambda: MetaWorld(
-            "soccer-v3",
-            layout=(0.0, 0.65, 0.03, 0.0, 0.85, 0.0),  # ball, goal
-            hand=(0.0, 0.56, 0.15),
-            camera=((0.0, 0.75, 0.03), 0.55, 90, -45),
-            expert=scripted("SawyerSoccerV3Policy"),
-        ),
-        horizon=50, action_repeat=3, query_size=300, reward_size=84,
-        # Random actions that change at every step cancel out, and the arm trembles where it starts;
-        # held for 7 they carry it about. Novelty goes on from the places where it has been.
-        # Discount: see StraightenRope; a shot takes about 15 steps.
-        train=dict(TRAIN_METAWORLD, total_steps=12_000, seed_steps=2_000, hold=7,
-                   explore_steps=4_000, pairs_per_session=100, max_pairs=500, discount=0.95,
-                   eval_every=500, keep_best=1),
-        paper=dict(PAPER_METAWORLD, reward_lr=1e-4, reward_epochs=5),
-    ),
-    "SweepInto": Task(
-        goal="to minimize the distance between the green cube and the hole",
-        make=lambda: MetaWorld(
-            "sweep-into-v3",
-            layout=(0.0, 0.65, 0.02, 0.0, 0.84, 0.02),  # cube, hole
-            hand=(0.0, 0.6, 0.15),
-            camera=((0.0, 0.74, 0.05), 0.52, -90, -60),
-            expert=sweep_expert,
-            colours=[("objGeom", (0.1, 0.7, 0.1))],
-        ),
-        horizon=50, action_repeat=3, query_size=300, reward_size=84,
-        # The hole is a pit wider than the 5 cm that count: only a reward that is right near the
-        # goal tells a cube at its edge from one in its middle. Discount: see StraightenRope.
-        # Left and right are alike here: see reward_model.mirrored.
-        # SAC's policies come and go: here and in Soccer the best is kept (train.KeptPolicy).
-        train=dict(TRAIN_METAWORLD, total_steps=15_000, pairs_per_session=120, max_pairs=1_200,
-                   sampler="best", reward_mirror=1, discount=0.95, eval_every=500, keep_best=1),
-        paper=PAPER_METAWORLD,
-    ),
-    "FoldCloth": Task(
-        goal="to fold the cloth diagonally from top left corner to bottom right corner",
-        make="deformables:FoldCloth-v0",
-        horizon=1, query_size=300, reward_size=100,
-        train=dict(
-            total_steps=1_500, seed_steps=150, explore_steps=150, feedback_every=150,
-            pairs_per_session=30, max_pairs=300, sac_lr=1e-3, batch_size=128, hidden=128,
-            updates=4, reward_epochs=20, reward_shift=0, eval_every=150, eval_episodes=1,
-        ),
-        paper=dict(
-            PAPER_SAC, total_steps=15_000, feedback_every=1_000, pairs_per_session=50,
-            max_pairs=500, seed_steps=250, explore_steps=500, sac_lr=5e-4, batch_size=1024,
-            hidden=1024, reward_lr=3e-4, reward_epochs=25, query_size=360, reward_size=360,
-            eval_every=250,
-        ),
-    ),
-    "StraightenRope": Task(
-        goal="to straighten the blue rope",
-        make="deformables:StraightenRope-v0",
-        horizon=40, query_size=300, reward_size=100,
-        # A reward that is fitted anew moves every value by its own change / (1 - discount), a
-        # hundredfold at 0.99; straightening takes a few steps, so 0.9 sees far enough. And no
-        # crumpled rope looks like another: more answers, and more views of each picture.
-        train=dict(TRAIN_ROPE_WATER, total_steps=10_000, pairs_per_session=100, max_pairs=800,
-                   discount=0.9, reward_epochs=40, reward_shift=10),
-        paper=dict(PAPER_ROPE_WATER, reward_size=240),
-    ),
-    "PassWater": Task(
-        goal="to move the container, which holds water, to be as close to the red circle as "
-        "possible without causing too many water droplets to spill",
-        make="deformables:PassWater-v0",
-        horizon=75, query_size=300, reward_size=100,
-        # Water once spilled stays spilled: where the random actions change at every step, all that
-        # is ever seen is wet ground. Held for an episode, most of them spill little.
-        train=dict(TRAIN_ROPE_WATER, total_steps=10_000, seed_steps=2_000, hold=75),
-        paper=dict(PAPER_ROPE_WATER, reward_size=360),
-    ),
-    **{
-        name: Task(
-            goal=goal,
-            make=f"gridworlds:{name}-v0",
-            horizon=100, query_size=query_size, reward_size=reward_size,
-            train=TRAIN_GRID,
-        )
-        for name, goal, query_size, reward_size in (
-            ("DoorKey-5x5", ERRAND + ", and get to the green square", 300, 80),
-            ("DoorKey-6x6", ERRAND + ", and get to the green square", 300, 84),
-            ("DoorKey-8x8", ERRAND + ", and get to the green square", 304, 80),
-            ("Unlock", "to pick up the key and open the yellow door with it", 308, 88),
-            ("UnlockPickup", ERRAND + ", and pick up the purple box behind it", 308, 88),
-        )
-    },
+    "CartPole": Task("to balance the brown pole on the black cart to be upright", CartPole,
+                     horizon=100, vlm_image_size=200, reward_image_size=64),
+    # Meta-World's robot arm.
+    "DrawerOpen": Task("to open the drawer", "tasks.metaworld:DrawerOpen-v0", horizon=50,
+                       vlm_image_size=300, reward_image_size=84, action_repeat=3),
+    "Soccer": Task("to move the soccer ball into the goal", "tasks.metaworld:Soccer-v0", horizon=50,
+                   vlm_image_size=300, reward_image_size=84, action_repeat=3),
+    "SweepInto": Task("to minimize the distance between the green cube and the hole",
+                      "tasks.metaworld:SweepInto-v0", horizon=50,
+                      vlm_image_size=300, reward_image_size=84, action_repeat=3),
+    # Soft bodies. The one step of FoldCloth is a whole pick-and-place, and it terminates.
+    "FoldCloth": Task("to fold the cloth diagonally from top left corner to bottom right corner",
+                      "tasks.deformables:FoldCloth-v0", horizon=1,
+                      vlm_image_size=300, reward_image_size=100),
+    "StraightenRope": Task("to straighten the blue rope", "tasks.deformables:StraightenRope-v0",
+                           horizon=40, vlm_image_size=300, reward_image_size=100),
+    "PassWater": Task("to move the container, which holds water, to be as close to the red circle "
+                      "as possible without causing too many water droplets to spill",
+                      "tasks.deformables:PassWater-v0", horizon=75,
+                      vlm_image_size=300, reward_image_size=100),
+    # Key-and-door grids, for VLM-CaR. MiniGrid's own episodes are longer: see tasks/schedules.py.
+    "DoorKey-5x5": Task(UNLOCKED + ", and get to the green square",
+                        "tasks.gridworlds:DoorKey-5x5-v0", horizon=100,
+                        vlm_image_size=300, reward_image_size=80),
+    "DoorKey-6x6": Task(UNLOCKED + ", and get to the green square",
+                        "tasks.gridworlds:DoorKey-6x6-v0", horizon=100,
+                        vlm_image_size=300, reward_image_size=84),
+    "DoorKey-8x8": Task(UNLOCKED + ", and get to the green square",
+                        "tasks.gridworlds:DoorKey-8x8-v0", horizon=100,
+                        vlm_image_size=304, reward_image_size=80),
+    "Unlock": Task("to pick up the key and open the yellow door with it",
+                   "tasks.gridworlds:Unlock-v0", horizon=100,
+                   vlm_image_size=308, reward_image_size=88),
+    "UnlockPickup": Task(UNLOCKED + ", and pick up the purple box behind it",
+                         "tasks.gridworlds:UnlockPickup-v0", horizon=100,
+                         vlm_image_size=308, reward_image_size=88),
 }
 
 
@@ -808,107 +584,39 @@ def _from_gymnasium(name):
 
 
 def expert(env):
-    """A scripted policy that reaches the goal, obs -> action. The learner never sees it."""
+    """A scripted policy that reaches the goal, obs -> action.
+
+    The preference learner never sees it. It shows what can be reached, draws the goal image for
+    VLM-CaR, and makes the episodes on which VLM-CaR's programs are verified.
+    """
     act = getattr(env.unwrapped, "expert_action", None)
     if act is None:
         raise ValueError(f"no scripted expert here; there is one for {', '.join(TASKS)}")
     return act
 
 
-# ---- python envs.py: a contact sheet of all tasks, and how fast they are ----
-def episode(env, policy):
-    """One episode's pictures [(200, 200, 3), ...] and progress [float, ...], start included."""
-    obs, info = env.reset(seed=0)
-    images, progress, over = [env.picture(200)], [info["progress"]], False
-    while not over:
-        obs, _, terminated, truncated, info = env.step(policy(obs))
-        images.append(env.picture(200))
-        progress.append(info["progress"])
-        over = terminated or truncated
-    return images, progress
+# ---- python envs.py: CartPole at random, and by its expert ----
+def demo():
+    """Prints what an episode of each reaches, and writes the last image of both to cartpole.png."""
+    import imageio.v3 as imageio
 
-
-def contact_row(env):
-    """(200, 800, 3) uint8: start | random episode's end | expert halfway in progress | its end."""
-    images, progress = episode(env, expert(env))
-    half = np.argmin(np.abs(np.array(progress) - (progress[0] + progress[-1]) / 2))
-    random_end = episode(env, lambda obs: env.action_space.sample())[0][-1]
-    return np.concatenate([images[0], random_end, images[half], images[-1]], axis=1)
-
-
-def random_step(env):
-    """A step with a random action, and the reset where an episode ends: the cost training sees."""
-    _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-    if terminated or truncated:
-        env.reset()
-
-
-def bounds(env, episodes):
-    """What doing anything at random and what the expert reach -> {column: mean over episodes}."""
-    found, policies = {"episodes": episodes}, {
-        "random": lambda obs: env.action_space.sample(), "expert": expert(env)}
-    env.action_space.seed(0)
-    for who, policy in policies.items():
-        rows = []
-        for seed in range(episodes):
-            obs, over, total = env.reset(seed=seed)[0], False, 0.0
-            while not over:
-                obs, reward, terminated, truncated, info = env.step(policy(obs))
-                assert np.isfinite(obs).all() and np.isfinite([reward, info["progress"]]).all()
-                total, over = total + reward, terminated or truncated
-            rows.append((total, info["success"], info["progress"]))
-        found.update(zip((f"{who}_{name}" for name in ("return", "success", "progress")),
-                         np.round(np.mean(rows, axis=0), 4).tolist()))
-    return found
-
-
-def per_second(do, *args, seconds=0.5):
-    """How often do(*args) runs in a second."""
-    do(*args)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        do(*args)
-        count += 1
-    return count / (time.perf_counter() - start)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Draw all tasks and measure how fast they are.")
-    parser.add_argument("--out", default="contact_envs.png", help="the picture, a row a task")
-    parser.add_argument("--csv", help="write task, size, pictures_per_s, steps_per_s there")
-    parser.add_argument("--bounds", help="only: write what random and expert episodes reach there")
-    parser.add_argument("--episodes", type=int, default=20, help="of each (default: 20)")
-    args = parser.parse_args()
-    if args.bounds:
-        rows = [{"task": name, **bounds(make(name), args.episodes)} for name in TASKS]
-        with open(args.bounds, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        return
-    from PIL import Image
-
-    sheet, table = [], [("task", "size", "pictures_per_s", "steps_per_s")]
-    for name in TASKS:
-        try:
-            env = make(name)
-            sheet.append(contact_row(env))
-        except ValueError as error:
-            print(f"{name:15s} left out: {error}")
-            continue
-        env.reset()
-        steps = per_second(random_step, env)
-        rates = {size: per_second(env.picture, size) for size in (84, 100, 200, 300)}
-        pictures = "".join(f"{rate:6.0f} ({size} px)" for size, rate in rates.items())
-        print(f"{name:15s}{steps:7.0f} steps/s, pictures/s:{pictures}")
-        table += [(name, size, round(rate), round(steps)) for size, rate in rates.items()]
-        env.close()
-    Image.fromarray(np.concatenate(sheet)).save(args.out)
-    print(f"{args.out}: start, end of a random episode, expert halfway, expert at the end")
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            csv.writer(file).writerows(table)
+    env, last_images = make("CartPole", seed=0), []
+    policies = {"random": lambda obs: env.action_space.sample(), "expert": expert(env)}
+    for name, policy in policies.items():
+        obs, info = env.reset(seed=0)
+        true_return, upright, over = 0.0, 0.0, False
+        while not over:
+            obs, true_reward, terminated, truncated, info = env.step(policy(obs))
+            true_return, upright = true_return + true_reward, upright + info["success"]
+            over = terminated or truncated
+        last_images.append(env.image(200))  # (200, 200, 3)
+        print(f"{name}: true return {true_return:.0f}, within 5 degrees on {upright:.0f} of "
+              f"{env.horizon} steps")
+    imageio.imwrite("cartpole.png", np.concatenate(last_images, axis=1))
+    print("cartpole.png: the last image of each (expected: a pole that fell, a pole upright)")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        sys.exit("envs.py takes no arguments; all tasks are drawn by python -m tools.draw_tasks")
+    demo()

@@ -1,4 +1,4 @@
-"""Key, door and target: MiniGrid's tasks with a whole picture, a full state, and a planner.
+"""Key, door and target: MiniGrid's tasks with a whole image, a full state, and a planner.
 
 What this is: MiniGrid's DoorKey (5x5, 6x6, 8x8), Unlock and UnlockPickup as Gymnasium environments
 for VLM-CaR. The programs look at the whole grid from above; the policy acts on a symbolic state;
@@ -13,7 +13,7 @@ Differs from the paper (VLM-CaR, 2402.04764):
   3. MiniGrid's seventh action, which does nothing, is left out; toggling the box, which destroys
      it, does nothing.
 
-Shapes: observation (O,) float32, action an int below 6, pictures (size, size, 3) uint8.
+Shapes: observation (O,) float32, action an int below 6, images (size, size, 3) uint8.
   Ids: DoorKey-5x5-v0, DoorKey-6x6-v0, DoorKey-8x8-v0, Unlock-v0, UnlockPickup-v0, registered when
   this is imported. Needs numpy, gymnasium and minigrid.
 
@@ -22,7 +22,7 @@ To use it elsewhere:
     env = gymnasium.make("DoorKey-6x6-v0").unwrapped
     obs, info = env.reset(seed=0)
     obs, reward, terminated, truncated, info = env.step(env.expert_action(obs))
-    print(env.goal, env.picture(84).shape, info["success"], info["progress"], info["subtasks"])
+    print(env.goal, env.image(84).shape, info["success"], info["progress"], info["subtasks"])
 """
 import collections
 
@@ -81,7 +81,7 @@ class KeyAndDoor(gymnasium.Env):
 
     def step(self, action):
         front = self.inner.grid.get(*self.inner.front_pos)
-        # trap: MiniGrid's toggle opens the box, which is then gone for good, and the picture is
+        # trap: MiniGrid's toggle opens the box, which is then gone for good, and the image is
         # that of a box picked up: a program would pay for it until the end. Here a box stays shut.
         if int(action) == self.TOGGLE and front is not None and front.type == "box":
             action = self.inner.actions.done  # does nothing
@@ -138,7 +138,7 @@ class KeyAndDoor(gymnasium.Env):
         return {"success": float(self.success), "progress": stage + near,
                 "subtasks": np.array(done)}
 
-    def picture(self, size):
+    def image(self, size):
         """The grid from above, as many whole pixels a cell as fit, centred in a black square."""
         grid = self.inner.grid
         tile = max(1, size // max(grid.width, grid.height))
@@ -150,7 +150,7 @@ class KeyAndDoor(gymnasium.Env):
         return image
 
     def render(self):
-        return self.picture(300)
+        return self.image(300)
 
     # -- the planner --
     def expert_action(self, obs=None):
@@ -203,19 +203,19 @@ def demo():
 
     rows = []
     for name in ("DoorKey-5x5", "DoorKey-6x6", "DoorKey-8x8", "Unlock", "UnlockPickup"):
-        env, steps, solved, pictures = KeyAndDoor(f"MiniGrid-{name}-v0"), [], 0, []
+        env, steps, solved, images = KeyAndDoor(f"MiniGrid-{name}-v0"), [], 0, []
         for seed in range(20):
             obs, info = env.reset(seed=seed)
-            pictures = [env.picture(200)]
+            images = [env.image(200)]
             over = False
             while not over:
                 obs, _, terminated, truncated, info = env.step(env.expert_action(obs))
-                pictures.append(env.picture(200))
+                images.append(env.image(200))
                 over = terminated or truncated
-            steps.append(len(pictures) - 1)
+            steps.append(len(images) - 1)
             solved += info["success"]
         rows.append(np.concatenate(
-            [pictures[len(pictures) * i // 4] for i in range(4)] + [pictures[-1]], axis=1))
+            [images[len(images) * i // 4] for i in range(4)] + [images[-1]], axis=1))
         print(f"{name:13s} the planner solves {solved:.0f} of 20 in {np.median(steps):.0f} steps; "
               f"{obs.size} numbers seen")
     imageio.imwrite("contact_gridworlds.png", np.concatenate(rows))

@@ -50,7 +50,7 @@ def play(env, reward, size, act, seed):
     (obs, info), frames, true, over = env.reset(seed=seed), [], [], False
     successes = []
     while True:
-        frames.append(env.picture(size))
+        frames.append(env.image(size))
         true.append(info.get("subtasks", [info["success"]]))
         successes.append(bool(info["success"]))
         if over:
@@ -68,14 +68,14 @@ def sac_search(env, reward, settings, steps, seed):
     agent = sac.SAC(shape[0], space, (settings.hidden,) * 2, settings.sac_lr, settings.discount)
     buffer = sac.ReplayBuffer(steps + env.horizon, shape, space.shape)
     while buffer.added < steps:
-        (obs, _), frames, over = env.reset(seed=seed), [env.picture(settings.reward_size)], False
+        (obs, _), frames, over = env.reset(seed=seed), [env.image(settings.reward_size)], False
         successes = []
         while not over:
             blind = buffer.added < settings.seed_steps
             action = space.sample() if blind else agent.act(obs)
             last, (obs, _, terminated, truncated, info) = obs, env.step(action)
             buffer.add(last, action, obs, terminated, None, 0.0)
-            frames.append(env.picture(settings.reward_size))
+            frames.append(env.image(settings.reward_size))
             successes.append(bool(info["success"]))
             over = terminated or truncated
             for _ in range(0 if blind else settings.updates):
@@ -88,7 +88,7 @@ def sac_search(env, reward, settings, steps, seed):
 
 def examine(task, searched=200, episodes=10, seed=5_000_000, steps=None):
     """-> rows of code_accuracy.csv, one per program; the row of reward_hacking.csv"""
-    env, rng, size = envs.make(task), np.random.default_rng(seed), envs.TASKS[task].reward_size
+    env, rng, size = envs.make(task), np.random.default_rng(seed), envs.TASKS[task].reward_image_size
     expert, space, right, best = envs.expert(env), env.action_space, {}, (-np.inf,)
     played = code_as_reward.collect_episodes(env, expert, size, seed=2_000_000)  # as train.py does
     ask = lambda parts: types.SimpleNamespace(text=offline_vlm.answer(parts))

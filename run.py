@@ -59,7 +59,7 @@ import numpy as np
 # ---- every tunable, once ----
 @dataclasses.dataclass
 class Config:
-    """A field's comment is its --help text; None means: the task's own value (envs.py)."""
+    """A field's comment is its --help text; None means: the task's own (tasks/schedules.py)."""
 
     # The task and the method
     env: str = "CartPole"  # a built-in task or any Gymnasium id (then with --goal)
@@ -160,7 +160,7 @@ RANGES = dict(
     reward_mirror=(0, 1), reward_bfloat16=(0, 1), sac_bfloat16=(0, 1), cuda_graph=(0, 1),
     seed=(0, MOST),
 )
-# What a task that is not built in starts from; a built-in task's entry in envs.py overrides it.
+# What a task that is not built in starts from; tasks/schedules.py overrides it for those that are.
 DEFAULTS = dict(
     total_steps=50_000, seed_steps=1000, hold=1, explore_steps=4000, feedback_every=2000,
     pairs_per_session=40, max_pairs=1000, sampler="uniform", reward_lr=3e-4, reward_batch=16, reward_epochs=50,
@@ -219,6 +219,18 @@ def in_order(*_):
 
 
 # ---- the settings ----
+NAMES = {"vlm_image_size": "query_size", "reward_image_size": "reward_size",  # schedules' -> Config's
+         "random_shift": "reward_shift", "random_flip": "reward_mirror"}
+
+
+def schedule(env, whose):
+    """What "ours" or "paper" sets for a task, in Config's names; {} where there is nothing."""
+    from tasks import schedules
+
+    fields = {"ours": schedules.OURS, "paper": schedules.PAPER}[whose].get(env, {})
+    return {NAMES.get(name, name): value for name, value in fields.items()}
+
+
 def resolve(config):
     """Fill every None from the task's entry; check what can be checked before anything is made."""
     import envs
@@ -252,14 +264,14 @@ def resolve(config):
     except (ValueError, RecursionError) as error:
         raise UserError(f"--vlm-extra {config.vlm_extra[:80]}: no JSON object ({error})") from None
     task = envs.TASKS.get(config.env)
-    if config.schedule == "paper" and not (task and task.paper):
+    if config.schedule == "paper" and not schedule(config.env, "paper"):
         raise UserError(f"--schedule paper: the paper has no task {config.env}")
     preset = dict(DEFAULTS)
     if task is not None:
         preset.update(goal=task.goal, horizon=task.horizon, action_repeat=task.action_repeat,
-                      query_size=task.query_size, reward_size=task.reward_size)
-        preset.update(task.train)
-        preset.update(task.paper if config.schedule == "paper" else {})
+                      query_size=task.vlm_image_size, reward_size=task.reward_image_size)
+        preset.update(schedule(config.env, "ours"))
+        preset.update(schedule(config.env, "paper") if config.schedule == "paper" else {})
     open_fields = {name: value for name, value in preset.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **open_fields)
     check_ranges(config)

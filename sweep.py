@@ -199,6 +199,7 @@ def only(jobs, words):
 def stored(job):
     """(config, summary) of the job's folder, {} where there is none; ValueError if another run is in it."""
     import envs
+    import run
 
     config, summary = ({}, {})
     with contextlib.suppress(FileNotFoundError):
@@ -207,7 +208,7 @@ def stored(job):
     # trap: without this, a sweep whose table has changed, or a task whose presets have, would show the runs of the old
     # one under the new names
     ours = job.task in envs.TASKS and job.overrides.get("schedule") != "paper"
-    preset = envs.TASKS[job.task].train if ours else {}
+    preset = run.schedule(job.task, "ours") if ours else {}
     for field, value in {**preset, **job.overrides}.items() if config else ():
         if config.get(field) != value:
             raise ValueError(f"{job.folder} holds a run with {field}={config.get(field)}, not {value}: remove it, or "

@@ -86,6 +86,8 @@ from code_as_reward import (
     verify,
 )
 from offline_vlm import OfflineVLM
+from tasks import schedules
+from tools import draw_tasks
 from vlm_query import LabelLog, LimitReached, Reply, VLM, VLMError, label_pairs, parse_label
 
 torch.set_num_threads(1)  # the networks are small: threads would only get into each other's way
@@ -1138,7 +1140,7 @@ def test_no_body_holds_a_temperature_and_extra_is_merged_in_depth():
 def test_the_pixels_arrive_as_they_were():
     """The picture must be sent without loss: what the server decodes equals what went in."""
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    assert (offline_vlm.picture(vlm_query.png_base64(image), "image/png") == image).all()
+    assert (offline_vlm.image(vlm_query.png_base64(image), "image/png") == image).all()
 
 
 def test_retry_after_is_understood_in_every_form():
@@ -1592,7 +1594,7 @@ def env_of():
             if name not in made:
                 made[name] = envs.make(name)
                 made[name].reset(seed=0)
-                made[name].picture(84)
+                made[name].image(84)
         except (ValueError, ModuleNotFoundError) as error:
             pytest.skip(str(error))
         return made[name]
@@ -1610,7 +1612,7 @@ def rollout(env, seed, steps=6):
     for _ in range(steps):
         obs, reward, _, _, info = env.step(rng.uniform(-1, 1, env.action_space.shape))
         seen += [obs, [reward, info["success"], info["progress"]]]
-    return np.concatenate(seen), env.picture(84)
+    return np.concatenate(seen), env.image(84)
 
 
 def test_every_task_has_a_goal_a_horizon_and_picture_sizes():
@@ -1618,8 +1620,9 @@ def test_every_task_has_a_goal_a_horizon_and_picture_sizes():
     assert set(envs.TASKS) >= {*BUILT_IN, "FoldCloth", "StraightenRope", "PassWater"}
     for name, task in envs.TASKS.items():
         assert task.goal.startswith("to ") and task.horizon >= 1, name
-        assert 64 <= task.reward_size <= 100 <= task.query_size <= 720, name
-        assert {"total_steps", "pairs_per_session", "feedback_every", "max_pairs"} <= set(task.train), name
+        assert 64 <= task.reward_image_size <= 100 <= task.vlm_image_size <= 720, name
+        assert {"total_steps", "pairs_per_session", "feedback_every", "max_pairs"} <= set(schedules.OURS[name]), name
+    assert set(schedules.PAPER) < set(schedules.OURS) == set(envs.TASKS)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -1637,7 +1640,7 @@ def test_shapes_types_and_infos_are_as_promised(env_of, name):
         assert not terminated and isinstance(reward, float)
     assert truncated
     for size in (84, 200):
-        assert env.picture(size).shape == (size, size, 3) and env.picture(size).dtype == np.uint8
+        assert env.image(size).shape == (size, size, 3) and env.image(size).dtype == np.uint8
     assert env.render().shape == (300, 300, 3)
 
 
@@ -1704,9 +1707,9 @@ def test_the_cartpole_picture_shows_the_angle_and_not_the_position():
     pole.reset(seed=0)
     for size in (64, 200):
         pole.state = np.array([-1.5, 0, np.radians(20), 0])
-        left = pole.picture(size)
+        left = pole.image(size)
         pole.state[0] = 1.5
-        assert np.array_equal(left, pole.picture(size))
+        assert np.array_equal(left, pole.image(size))
         brown = left[..., 0].astype(int) - left[..., 2] > 55
         rows, columns = np.nonzero(brown)
         tip = columns[rows == rows.min()].mean() / size - 0.5
@@ -1719,17 +1722,17 @@ def test_metaworld_pictures_hide_the_robot(env_of, name):
     """Moving the hand while the object lies still must not change one pixel; moving the object must."""
     env = env_of(name)
     start_obs, start = env.reset(seed=0)
-    before = env.picture(84)
+    before = env.image(84)
     for _ in range(8):
         obs, *_, info = env.step(np.array([0, 0, 1, 1], np.float32))  # straight up, away from everything
     assert info["progress"] == pytest.approx(start["progress"], abs=2e-3)  # it is the object's alone
     assert np.linalg.norm(obs[:3] - start_obs[:3]) > 0.04 and np.allclose(obs[4:6], start_obs[4:6], atol=2e-3)
     env.unwrapped.sim.data.qpos[9:] = env.unwrapped.start[1:][9 : env.unwrapped.sim.model.nq]  # the object, exactly
     env.unwrapped.mujoco.mj_forward(env.unwrapped.sim.model, env.unwrapped.sim.data)
-    assert np.array_equal(before, env.picture(84))
+    assert np.array_equal(before, env.image(84))
     env.unwrapped.sim.data.qpos[9 if name != "DrawerOpen" else -1] -= 0.05
     env.unwrapped.mujoco.mj_forward(env.unwrapped.sim.model, env.unwrapped.sim.data)
-    assert (before != env.picture(84)).any(axis=2).mean() > 0.005
+    assert (before != env.image(84)).any(axis=2).mean() > 0.005
 
 
 @pytest.mark.parametrize("size", [84, 300])
@@ -1739,15 +1742,15 @@ def test_what_stands_still_is_drawn_once_and_nobody_can_tell(env_of, name, size)
     env = env_of(name)
     sim, mujoco, flags = env.unwrapped.sim, env.unwrapped.mujoco, env.unwrapped.mujoco.mjtRndFlag
     obs, _ = env.reset(seed=0)
-    first = env.picture(size)
+    first = env.image(size)
     renderer = mujoco.Renderer(sim.model, size, size)
     for flag in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION, flags.mjRND_SKYBOX, flags.mjRND_HAZE, flags.mjRND_FOG):
         renderer.scene.flags[flag] = False
     for step in range(24):  # the object on its way, at the goal, and where chance brings it
         obs, *_ = env.step(envs.expert(env)(obs) if step < 18 else env.action_space.sample())
         renderer.update_scene(sim.data, env.unwrapped.camera, env.unwrapped.options)
-        assert np.array_equal(env.picture(size), renderer.render())
-    assert not np.array_equal(first, env.picture(size))
+        assert np.array_equal(env.image(size), renderer.render())
+    assert not np.array_equal(first, env.image(size))
     renderer.close()
 
 
@@ -1823,7 +1826,7 @@ def test_any_gymnasium_id_gets_the_same_face():
     *_, info = env.step(np.array([1.0], np.float32))
     assert env.unwrapped.got == 4.0 and info["progress"] == 7.0 and info["success"] == 1.0
     for size in (16, 40, 90):
-        image = env.picture(size)  # 40 x 100 px: a light middle, padded above and below in the edges' colour
+        image = env.image(size)  # 40 x 100 px: a light middle, padded above and below in the edges' colour
         assert image.shape == (size, size, 3) and image.dtype == np.uint8 and image[size // 2, size // 2, 0] == 200
         assert not image[0].any() and not image[-1].any() and not image[:, 0].any() and not image[:, -1].any()
 
@@ -1841,7 +1844,7 @@ def test_an_environment_without_a_limit_of_its_own_gets_one(tmp_path, monkeypatc
 
 def test_kill_ends_a_run_that_sdl_draws():
     """SDL draws Gymnasium's classic tasks and would catch SIGTERM: kill, docker and Slurm would wait in vain."""
-    code = ("import envs, os, signal\nenv = envs.make('Pendulum-v1', goal='up')\nenv.reset(seed=0)\nenv.picture(50)\n"
+    code = ("import envs, os, signal\nenv = envs.make('Pendulum-v1', goal='up')\nenv.reset(seed=0)\nenv.image(50)\n"
             "os.kill(os.getpid(), signal.SIGTERM)\nprint('still here')")
     environment = {name: value for name, value in os.environ.items() if name != "SDL_NO_SIGNAL_HANDLERS"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100,
@@ -1917,7 +1920,7 @@ def test_what_gymnasium_cannot_make_is_one_line():
     env = envs.make("Fussy-v0", goal="to go")
     env.reset(seed=0)
     with pytest.raises(ValueError, match="Fussy-v0 drew no picture, but NoneType"):
-        env.picture(64)
+        env.image(64)
     del gymnasium.registry["Fussy-v0"]
 
 
@@ -1983,6 +1986,34 @@ def test_a_missing_opengl_is_one_line_with_its_cure():
             raise AttributeError("no attribute 'qpos'")
 
 
+@pytest.mark.parametrize("package", ["mujoco", "metaworld"])
+def test_a_task_without_its_package_is_one_line_with_its_cure(monkeypatch, package):
+    """Without Meta-World the user must read the name of the task and what to install."""
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "metaworld.env_dict", raising=False)
+    with pytest.raises(ValueError, match=f"DrawerOpen.*pip install {package}") as error:
+        envs.make("DrawerOpen")
+    assert "\n" not in str(error.value)
+
+
+def test_the_bounds_of_a_task_are_means_over_episodes():
+    """What random and expert episodes reach must be found for each, and the expert must hold the pole."""
+    found = draw_tasks.bounds(envs.make("CartPole", horizon=20), episodes=2)
+    assert found["episodes"] == 2 and set(found) == {"episodes"} | {
+        f"{who}_{what}" for who in ("random", "expert") for what in ("return", "success", "progress")}
+    assert found["expert_success"] == 1 and found["random_return"] < found["expert_return"] < 0
+
+
+def test_envs_alone_plays_cartpole_at_random_and_by_its_expert(tmp_path):
+    """Its demo must need no other file, and send whoever gives it the flags of draw_tasks there."""
+    shutil.copy("envs.py", tmp_path)
+    outcome = [subprocess.run([sys.executable, "envs.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+               for flags in ([], ["--csv", "x"])]
+    assert outcome[0].returncode == 0 and "expert: true return -84, within 5 degrees on 100 of 100" in outcome[0].stdout
+    assert imageio.imread(tmp_path / "cartpole.png").shape == (200, 400, 3)
+    assert outcome[1].returncode == 1 and "python -m tools.draw_tasks" in outcome[1].stderr
+
+
 def test_a_drawer_further_open_is_never_worse(env_of):
     """Pulling on after success must undo neither success nor progress: it looks further open."""
     env = env_of("DrawerOpen")
@@ -2010,7 +2041,7 @@ def test_what_is_in_the_air_is_read_where_it_is(env_of, name, read, width, place
     state[9:12] = place
     sim.set_state(state, np.zeros_like(sim.data.qvel))
     distance = 100 * np.linalg.norm(np.array(place[:2]) - sim._target_pos[:2])  # cm
-    assert read(env.picture(300)) * width == pytest.approx(distance, abs=0.6)
+    assert read(env.image(300)) * width == pytest.approx(distance, abs=0.6)
 
 
 @pytest.mark.parametrize("name", ["DoorKey-5x5", "DoorKey-6x6", "DoorKey-8x8", "Unlock", "UnlockPickup"])
@@ -2024,9 +2055,9 @@ def test_the_planner_solves_every_grid_and_a_box_stays_shut(env_of, name):
         while not over:
             action, front = envs.expert(env)(obs), grid.grid.get(*grid.front_pos)
             if front is not None and front.type == "box":
-                before = env.picture(88)
+                before = env.image(88)
                 env.step(env.unwrapped.TOGGLE)
-                assert np.array_equal(env.picture(88), before)
+                assert np.array_equal(env.image(88), before)
             obs, _, terminated, truncated, info = env.step(action)
             over = terminated or truncated
         assert info["success"] == 1
@@ -2049,15 +2080,15 @@ def test_the_way_to_the_other_room_leads_through_the_door(env_of):
     """Behind the wall next to the target must be further than in the door, for progress, the reader and the program."""
     env = env_of("DoorKey-8x8")
     env.reset(seed=0)
-    first, grid, said = env.picture(80), env.unwrapped, []
+    first, grid, said = env.image(80), env.unwrapped, []
     grid._door().is_open, grid._door().is_locked = True, False
     grid.inner.grid.set(*grid._places()[1], None)  # the key has been taken
     source = offline_vlm.write_code(env.goal, "the red agent is on the green square", False)
     with contextlib.closing(code_as_reward.Program(source)) as program:
         for cell in ((4, 6), (4, 2), (6, 2), (6, 5)):  # behind the wall, before the door at (5, 2), past it, at the target
             grid.inner.agent_pos = cell
-            said.append((grid._info()["progress"], offline_vlm.read_rooms(env.picture(300)),
-                         program(env.picture(80)[None], first)[0]))
+            said.append((grid._info()["progress"], offline_vlm.read_rooms(env.image(300)),
+                         program(env.image(80)[None], first)[0]))
     assert (np.diff(said, axis=0) > 0.03).all()
 
 
@@ -2077,7 +2108,7 @@ def soft():
 def soft_picture(env, size):
     """A picture, or a skip that says in one line what cures it."""
     try:
-        return env.picture(size)
+        return env.image(size)
     except deformables.OpenGLMissing as error:
         pytest.skip(str(error))
 
@@ -2097,7 +2128,7 @@ def test_soft_task_passes_gymnasiums_checker(name):
     """Each id must resolve by its module and satisfy check_env without a warning."""
     env = gymnasium.make(f"deformables:{name}-v0").unwrapped
     try:
-        no_opengl = env.picture(64) is None
+        no_opengl = env.image(64) is None
     except deformables.OpenGLMissing:
         no_opengl = True
     with warnings.catch_warnings():
@@ -2224,13 +2255,13 @@ def test_water_settles_as_a_heap_and_not_as_columns(soft):
     assert env.spilled() == 0
 
 
-def test_a_goal_picture_that_fails_leaves_the_episode_as_it_was(soft):
+def test_a_goal_image_that_fails_leaves_the_episode_as_it_was(soft):
     """A size that is refused must not put the rope where the goal is."""
     env = soft["StraightenRope"]
     env.reset(seed=0)
     state = env.data.qpos.copy()
-    with pytest.raises(ValueError, match="picture's size"):
-        env.goal_picture(8)
+    with pytest.raises(ValueError, match="image's size"):
+        env.goal_image(8)
     np.testing.assert_array_equal(env.data.qpos, state)
 
 
@@ -2249,11 +2280,11 @@ def test_soft_pictures_change_with_the_state_and_leave_it_alone(name, soft):
     before = soft_picture(env, 96)
     assert before.shape == (96, 96, 3) and before.dtype == np.uint8
     state = env.data.qpos.copy()
-    assert (env.goal_picture(96) != before).any(-1).mean() > 0.005
+    assert (env.goal_image(96) != before).any(-1).mean() > 0.005
     np.testing.assert_array_equal(env.data.qpos, state)
-    np.testing.assert_array_equal(env.picture(96), before)
+    np.testing.assert_array_equal(env.image(96), before)
     env.step(env.expert_action(env.observe()))
-    assert (env.picture(96) != before).any(-1).mean() > 0.005
+    assert (env.image(96) != before).any(-1).mean() > 0.005
     assert env.render().shape == (300, 300, 3)
 
 
@@ -2282,7 +2313,7 @@ def test_soft_tasks_step_without_opengl_and_name_the_cure():
     code = ("import deformables, numpy\n"
             "env = deformables.StraightenRope()\n"
             "env.reset(seed=0); env.step(numpy.zeros(8)); print('stepped')\n"
-            "try: env.picture(64)\n"
+            "try: env.image(64)\n"
             "except deformables.OpenGLMissing as error: print(error)\n")
     # PYOPENGL_PLATFORM=osmesa makes EGL fail while mujoco is imported, as a missing library does.
     env = {**os.environ, "MUJOCO_GL": "egl", "PYOPENGL_PLATFORM": "osmesa"}
@@ -2295,7 +2326,7 @@ def test_soft_tasks_step_without_opengl_and_name_the_cure():
 def test_soft_renderer_left_open_ends_quietly(soft):
     """A user who forgets close() must not get OpenGL tracebacks when Python ends."""
     soft_picture(soft["StraightenRope"], 64)
-    code = "import deformables; env = deformables.StraightenRope(); env.reset(); env.picture(64)"
+    code = "import deformables; env = deformables.StraightenRope(); env.reset(); env.image(64)"
     env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(deformables.__file__))}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == ""
@@ -2304,7 +2335,7 @@ def test_soft_renderer_left_open_ends_quietly(soft):
 def test_a_task_left_open_ends_quietly(env_of):
     """The same for Meta-World's pictures, drawn through TaskEnv."""
     env_of("DrawerOpen")
-    code = "import envs; env = envs.make('DrawerOpen'); env.reset(seed=0); env.picture(64)"
+    code = "import envs; env = envs.make('DrawerOpen'); env.reset(seed=0); env.image(64)"
     env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(envs.__file__))}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr[-2000:]
@@ -2988,7 +3019,7 @@ def test_a_wrong_media_type_is_refused():
     """A PNG that calls itself JPEG is a 400, as with Anthropic."""
     data = vlm_query.png_base64(draw_pole(0))
     with pytest.raises(offline_vlm.BadQuestion, match="said to be image/jpeg but appears to be image/png"):
-        offline_vlm.picture(data, "image/jpeg")
+        offline_vlm.image(data, "image/jpeg")
 
 
 def test_a_wrong_key_is_refused_in_every_format():
@@ -3783,7 +3814,7 @@ def test_rows_of_earlier_calls_stay_and_a_changed_table_is_noticed(here, monkeyp
                for job in sweep.plan_grid(["env=CartPole", "seed=0"])]
     with pytest.raises(ValueError, match="max_pairs=100, not 99.*another --name"):
         sweep.sweep(changed, "mine")
-    monkeypatch.setitem(envs.TASKS["CartPole"].train, "total_steps", 777)  # the task's own preset has changed
+    monkeypatch.setitem(schedules.OURS["CartPole"], "total_steps", 777)  # the task's own preset has changed
     with pytest.raises(ValueError, match="total_steps=2000, not 777.*another --name"):
         sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=0"]), "mine")
 
@@ -4468,11 +4499,10 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsy
     assert [name for name in os.listdir(tmp_path) if name != "runs"] == [] and not list(tmp_path.glob("runs/*seed*"))
 
 
-@pytest.mark.parametrize("name", [name for name, task in envs.TASKS.items() if task.paper])
+@pytest.mark.parametrize("name", list(schedules.PAPER))
 def test_the_paper_s_schedule_takes_nothing_from_ours(name):
     """Whatever a task's own schedule sets, the paper's must set too, or a departure would slip into it."""
-    task = envs.TASKS[name]
-    assert set(task.train) <= set(task.paper)
+    assert set(schedules.OURS[name]) <= set(schedules.PAPER[name])
     config = run.resolve(run.Config(env=name, schedule="paper"))
     assert (config.hold, config.discount, config.reward_shift, config.reward_mirror) == (1, 0.99, 0, 0)
     assert config.reward_batch == 64
@@ -4676,7 +4706,7 @@ def test_auto_takes_a_gpu_only_where_it_gains(monkeypatch, changes, device):
 def test_numbers_on_the_command_line_may_be_written_as_floats():
     """--total-steps 4e3 must mean 4000, and given flags must override the task's entry."""
     config = run.resolve(run.parse_args(["--total-steps", "4e3", "--sac-lr", "1"]))
-    assert config.total_steps == 4000 and config.sac_lr == 1.0 and config.hidden == envs.TASKS["CartPole"].train["hidden"]
+    assert config.total_steps == 4000 and config.sac_lr == 1.0 and config.hidden == schedules.OURS["CartPole"]["hidden"]
 
 
 # ==== the repository ====

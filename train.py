@@ -19,7 +19,7 @@ What this is: the algorithm, STEP by STEP (RL-VLM-F, arXiv 2402.03681); the only
 
 Differs from the paper:
   1. Sessions of questions, checkpoints and pricing happen where an episode ends: nothing half-done to save.
-  2. Fewer steps and pairs, from each task's entry in envs.py (`--schedule paper` has the paper's own).
+  2. Fewer steps and pairs, from tasks/schedules.py (`--schedule paper` has the paper's own).
   3. Only some pictures (at least one in ten) become candidates for a question, each but once, in a reservoir over the
      whole run, not the last 100 episodes; the reward network sees a smaller picture than the VLM.
   4. In Soccer and SweepInto the best policy so far by the learned reward is kept: see KeptPolicy. The episodes in which
@@ -134,7 +134,7 @@ def learn(config, run, env, eval_env, clip, labeler):
         run.write({"step": 0, "episodes": 0, **evaluate(agent, eval_env, config)})
 
     obs, _ = env.reset(seed=train_seed(config, at))
-    start_image, successes, losses = env.picture(config.reward_size), [], {}
+    start_image, successes, losses = env.image(config.reward_size), [], {}
     bar = tqdm(range(at["step"], config.total_steps), initial=at["step"], total=config.total_steps, unit="step")
     if labeler.vlm:
         labeler.vlm.waits = lambda waiting: bar.set_postfix_str(
@@ -154,11 +154,11 @@ def learn(config, run, env, eval_env, clip, labeler):
 
             # ---- STEP 1: act, and store the transition with the image seen after it ----
             next_obs, true_reward, terminated, truncated, info = env.step(action)
-            image = env.picture(config.reward_size) if looks else None
+            image = env.image(config.reward_size) if looks else None
             buffer.add(obs, action, next_obs, terminated, image, true_reward)
             successes.append(info["success"])
             if learned and rng.random() < candidate_share:  # drawn a second time, large
-                pool.offer(env.picture(config.query_size), image, info["progress"], rng)
+                pool.offer(env.image(config.query_size), image, info["progress"], rng)
             obs, done = next_obs, terminated or truncated
 
             due = step + 1 >= config.explore_steps + at["sessions"] * config.feedback_every
@@ -218,7 +218,7 @@ def learn(config, run, env, eval_env, clip, labeler):
                 if session or at["step"] % config.eval_every < len(successes):
                     run.save(save_all(parts, at, rng))
                 obs, _ = env.reset(seed=train_seed(config, at))
-                start_image, successes = env.picture(config.reward_size), []
+                start_image, successes = env.image(config.reward_size), []
                 bar.set_postfix_str(status(run.rows[-1], labeler))
         finished = True
     except KeyboardInterrupt:
@@ -520,7 +520,7 @@ def learned_policy(agent):
 def start_picture(env, seed, size):
     """What an episode with this seed starts from: (size, size, 3) uint8."""
     env.reset(seed=seed)
-    return env.picture(size)
+    return env.image(size)
 
 
 def run_episode(env, act, seed, size=None, most=None):
@@ -537,7 +537,7 @@ def run_episode(env, act, seed, size=None, most=None):
         if size and len(images) == most and len(rows) % every == 0:
             images, every = images[::2], 2 * every
         if size and len(rows) % every == 0:
-            images.append(env.picture(size))
+            images.append(env.image(size))
         rows.append((reward, info["progress"], info["success"]))
         done = terminated or truncated
     return (np.stack(images) if size else None, *np.array(rows).T)
@@ -755,11 +755,11 @@ def prepare(config):
         env, eval_env = (envs.make(config.env, config.seed, config.goal, config.horizon, config.action_repeat)
                          for _ in range(2))
         eval_env.reset(seed=config.seed)
-        eval_env.picture(config.reward_size)  # now, not later, if there is no OpenGL
+        eval_env.image(config.reward_size)  # now, not later, if there is no OpenGL
         # and a step: nothing is left behind by an environment that cannot be used. (The action is drawn from a
         # generator of its own, and every episode is reset with its seed: the run does not notice.)
         eval_env.step(random_action(eval_env.action_space, np.random.default_rng(config.seed)))
-        eval_env.picture(config.query_size)
+        eval_env.image(config.query_size)
         if config.reward == "code" and not config.programs:
             envs.expert(env)  # programs are verified on its episodes
     except ValueError as error:

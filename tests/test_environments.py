@@ -344,9 +344,9 @@ def test_whatever_render_gives_is_the_same_picture(made, kind, size):
     plain = np.repeat(GREY[..., None], 3, 2) if kind.startswith("grey ") else RED
     env, expected = made(render=lambda self: drawn), made(render=lambda self: plain)
     env.reset(seed=0), expected.reset(seed=0)
-    image = env.picture(size)
+    image = env.image(size)
     assert image.dtype == np.uint8 and image.shape == (size, size, 3) and image.flags.c_contiguous
-    assert np.abs(image.astype(int) - expected.picture(size)).max() <= (1 if "16" in kind else 0)
+    assert np.abs(image.astype(int) - expected.image(size)).max() <= (1 if "16" in kind else 0)
 
 
 def test_half_transparent_is_half_white():
@@ -364,7 +364,7 @@ def test_what_is_no_picture_is_one_line(made, drawn, says):
     """What was drawn, and what is possible."""
     env = made(render=lambda self: drawn)
     env.reset(seed=0)
-    refused(f"drew no picture, but .*{says}.*at a reset", env.picture, 64)
+    refused(f"drew no picture, but .*{says}.*at a reset", env.image, 64)
 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), RuntimeError("no\ndisplay"), TypeError("needs mode")])
@@ -375,7 +375,7 @@ def test_a_render_that_fails_is_one_line(made, error):
 
     env = made(render=render)
     env.reset(seed=0)
-    refused(f"cannot draw itself here: {type(error).__name__}", env.picture, 64)
+    refused(f"cannot draw itself here: {type(error).__name__}", env.image, 64)
 
 
 @pytest.mark.parametrize("shape", [(20, 60), (60, 20), (31, 64), (200, 31)])
@@ -408,18 +408,18 @@ def test_a_picture_that_is_drawn_into_one_array_is_a_copy(made):
     class Own(Bar):
         canvas = np.zeros((64, 64, 3), np.uint8)
 
-        def picture(self, size):
+        def image(self, size):
             self.canvas += 1
             return self.canvas
 
         def render(self):
-            return self.picture(64)
+            return self.image(64)
 
-    for env in (made(base=Own), made(base=Own, picture=None, render=lambda self: Own.picture(self, 64))):
+    for env in (made(base=Own), made(base=Own, picture=None, render=lambda self: Own.image(self, 64))):
         env.reset(seed=0)
-        first = env.picture(64)
+        first = env.image(64)
         before = first[0, 0, 0]
-        env.picture(64)
+        env.image(64)
         assert first[0, 0, 0] == before
 
 

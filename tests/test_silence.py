@@ -215,7 +215,7 @@ def test_a_film_holds_at_most_a_hundred_pictures_and_draws_few_more(steps, monke
     env.reset(seed=0)
     kept, most, drawn = [], 0, 0
 
-    def picture(size):
+    def image(size):
         nonlocal drawn
         drawn += 1
         return np.full((2, 2, 3), env.unwrapped.t % 251, np.uint8)
@@ -262,7 +262,7 @@ def test_a_long_trial_and_long_episodes_are_priced_by_the_pictures_that_were_kep
 
     monkeypatch.setattr(train, "IN_AN_EPISODE", 100)
     env = envs.make("Silentbar-v0", goal="x", horizon=300)
-    env.picture = lambda size: np.full((size, size, 3), env.unwrapped.t // 2, np.uint8)
+    env.image = lambda size: np.full((size, size, 3), env.unwrapped.t // 2, np.uint8)
     agent = sac.SAC(2, env.action_space, (4, 4))
     config = run.resolve(run.Config(env="CartPole", keep_best=1, reward_size=48))
     kept = train.KeptPolicy(agent, config)
