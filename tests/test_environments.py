@@ -415,7 +415,7 @@ def test_a_picture_that_is_drawn_into_one_array_is_a_copy(made):
         def render(self):
             return self.image(64)
 
-    for env in (made(base=Own), made(base=Own, picture=None, render=lambda self: Own.image(self, 64))):
+    for env in (made(base=Own), made(base=Own, image=None, render=lambda self: Own.image(self, 64))):
         env.reset(seed=0)
         first = env.image(64)
         before = first[0, 0, 0]

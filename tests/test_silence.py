@@ -220,7 +220,7 @@ def test_a_film_holds_at_most_a_hundred_pictures_and_draws_few_more(steps, monke
         drawn += 1
         return np.full((2, 2, 3), env.unwrapped.t % 251, np.uint8)
 
-    monkeypatch.setattr(env, "picture", picture)
+    monkeypatch.setattr(env, "image", image)
     images, reward, progress, success = train.run_episode(env, lambda obs: np.zeros(1, np.float32), 0, 2, train.IN_A_FILM)
     every = train.apart(len(images), steps)
     assert len(reward) == len(progress) == len(success) == steps and 50 <= len(images) + 50 * (steps < 100) <= 150
