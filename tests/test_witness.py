@@ -6,7 +6,7 @@ we did not write, `transformers serve`, must see both pictures that our client s
 priced as `transformers` itself does.
 
     python -m venv witness && witness/bin/pip install -r requirements-witness.txt
-    witness/bin/python -m pytest test_witness.py
+    witness/bin/python -m pytest tests/test_witness.py
 """
 import base64
 import json

@@ -1,7 +1,8 @@
 """Kill a run at random moments, go on with --resume: nothing paid for is asked twice, and the end is the same.
 
-What this is: a test (`pytest test_kills.py`, 3 kills) and the full proof (`python test_kills.py --kills 50`, which
-writes results/kills.csv). Which STEPs: 3, ask the VLM, and the checkpoints around all of them.
+What this is: a test (`pytest tests/test_kills.py`, 3 kills) and the full proof
+(`python -m tests.test_kills --kills 50`, which writes results/kills.csv). Which STEPs: 3, ask the VLM, and the
+checkpoints around all of them.
 
 A stand-in for a VLM, slow on purpose, serves in this process and writes down every request. `train.py` runs as a
 process of its own, first undisturbed, then again: `kill -9` after a random time, `--resume`, and so on to the end.
@@ -20,7 +21,7 @@ A run that ends before all kills are spent is followed by another one, with the 
 
 To use it elsewhere:
     import pathlib, tempfile
-    from test_kills import Witness, go, outcome
+    from tests.test_kills import Witness, go, outcome
     with tempfile.TemporaryDirectory() as folder, Witness() as server:
         go(server, pathlib.Path(folder), dict(total_steps=200, horizon=50, eval_every=100, hidden=16, eval_episodes=1))
         print(outcome(pathlib.Path(folder))[0].decode(), len(server.asked), "requests")
@@ -43,7 +44,7 @@ import offline_vlm
 
 SPAN = 2.0  # seconds
 WORKERS = 4
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 # Small networks and pictures: the time should go where it can be lost, into questions and checkpoints.
 SETTINGS = dict(
     env="CartPole", horizon=50, seed_steps=100, explore_steps=100, feedback_every=100, pairs_per_session=4,
@@ -80,7 +81,7 @@ def command(folder, settings, url):
     flags = {**SETTINGS, "vlm_url": url, **settings, "out": run}
     flags = {"resume": run} if run.exists() else flags
     words = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    return [sys.executable, str(HERE / "train.py"), *words]
+    return [sys.executable, str(ROOT / "train.py"), *words]
 
 
 def go(server, folder, settings, wait=None, from_start=False, answers=0):
@@ -180,7 +181,8 @@ def main():
     if options.kills < 1 or options.total_steps < 600:
         parser.error("--kills is 1 or more, --total-steps 600 or more: a shorter run has too few answers to lose")
     rng, rows = np.random.default_rng(options.seed), []
-    call = f"python test_kills.py --kills {options.kills} --seed {options.seed} --total-steps {options.total_steps}"
+    call = (f"python -m tests.test_kills --kills {options.kills} "
+            f"--seed {options.seed} --total-steps {options.total_steps}")
     while (left := options.kills - sum(row["kills"] for row in rows)) > 0:
         settings = dict(total_steps=options.total_steps, max_pairs=options.total_steps, seed=options.seed + len(rows))
         with tempfile.TemporaryDirectory() as folder:
