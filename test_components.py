@@ -24,10 +24,10 @@ import torch
 from scipy.stats import spearmanr
 
 import envs
-import offline_vlm
-import report
+from support import offline_vlm
+from support import report
 import reward_model
-import run
+from support import run
 import sac
 import train
 import vlm_query
@@ -35,7 +35,7 @@ from code_as_reward import (
     CodeAsRewardError, Program, ProgramError, ProgramReward, describe_subtasks, extract_code, learn_programs,
     load_programs, potential, stages, verify
 )
-from offline_vlm import OfflineVLM
+from support.offline_vlm import OfflineVLM
 from vlm_query import LabelLog, LimitReached, Reply, VLM, VLMError, label_pairs, parse_label
 
 torch.set_num_threads(1)  # the networks are small: threads would only get into each other's way

@@ -40,8 +40,8 @@ import time
 import zlib
 from pathlib import Path
 
-import run as run_folder
-from run import (Run, UserError, closing_text, parse_args, price_of, resolve, say, status, warn, who_labels,
+from support import run as run_folder
+from support.run import (Run, UserError, closing_text, parse_args, price_of, resolve, say, status, warn, who_labels,
                  write_json)
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -91,11 +91,11 @@ def learn(config, run, env, eval_env, clip, labeler):
     from tqdm import tqdm
 
     import code_as_reward
-    import cuda_graph
+    from support import cuda_graph
     import envs
     import reward_model
     import sac
-    import score_reward
+    from support import score_reward
     import vlm_query
 
     torch.set_num_threads(1)  # layers this small gain little from a second thread: two runs at a time gain more
@@ -302,7 +302,7 @@ class Labeler:
         self.programs = None  # VLM-CaR's ProgramReward, once there is one
         self.kept = [], [], []  # first, second, label of --labels-from
         if config.labels_from:
-            import cached_labels
+            from support import cached_labels
 
             try:
                 *self.kept, source = cached_labels.read_labels(config.labels_from, config.reward_size)
@@ -315,7 +315,7 @@ class Labeler:
             return
         name, url = config.vlm, config.vlm_url
         if name == "offline":
-            import offline_vlm
+            from support import offline_vlm
 
             if config.goal not in offline_vlm.READERS:
                 raise UserError(f'the offline stand-in is not a VLM and knows only these goals: '
@@ -566,7 +566,7 @@ def clip_price(config):
     """With --reward clip: the ClipReward that prices every picture. Otherwise None."""
     if config.reward != "clip":
         return None
-    import clip_reward
+    from support import clip_reward
 
     try:
         return clip_reward.ClipReward(config.clip_goal or config.goal, config.clip_baseline, config.clip_alpha,
@@ -591,7 +591,7 @@ def programs_price(config, run, env, labeler):
 
 def read_programs(folder):
     """code_as_reward.load_programs(), of files that are ordinary and small: the folder may be a stranger's."""
-    import cached_labels
+    from support import cached_labels
     import code_as_reward
 
     paths = [*Path(folder).glob("programs/[1-9]_*.py"), *Path(folder).glob("[1-9]_*.py")]
@@ -804,7 +804,7 @@ def check_disk(config, env):
 
 def finish(config, run, finished, at, labeler, agent, price, env):
     """Watch the policy once more, write summary.json and the report -> the closing paragraph."""
-    import report
+    from support import report
 
     write_gif(run.path("eval_after.gif"), env, learned_policy(agent), config)
     spearman = write_episodes(run.path("episodes.csv"), env, learned_policy(agent), price, config)

@@ -1146,7 +1146,7 @@ def main(arguments=None):
     try:
         images = [load_image(path)[None] for path in options.images]  # (1, H, W, 3) each
         if options.vlm == "offline" and not options.vlm_url:  # start the stand-in beside this file
-            script = Path(__file__).with_name("offline_vlm.py")
+            script = Path(__file__).with_name("support") / "offline_vlm.py"
             server = subprocess.Popen([sys.executable, script, "--port", "0"], text=True,
                                       stdout=subprocess.PIPE)
             options.vlm_url = server.stdout.readline().rpartition(" ")[2].strip()

@@ -1,1 +1,1 @@
-"""The tasks that need a package or a simulator of their own, and the schedule of every task."""
+"""The tasks that are simulated elsewhere than in envs.py, and the schedule of each task. See README.md."""

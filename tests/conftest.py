@@ -35,7 +35,7 @@ def env_of():
 @pytest.fixture
 def unreported(monkeypatch):
     """Leaves out report and pictures, which test_the_whole_algorithm_runs_every_step has, to save their seconds."""
-    import report
+    from support import report
     import train
 
     monkeypatch.setattr(report, "write_report", lambda folder: Path(folder, "report.html").touch())

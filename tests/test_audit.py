@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import audit_vlm
-import cached_labels
+from tools import audit_vlm
+from support import cached_labels
 import envs
-import offline_vlm
-import run
+from support import offline_vlm
+from support import run
 import sac
 import vlm_query
 

@@ -8,7 +8,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-import cached_labels
+from support import cached_labels
 
 
 def cached_file(path, labels=(0, 1, -1, 1), protocol=5, half=12):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-import clip_reward
+from support import clip_reward
 import reward_model
-import score_reward
+from support import score_reward
 
 
 def test_score_loss_is_the_squared_error_on_the_scale_of_the_reward():

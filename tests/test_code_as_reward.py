@@ -13,7 +13,7 @@ import pytest
 
 import code_as_reward
 import envs
-import offline_vlm
+from support import offline_vlm
 import train
 import vlm_query
 from code_as_reward import (

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import deformables
+from tasks import deformables
 import envs
-import offline_vlm
+from support import offline_vlm
 
 
 def test_what_ends_by_itself_in_its_last_step_is_not_cut_off():
@@ -54,7 +54,7 @@ def soft_play(env, seed, act):
 @pytest.mark.parametrize("name", SOFT_TASKS)
 def test_soft_task_passes_gymnasiums_checker(name):
     """Each id must resolve by its module and satisfy check_env without a warning."""
-    env = gymnasium.make(f"deformables:{name}-v0").unwrapped
+    env = gymnasium.make(f"tasks.deformables:{name}-v0").unwrapped
     try:
         no_opengl = env.image(64) is None
     except deformables.OpenGLMissing:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-import cuda_graph
+from support import cuda_graph
 import reward_model
-import run
+from support import run
 import sac
 import train
 from test_components import box, distance_after_learning, filled_batch, tiny

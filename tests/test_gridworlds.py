@@ -7,12 +7,12 @@ import pytest
 
 import code_as_reward
 import envs
-import offline_vlm
+from support import offline_vlm
 
 
 def test_an_environment_knows_its_own_horizon():
     """Named by its id, with no horizon given, a task of ours must last as long as it says, not 1,000 steps."""
-    assert envs.make("gridworlds:DoorKey-5x5-v0", goal="to go").horizon == 250
+    assert envs.make("tasks.gridworlds:DoorKey-5x5-v0", goal="to go").horizon == 250
 
 
 @pytest.mark.parametrize("name", ["DoorKey-5x5", "DoorKey-6x6", "DoorKey-8x8", "Unlock", "UnlockPickup"])
@@ -36,7 +36,7 @@ def test_the_planner_solves_every_grid_and_a_box_stays_shut(env_of, name):
 
 def test_a_grid_state_says_which_sub_tasks_were_completed():
     """A key that was taken and put back is where it was, but paid for already: one number must tell the two states apart."""
-    import gridworlds  # noqa: F401  (registers the ids)
+    from tasks import gridworlds  # noqa: F401  (registers the ids)
 
     env = gymnasium.make("DoorKey-5x5-v0").unwrapped
     obs, info = env.reset(seed=0)

@@ -4,7 +4,7 @@ import types
 import numpy as np
 import pytest
 
-import hack_search
+from tools import hack_search
 
 
 def test_the_search_for_hacks_keeps_the_rows_of_other_tasks(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import offline_vlm
+from support import offline_vlm
 
 SPAN = 2.0  # seconds
 WORKERS = 4

@@ -14,9 +14,9 @@ import requests
 
 import code_as_reward
 import envs
-import offline_vlm
+from support import offline_vlm
 import vlm_query
-from offline_vlm import OfflineVLM
+from support.offline_vlm import OfflineVLM
 from test_components import gray, quick
 from vlm_query import VLM, VLMError, label_pairs
 

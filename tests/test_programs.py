@@ -17,7 +17,7 @@ import code_as_reward
 import train
 from code_as_reward import (CodeAsRewardError, Program, ProgramError, ProgramReward, describe_subtasks, extract_code,
                             learn_programs, load_programs, verification_table)
-from run import UserError
+from support.run import UserError
 
 BLACK = np.zeros((2, 16, 16, 3), np.uint8)
 DEF = "def progress(images, first_image):\n    "

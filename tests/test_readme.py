@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sweep
+from tools import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-import report
+from support import report
 
 HOSTILE_TEXT = "<script>alert(1)</script><img src=x onerror=alert(2)> \ud800 $\\frac{"
 

@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import reward_model
-import score_reward
+from support import score_reward
 from test_components import numbered_images
 
 

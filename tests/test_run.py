@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import envs
-import run
+from support import run
 import sac
 import train
 from tasks import schedules

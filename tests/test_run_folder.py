@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-import cached_labels
+from support import cached_labels
 import envs
-import report
-import run
+from support import report
+from support import run
 import sac
-import sweep
+from tools import sweep
 import train
 
 SMALL = dict(env="CartPole", horizon=30, total_steps=120, seed_steps=30, explore_steps=30, feedback_every=30,

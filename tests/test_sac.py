@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import bench
+from tools import bench
 import sac
 from test_components import box, filled_batch
 

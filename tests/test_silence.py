@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import envs
-import report
+from support import report
 import reward_model
-import run
+from support import run
 import sac
-import score_reward
+from support import score_reward
 import train
 
 SMALL = (48, 48, 3)

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bench
-import plots
+from tools import bench
+from tools import plots
 import reward_model
-import run
-import sweep
+from support import run
+from tools import sweep
 from tasks import schedules
 
 STUB = '''
 import csv, dataclasses, json, os, time
-import run
+from support import run
 def train(config):
     if config.seed == 7:
         raise ValueError("seven does not\\nlearn")
@@ -227,7 +227,7 @@ def alive(pid):
 def test_the_same_sweep_runs_on_ray(stub_train, monkeypatch, tmp_path):
     """With Ray the rows must be those of the processes."""
     monkeypatch.delitem(sys.modules, "ray")
-    pytest.importorskip("ray", reason="pip install -r requirements-sweep.txt")
+    pytest.importorskip("ray", reason="pip install -r tools/requirements-sweep.txt")
     monkeypatch.setattr(sweep, "HERE", tmp_path / "stub")  # Ray puts HERE first, and the stub must come before train.py
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(sweep.__file__), prepend=os.pathsep)
     assert sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=7,8,0"]), "mine") == 2

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-import clip_reward
+from support import clip_reward
 import code_as_reward
 import envs
-import run
+from support import run
 import sac
 import train
 import vlm_query

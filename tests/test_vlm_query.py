@@ -13,9 +13,9 @@ import zlib
 import numpy as np
 import pytest
 
-import offline_vlm
+from support import offline_vlm
 import vlm_query
-from offline_vlm import OfflineVLM
+from support.offline_vlm import OfflineVLM
 from test_components import BRIGHT, KEY, gray, grays, quick, says
 from vlm_query import LabelLog, VLM, VLMError, label_pairs
 

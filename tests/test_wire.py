@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pytest
 
-import run
+from support import run
 import vlm_query
 from vlm_query import VLM, VLMError, label_pairs, printable
 

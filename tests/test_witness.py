@@ -5,7 +5,7 @@ the stand-in under strict validation, and must send the JSON that we send and re
 we did not write, `transformers serve`, must see both pictures that our client sends, in order. And a tiny CLIP must be
 priced as `transformers` itself does.
 
-    python -m venv witness && witness/bin/pip install -r requirements-witness.txt
+    python -m venv witness && witness/bin/pip install -r tests/requirements-witness.txt
     witness/bin/python -m pytest tests/test_witness.py
 """
 import base64
@@ -22,10 +22,10 @@ import pytest
 import requests
 
 import vlm_query
-from offline_vlm import SIGHT, OfflineVLM
+from support.offline_vlm import SIGHT, OfflineVLM
 from vlm_query import VLM
 
-CURE = "this witness is missing: pip install -r requirements-witness.txt, in an environment of its own"
+CURE = "this witness is missing: pip install -r tests/requirements-witness.txt, in an environment of its own"
 KEY = "a-key"
 DARK, LIGHT = np.full((32, 32, 3), 9, np.uint8), np.full((32, 32, 3), 200, np.uint8)
 QUESTION = ["Image 1:", DARK, "Image 2:", LIGHT, (vlm_query.ANALYSE + vlm_query.ANSWER).format(goal=SIGHT)]
@@ -242,7 +242,7 @@ def test_a_tiny_random_clip_gives_the_rewards_that_transformers_gives(tmp_path):
     import torch
     import transformers
 
-    import clip_reward
+    from support import clip_reward
 
     images = np.random.default_rng(0).integers(0, 255, (5, 40, 60, 3), np.uint8)
     reward = clip_reward.ClipReward("the pole is upright", model=folder)
@@ -286,7 +286,7 @@ def test_a_clip_that_is_not_whole_is_refused_in_one_line(tmp_path, damage):
     """transformers makes up what a folder lacks, at random: such a CLIP must not price a single picture."""
     make_tiny_clip(tmp_path)
     damage(tmp_path)
-    import clip_reward
+    from support import clip_reward
 
     with pytest.raises(clip_reward.ClipError, match="no CLIP model") as error:
         clip_reward.load(str(tmp_path))
@@ -296,7 +296,7 @@ def test_a_clip_that_is_not_whole_is_refused_in_one_line(tmp_path, damage):
 def test_clip_prices_pictures_from_the_command_line(tmp_path, monkeypatch, capsys):
     """A line for each picture, the same as in a batch; a file that is no picture is one line and exit status 2."""
     pytest.importorskip("transformers", reason=CURE)
-    import clip_reward
+    from support import clip_reward
 
     folder, load = str(make_tiny_clip(tmp_path)), clip_reward.load
     monkeypatch.setattr(clip_reward, "load", lambda model: load(folder))

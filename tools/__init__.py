@@ -1,1 +1,1 @@
-"""Programs that are run by hand, each as `python -m tools.NAME`."""
+"""Run by hand: python -m tools.NAME. See README.md."""

@@ -1,7 +1,7 @@
 """Are the programs of VLM-CaR right, and can their reward be earned without reaching the goal?
 
-    python hack_search.py CartPole DoorKey-6x6        two tasks; none named: all of TASKS
-    python hack_search.py --steps 0                   without SAC, which takes most of the time
+    python -m tools.hack_search CartPole DoorKey-6x6        two tasks; none named: all of TASKS
+    python -m tools.hack_search --steps 0                   without SAC, which takes most of the time
 
 What this is: STEPs C1 to C4 with the offline stand-in (no VLM), on episodes of other seeds than C3's
 (where the start is fixed, the expert's is the same): accuracy = share of frames where (progress >=
@@ -12,7 +12,7 @@ is there and leaves again is counted apart, as `left` (CartPole starts at its go
 It leaves results/code_accuracy.csv and results/reward_hacking.csv, where the rows of tasks not
 named stay as they are. T frames, K sub-tasks.
 To use it elsewhere:
-    import hack_search
+    from tools import hack_search
     accuracy, hacking = hack_search.examine("DoorKey-5x5", searched=2, steps=200)
     print(accuracy[0], hacking)  # one row per program; one row per task
 """
@@ -26,8 +26,8 @@ import numpy as np
 
 import code_as_reward
 import envs
-import offline_vlm
-import run
+from support import offline_vlm
+from support import run
 import sac
 
 WRITER = "offline stand-in (not a VLM)"

@@ -17,7 +17,8 @@ alpha = 0. Names: cosine_reward, goal_baseline_reward, preprocess, ClipReward.  
 transformers (pip install transformers), with a model that is fetched once or stands in a folder.
 
 To use it elsewhere:
-    import torch, clip_reward
+    import torch
+    from support import clip_reward
     x = torch.nn.functional.normalize(torch.randn(5, 8), dim=-1)  # any embeddings of pictures
     goal, baseline = torch.nn.functional.normalize(torch.randn(2, 8), dim=-1)  # and of two sentences
     print(clip_reward.goal_baseline_reward(x, goal, baseline, alpha=0.5))
@@ -145,9 +146,9 @@ def load(model):
 
 
 def main(arguments):
-    """python clip_reward.py "the pole is upright" picture.png ... -> the reward of each."""
+    """python -m support.clip_reward "the pole is upright" picture.png ... -> the reward of each."""
     if len(arguments) < 2:
-        print('usage: python clip_reward.py "the pole is upright" picture.png ...', file=sys.stderr)
+        print('usage: python -m support.clip_reward "the pole is upright" picture.png ...', file=sys.stderr)
         return 2
     import imageio.v3 as iio
 

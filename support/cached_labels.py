@@ -20,7 +20,7 @@ Unsure, unreadable and unanswered pairs are left out. source: who gave the label
 
 To use it elsewhere:
     import pickle, numpy as np
-    from cached_labels import read_labels
+    from support.cached_labels import read_labels
     pairs, labels = np.zeros((2, 64, 128, 3), np.uint8), np.array([[1], [-1]])
     open("session.pkl", "wb").write(pickle.dumps([pairs, labels, labels, 0, 0, 0, 0]))
     first, second, label, source = read_labels("session.pkl", size=48)  # or a run's labels.jsonl, or a folder
@@ -232,7 +232,7 @@ def resize(images, size):
     return np.stack(small) if small else np.zeros((0, size, size, 3), np.uint8)
 
 
-# ---- python cached_labels.py PATH: what is in there? ----
+# ---- python -m support.cached_labels PATH: what is in there? ----
 def contact_sheet(first, second, label, count=12, size=150):
     """`count` pairs, spread over all, three in a row; the picture that was preferred has a green frame."""
     tiles = []

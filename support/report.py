@@ -20,7 +20,7 @@ OUTCOMES. Needs numpy and matplotlib. Imports nothing from this repository.
 
 To use it elsewhere: write the files you have, in that form, and call write_report:
     from pathlib import Path
-    from report import write_report
+    from support.report import write_report
     Path("my_run").mkdir(exist_ok=True)
     Path("my_run/metrics.csv").write_text("step,eval_return\n0,-900\n500,-120\n1000,-35\n")
     print(write_report("my_run"))
@@ -563,7 +563,7 @@ def write_report(folder):
 if __name__ == "__main__":
     try:
         if len(sys.argv) != 2:
-            raise ValueError("usage: python report.py RUN_FOLDER")
+            raise ValueError("usage: python -m support.report RUN_FOLDER")
         print(write_report(sys.argv[1]))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

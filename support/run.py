@@ -28,7 +28,7 @@ Shapes: none. Names: Config, resolve, parse_args, who_labels, Run, UserError. Ne
 checkpoints), vlm_query and cached_labels (for labels), all imported late: --help is instant.
 
 To use it elsewhere:
-    import run
+    from support import run
     config = run.resolve(run.Config(env="CartPole", total_steps=1000))
     print(config.goal, config.pairs_per_session, run.command_line(config))
 """
@@ -349,7 +349,7 @@ def who_labels(config):
     if config.programs:
         return f"nobody (programs from {config.programs})"
     if config.labels_from:
-        from cached_labels import labeler_of
+        from support.cached_labels import labeler_of
 
         kept = config.labels_from
         log = os.path.join(kept, "labels.jsonl") if os.path.isdir(kept) else kept
@@ -405,7 +405,7 @@ def parse_args(arguments):
 
 def read_json(path):
     """A run folder's JSON file -> dict. ValueError where it is something else, or no plain file."""
-    from cached_labels import read_plain
+    from support.cached_labels import read_plain
 
     try:
         found = json.loads(read_plain(path, most=2**24))

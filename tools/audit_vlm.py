@@ -1,6 +1,6 @@
 """Is this VLM good enough for this task? Ask it a hundred pairs whose true order is known, before spending on RL.
 
-    python audit_vlm.py --env DrawerOpen --vlm openai/MODEL --usd-per-mtok 0.10,0.50
+    python -m tools.audit_vlm --env DrawerOpen --vlm openai/MODEL --usd-per-mtok 0.10,0.50
 
 What this is: a script that wires the components as train.py does. Which STEPs: 2, pick pairs of images, and 3, ask the
 VLM which image is closer to the goal, by the same code and with the same pictures as in training.
@@ -21,8 +21,8 @@ The folder (`--out`, default runs/audit-...): audit.txt (all that is printed), a
 every answer, pairs/*.png, config.json. Answers are kept in vlm_cache beside it, where train.py looks for them too.
 
 To use it elsewhere:
-    import audit_vlm
-    from run import Config
+    from tools import audit_vlm
+    from support.run import Config
     result = audit_vlm.audit(Config(env="CartPole", vlm="offline", out="an_audit"), pairs=20)
     print(result["verdict"])
     print(result["rows"][0])
@@ -37,7 +37,7 @@ import time
 
 import numpy as np
 
-import run
+from support import run
 from train import Labeler, prepare, random_action, run_episode
 
 BINS = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)  # edges; differences in progress as a share of the range
@@ -381,7 +381,7 @@ def parse_args(arguments):
     def fail(message):
         raise run.UserError(message)
 
-    parser = argparse.ArgumentParser(prog="audit_vlm.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m tools.audit_vlm", description=__doc__.splitlines()[0], allow_abbrev=False,
                                      epilog="Also every flag of train.py: see python train.py --help. Those of the "
                                             "schedule change nothing but the projected cost of a run.")
     parser.error = fail

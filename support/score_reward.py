@@ -12,7 +12,8 @@ Shapes: B batch, M pictures (M, H, W, 3) uint8, scores (M,) in [0, 1]. Needs rew
   score_loss, ScoreDataset, fit(model, data, epochs). model: the RewardModel of reward_model.py.
 
 To use it elsewhere:
-    import numpy as np, reward_model, score_reward
+    import numpy as np, reward_model
+    from support import score_reward
     images = np.random.default_rng(0).integers(0, 255, (64, 64, 64, 3), np.uint8)
     images //= np.arange(1, 5, dtype=np.uint8).repeat(16)[:, None, None, None]
     data = score_reward.ScoreDataset(64, (64, 64, 3))

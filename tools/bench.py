@@ -1,10 +1,10 @@
 """How fast is it: against the usual way, against the machine, and as the work grows?
 
-    python bench.py                   all but the learning curves; half an hour
-    python bench.py --quick           the same with little of each, within 3 minutes; writes no CSV
-    python bench.py --device cuda     on a GPU, also with what cuda_graph.py records
-    PYTHONPATH=peers python bench.py  after pip install --target peers --no-deps \
-                                      -r requirements-bench.txt: with Stable-Baselines3;
+    python -m tools.bench                   all but the learning curves; half an hour
+    python -m tools.bench --quick           the same with little of each, within 3 minutes; writes no CSV
+    python -m tools.bench --device cuda     on a GPU, also with what cuda_graph.py records
+    PYTHONPATH=peers python -m tools.bench  after pip install --target peers --no-deps \
+                                      -r tools/requirements-bench.txt: with Stable-Baselines3;
                                       with --only learning: what both have learned; hours
 
 What this is: one section per question, a printed table, results/bench.csv. Machines differ, and
@@ -21,7 +21,7 @@ Differs from the paper: it reports no speeds.
 Shapes: pictures (N, size, size, 3) uint8.  Names: compare, Row, SECTIONS, Textbook, write.
 
 To use it elsewhere:
-    import bench
+    from tools import bench
     one = lambda: bench.per_second(lambda: sum(range(20_000)), 1, seconds=0.02)
     other = lambda: bench.per_second(lambda: sum(list(range(20_000))), 1, seconds=0.02)
     row = bench.compare("sum without a list", "sums/s", one, other, runs=5, target=">= 1")
@@ -45,7 +45,7 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 COLUMNS = ("question", "ours", "theirs", "unit", "ratio_median", "ratio_min", "ratio_max", "runs",
            "target", "note")
 TEXTBOOK_SIZE = 200  # px, what the paper's reward networks see in CartPole
@@ -251,7 +251,7 @@ def half_bits(size, device):
 def variants_here(size, device):
     """{end of a row's name: what ours is given}: the default first, then what should be faster."""
     if device == "cuda":
-        import cuda_graph
+        from support import cuda_graph
 
         return {"": {}, GRAPH: {"record": cuda_graph.Recorded}}
     worth_while = half_bits(size, device).ratio() > WORTH_WHILE
@@ -299,7 +299,7 @@ class TheirLoop:
         try:
             from stable_baselines3 import SAC
         except ImportError:
-            raise LeftOut("no Stable-Baselines3 here: see requirements-bench.txt") from None
+            raise LeftOut("no Stable-Baselines3 here: see tools/requirements-bench.txt") from None
         self.model = SAC("MlpPolicy", env_id, batch_size=BATCH, buffer_size=capacity, seed=seed,
                          learning_starts=first_random, device=device,
                          policy_kwargs={"net_arch": [256, 256]})
@@ -652,7 +652,7 @@ def drawing(size, device):
 # ---- labels: questions side by side (STEP 3) ----
 def labelling(size, device):
     import envs
-    import offline_vlm
+    from support import offline_vlm
     import vlm_query
 
     goal, rounds = envs.TASKS["CartPole"].goal, size["label_rounds"]
@@ -678,7 +678,7 @@ def labelling(size, device):
 def programs(size, device):
     import code_as_reward
     import envs
-    import offline_vlm
+    from support import offline_vlm
 
     for name in ("CartPole", "StraightenRope", "DoorKey-6x6"):
         side, goal = 100, envs.TASKS[name].goal

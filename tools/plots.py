@@ -1,6 +1,6 @@
 """Pictures of a sweep: results/NAME.csv -> results/NAME.png, and the learning curves beside it.
 
-    python plots.py results/NAME.csv [MEASURE]       python plots.py RUN_FOLDER [RUN_FOLDER ...] PICTURE.png
+    python -m tools.plots results/NAME.csv [MEASURE]       python -m tools.plots RUN_FOLDER [RUN_FOLDER ...] PICTURE.png
 
 What this is: how the plots of the README were made. Which STEPs: none. The number that stands for a few seeds is the
 interquartile mean with a 95 % bootstrap interval (Agarwal et al., NeurIPS 2021, arXiv 2108.13264):
@@ -16,7 +16,8 @@ Shapes: values (n,) of n seeds, or (n, T) of n seeds at T steps.  Names: iqm, in
 Needs numpy, scipy and matplotlib. Imports nothing from this repository.
 
 To use it elsewhere:
-    import numpy as np, plots
+    import numpy as np
+    from tools import plots
     values = np.array([0.9, 1.0, 0.8, 0.95, 0.1])  # (n,) one number a seed
     low, high = plots.interval(values)
     print(f"{plots.iqm(values):.2f} [{low:.2f}, {high:.2f}]")
@@ -247,7 +248,7 @@ def plot(path, measure="eval_success"):
     rows = [row for row in table if not row["error"] and np.isfinite(number(row[measure]))]
     if not rows:
         raise ValueError(f"{path} has no finished run with {measure}; for another column: "
-                         f"python plots.py {path} eval_return")
+                         f"python -m tools.plots {path} eval_return")
     axes, varied = axes_of(rows)
     axes = axes if len(varied) <= 3 else []  # many things, each changed once: settings beside each other
     stem = path.stem if measure == "eval_success" else f"{path.stem}_{measure}"

@@ -21,7 +21,7 @@ asking again succeeds.  Shapes: a reader maps (H, W, 3) uint8 to a float, nan if
 
 To use it elsewhere (point any client at url, as if it were OpenAI's):
     import json, urllib.request
-    from offline_vlm import SIGHT, OfflineVLM
+    from support.offline_vlm import SIGHT, OfflineVLM
     body = json.dumps({"messages": [{"content": f"The goal is {SIGHT}"}]}).encode()
     with OfflineVLM(latency=0.1) as url:
         print(urllib.request.urlopen(url + "/chat/completions", body).read())

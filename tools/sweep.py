@@ -1,14 +1,14 @@
 """Many runs, one table: tasks x settings x seeds as train(config) calls, on this machine or on a Ray cluster.
 
-    python sweep.py                                              what sweeps there are
-    python sweep.py few_questions --seeds 5 --only CartPole      one of them, or a part of it
-    python sweep.py --grid env=CartPole max_pairs=10,20,50 seed=0,1,2 --name my_sweep
-    python sweep.py tasks --address auto                         the same on a cluster, as many at a time as it has CPUs
-    python sweep.py tasks --set vlm=openai/MODEL --name tasks_openai        the same with a real VLM
-    python sweep.py --plot results/few_questions.csv             its pictures, beside it
+    python -m tools.sweep                                              what sweeps there are
+    python -m tools.sweep few_questions --seeds 5 --only CartPole      one of them, or a part of it
+    python -m tools.sweep --grid env=CartPole max_pairs=10,20,50 seed=0,1,2 --name my_sweep
+    python -m tools.sweep tasks --address auto                         the same on a cluster, as many at a time as it has CPUs
+    python -m tools.sweep tasks --set vlm=openai/MODEL --name tasks_openai        the same with a real VLM
+    python -m tools.sweep --plot results/few_questions.csv             its pictures, beside it
 
 What this is: how every table of the README was made. Which STEPs: all, through train.py. Two runs at a time, on Ray
-if it is installed (pip install -r requirements-sweep.txt), else as processes; each run in a fresh process of its own,
+if it is installed (pip install -r tools/requirements-sweep.txt), else as processes; each run in a fresh process of its own,
 so that none can take another down. Stop it whenever you like: the same command goes on, skipping finished runs and
 resuming half-done ones from their checkpoints. A run that fails is a row with an `error`, and is tried again next time.
 
@@ -20,7 +20,7 @@ Names: a setting is {field of Config: value}; a Job is a setting of a task with 
 Shapes: none.
 
 To use it elsewhere:
-    import sweep
+    from tools import sweep
     jobs = [job for job in sweep.plan("what_matters", seeds=2) if job.task == "CartPole"]
     print(len(jobs), "runs, for example", jobs[0].setting, jobs[-1].setting, jobs[-1].overrides)
     # sweep.sweep(jobs, "what_matters", parallel=2) runs them; the rows: results/what_matters.csv
@@ -42,7 +42,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 
 # ---- what there is to be learned: every sweep, once ----
@@ -163,7 +163,7 @@ def parse_fields(words, split=True):
 
     split=False: each is one value, commas and all.
     """
-    import run
+    from support import run
 
     fields = {}
     for word in words:
@@ -199,7 +199,7 @@ def only(jobs, words):
 def stored(job):
     """(config, summary) of the job's folder, {} where there is none; ValueError if another run is in it."""
     import envs
-    import run
+    from support import run
 
     config, summary = ({}, {})
     with contextlib.suppress(FileNotFoundError):
@@ -218,7 +218,7 @@ def stored(job):
 
 def settings(job):
     """The Config that starts the job, or goes on with it where it was begun."""
-    import run
+    from support import run
 
     if stored(job)[0]:
         ours = {"env": job.task, **job.overrides}  # a sweep's runs are no stranger's
@@ -308,8 +308,8 @@ def start(jobs, parallel, address):
         import ray
     except ImportError:
         if address:
-            raise ValueError("--address needs Ray: pip install -r requirements-sweep.txt") from None
-        print(f"Ray is not installed (requirements-sweep.txt): {parallel} processes at a time instead", flush=True)
+            raise ValueError("--address needs Ray: pip install -r tools/requirements-sweep.txt") from None
+        print(f"Ray is not installed (tools/requirements-sweep.txt): {parallel} processes at a time instead", flush=True)
         return on_processes(jobs, parallel)
     return on_ray(ray, jobs, parallel, address)
 
@@ -425,7 +425,7 @@ class Table:
 # ---- the command line ----
 def parse(arguments):
     """The shell's words -> argparse's namespace."""
-    parser = argparse.ArgumentParser(prog="sweep.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("sweep", nargs="?", help=f"one of {', '.join(SWEEPS)}")
     parser.add_argument("--grid", nargs="+", metavar="FIELD=V,V", help="every combination of these values instead")
     parser.add_argument("--name", help="of the results; a --grid or --set needs one of its own")
@@ -445,13 +445,13 @@ def overview():
 
 
 def main(arguments=None):
-    import run
+    from support import run
 
     args = parse(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many runs as cores, not as many threads as cores in every run
     try:
         if args.plot:
-            import plots
+            from tools import plots
 
             print("\n".join(plots.plot(args.plot)))
             return 0

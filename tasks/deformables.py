@@ -22,7 +22,8 @@ Shapes: N particles (N, 3) metres. Actions Box(-1, 1): cloth (2,) place; rope (8
 (0 or 1), progress (larger is closer, visible), unstable; cloth: performance; water: spilled.
 Unwrapped: .goal, .horizon, image(size), goal_image(size), expert_action(obs), close().
 To use it elsewhere (stepping needs no OpenGL, images do):
-    import gymnasium, deformables
+    import gymnasium
+    from tasks import deformables
     env = gymnasium.make("StraightenRope-v0")
     obs, info = env.reset(seed=0)
     obs, reward, terminated, truncated, info = env.step(env.unwrapped.expert_action(obs))

@@ -8,7 +8,8 @@ Differs from the paper: it names no such thing.
 Shapes: whatever the function takes, but always the same.  Names: Recorded.  Only torch.
 
 To use it elsewhere (on a GPU):
-    import torch, cuda_graph
+    import torch
+    from support import cuda_graph
     weight = torch.zeros(3, device="cuda")
     def step(x):
         weight.add_(x)  # in place: a replay works on the tensors it was recorded with

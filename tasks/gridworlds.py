@@ -18,7 +18,8 @@ Shapes: observation (O,) float32, action an int below 6, images (size, size, 3) 
   this is imported. Needs numpy, gymnasium and minigrid.
 
 To use it elsewhere:
-    import gymnasium, gridworlds  # the import registers the ids
+    import gymnasium
+    from tasks import gridworlds  # the import registers the ids
     env = gymnasium.make("DoorKey-6x6-v0").unwrapped
     obs, info = env.reset(seed=0)
     obs, reward, terminated, truncated, info = env.step(env.expert_action(obs))
