@@ -28,6 +28,7 @@ from support import offline_vlm
 from support import report
 import reward_model
 from support import run
+from support import settings
 import sac
 import train
 import vlm_query
@@ -50,7 +51,7 @@ def filled_buffer(capacity, adds, image_shape=None, priced=True):
         image = None if image_shape is None else np.full(image_shape, number % 256, np.uint8)
         buffer.add([number], [0.0], [number + 1], False, image, float(number))
         if priced:
-            buffer.price([float(number)])
+            buffer.set_rewards([float(number)])
     return buffer
 
 
@@ -70,13 +71,13 @@ def test_relabel_covers_every_row_also_after_the_wrap(adds):
     assert sorted(buffer.reward[:rows]) == [1000 + n for n in range(adds)][-5:]
 
 
-def test_unpriced_rows_are_never_sampled():
+def test_unrewarded_rows_are_never_sampled():
     """Rows without a reward must not be drawn; all priced ones must be; and pricing makes the rest available."""
     buffer = filled_buffer(8, 6, image_shape=(1, 1, 3))
     for number in (6, 7, 8):  # the last of these overwrites the oldest row
         buffer.add([number], [0.0], [0.0], False, np.full((1, 1, 3), number, np.uint8), 0.0)
     assert set(buffer.sample(500)["obs"][:, 0].tolist()) == {1, 2, 3, 4, 5}
-    assert set(buffer.sample(500, unpriced_too=True)["obs"][:, 0].tolist()) == set(range(1, 9))
+    assert set(buffer.sample(500, unrewarded_too=True)["obs"][:, 0].tolist()) == set(range(1, 9))
     assert buffer.relabel(lambda images: images[:, 0, 0, 0].astype(np.float32), only_new=True) == 3
     drawn = buffer.sample(500)
     assert set(drawn["obs"][:, 0].tolist()) == set(range(1, 9)) and torch.equal(drawn["reward"], drawn["obs"][:, 0])
@@ -198,16 +199,16 @@ def test_observations_are_seen_in_units_of_their_spread():
     rng, box = np.random.default_rng(0), gymnasium.spaces.Box(-1, 1, (2,))
     agents, obs = [sac.SAC(3, box, hidden=(16, 16)) for _ in range(2)], rng.normal(size=(100, 3)).astype(np.float32)
     shift, scale = np.float32([5, -3, 0]), np.float32([0.1, 20, 1])
-    agents[0].standardise(obs)
-    agents[1].standardise(obs * scale + shift)
+    agents[0].normalise_observations(obs)
+    agents[1].normalise_observations(obs * scale + shift)
     batch = {"obs": torch.from_numpy(obs), "action": torch.rand(100, 2), "reward": torch.rand(100),
              "next_obs": torch.from_numpy(obs[::-1].copy()), "terminated": torch.zeros(100)}
     moved = {**batch, **{name: batch[name] * torch.from_numpy(scale) + torch.from_numpy(shift) for name in ("obs", "next_obs")}}
     losses = [float(agent.update(part)["critic_loss"]) for agent, part in zip(agents, (batch, moved))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert np.allclose(agents[0].act(obs[0], explore=False), agents[1].act(obs[0] * scale + shift, explore=False), atol=1e-3)
-    agents[0].standardise(np.ones((9, 3)))  # what never moved must not be blown up without bound
-    assert float(agents[0].spread.max()) == pytest.approx(0.01)
+    agents[0].normalise_observations(np.ones((9, 3)))  # what never moved must not be blown up without bound
+    assert float(agents[0].obs_std.max()) == pytest.approx(0.01)
 
 
 def test_reset_critic_forgets_values_and_keeps_the_actor():
@@ -233,7 +234,7 @@ def distance_after_learning(discrete, **settings):
         action = agent.act([x])
         new = move(x, action)
         buffer.add([x], action, [new], False, None, 0.0)
-        buffer.price([-abs(new)])
+        buffer.set_rewards([-abs(new)])
         x = new
         if step > 100:
             agent.update(buffer.sample(64))
@@ -279,7 +280,7 @@ def test_equal_pictures_are_not_asked_about_while_others_exist():
 class TwoMinds:
     """Two members that agree on dark pictures and contradict each other on bright ones."""
 
-    sharpness = 1.0
+    beta = 1.0
 
     def member_rewards(self, images):
         brightness = images[:, 0, 0, 0].astype(np.float32)
@@ -349,34 +350,34 @@ def test_a_shifted_picture_is_the_same_picture_elsewhere():
     """A dot must be found within `most` pixels of where it was, anywhere in that range, on an unchanged background."""
     images = np.full((200, 20, 20, 3), 7, np.uint8)
     images[:, 10, 10] = 200
-    moved = reward_model.shifted(images, 3, np.random.default_rng(0))
+    moved = reward_model.random_shift(images, 3, np.random.default_rng(0))
     assert moved.shape == images.shape and moved.dtype == np.uint8 and (moved.sum((1, 2, 3)) == images[0].sum()).all()
     place = np.argwhere(moved[..., 0] == 200)[:, 1:] - 10  # (200, 2)
     assert place.min(0).tolist() == [-3, -3] and place.max(0).tolist() == [3, 3]
-    assert reward_model.shifted(images, 0, None) is images
+    assert reward_model.random_shift(images, 0, None) is images
 
 
 def test_a_mirrored_picture_has_left_and_right_exchanged():
     """About half of the pictures must be turned, none changed otherwise, and a fit must see such views only if asked."""
     images = np.arange(40 * 2 * 3 * 3, dtype=np.uint8).reshape(40, 2, 3, 3)
-    seen = reward_model.mirrored(images, np.random.default_rng(0))
+    seen = reward_model.random_flip(images, np.random.default_rng(0))
     turned = [np.array_equal(now, before[:, ::-1]) for now, before in zip(seen, images)]
     same = [np.array_equal(now, before) for now, before in zip(seen, images)]
     assert all(a != b for a, b in zip(turned, same)) and 10 < sum(turned) < 30
-    plain, mirroring = (reward_model.RewardModel((48, 48, 3), mirror=mirror) for mirror in (False, True))
-    assert plain.views(images) is images and not np.array_equal(mirroring.views(images), images)
+    plain, mirroring = (reward_model.RewardModel((48, 48, 3), random_flip=mirror) for mirror in (False, True))
+    assert plain.augment(images) is images and not np.array_equal(mirroring.augment(images), images)
 
 
 def test_the_reward_model_orders_pictures_it_has_not_seen():
     """Fitted to 60 answers about a pole, it must order unseen pictures of poles; the members must differ."""
     rng = np.random.default_rng(0)
-    images, angle = reward_model.demo_pictures(200, rng)
+    images, angle = reward_model.demo_images(200, rng)
     pairs = reward_model.sample_pairs(images, 60, rng)
     data = reward_model.PreferenceDataset(60, (64, 64, 3))
     data.add(images[pairs[:, 0]], images[pairs[:, 1]], (np.abs(angle[pairs[:, 1]]) < np.abs(angle[pairs[:, 0]])).astype(int))
     model = reward_model.RewardModel((64, 64, 3), lr=5e-4)
     result = model.fit(data, epochs=25)
-    unseen, angle = reward_model.demo_pictures(200, rng)
+    unseen, angle = reward_model.demo_images(200, rng)
     assert spearmanr(model.predict(unseen), -np.abs(angle)).statistic > 0.6
     assert result["train_accuracy"] > 0.8 and 0 <= result["heldout_accuracy"] <= 1
     assert model.member_rewards(unseen).std(0).mean() > 0.01
@@ -384,7 +385,7 @@ def test_the_reward_model_orders_pictures_it_has_not_seen():
 
 def test_rewards_are_standardised_however_early_the_fit_stopped():
     """After one epoch, when networks hardly differ yet, rewards of the fitted pictures must have deviation 1."""
-    images, angle = reward_model.demo_pictures(40, np.random.default_rng(0))
+    images, angle = reward_model.demo_images(40, np.random.default_rng(0))
     data, model = reward_model.PreferenceDataset(20, (64, 64, 3)), reward_model.RewardModel((64, 64, 3))
     data.add(images[:20], images[20:], (np.abs(angle[20:]) < np.abs(angle[:20])).astype(int))
     model.fit(data, epochs=1)
@@ -820,11 +821,11 @@ def test_the_steps_stand_in_order_in_the_loop():
 
 
 TINY = dict(env="CartPole", total_steps=300, seed_steps=100, explore_steps=100, feedback_every=100, pairs_per_session=6,
-            max_pairs=12, batch_size=16, hidden=16, reward_epochs=2, eval_every=100, eval_episodes=1, candidates=50)
+            max_pairs=12, batch_size=16, hidden=16, reward_epochs=2, eval_every=100, eval_episodes=1, image_buffer=50)
 
 
 def tiny(tmp_path, name="run", **changes):
-    return run.Config(**{**TINY, "out": str(tmp_path / name), **changes})
+    return settings.Config(**{**TINY, "out": str(tmp_path / name), **changes})
 
 
 def test_the_whole_algorithm_runs_every_step(tmp_path, monkeypatch):
@@ -873,7 +874,7 @@ def test_the_reservoir_keeps_every_picture_equally_likely(tmp_path):
     """Of 40 pictures offered to 10 places, early and late ones must be kept about equally often."""
     kept = np.zeros(40)
     for seed in range(200):
-        pool, rng = train.Candidates(10, 4, 4, None), np.random.default_rng(seed)
+        pool, rng = reward_model.ImageBuffer(10, 4, 4), np.random.default_rng(seed)
         for number in np.repeat(np.arange(40), 1 + np.arange(40) % 3):  # some pictures come three times, and count once
             picture = np.full((4, 4, 3), number, np.uint8)
             pool.offer(picture, picture, number, rng)

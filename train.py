@@ -41,6 +41,8 @@ import zlib
 from pathlib import Path
 
 from support import run as run_folder
+
+from support import settings
 from support.run import (Run, UserError, closing_text, parse_args, price_of, resolve, say, status, warn, who_labels,
                  write_json)
 
@@ -75,7 +77,7 @@ def train(config):
             at_the_end.enter_context(run_folder.claim(run.folder))
         say(f"{config.env}: {config.goal}", f"labels from: {who_labels(config)}", f"run folder: {run.folder}")
         try:
-            run_folder.GO_ON.append(f"go on with: {run.resume_command()}")
+            run_folder.GO_ON.append(f"go on with: {settings.resume_command()}")
             if signal.getsignal(signal.SIGINT) is run_folder.at_once:
                 signal.signal(signal.SIGINT, run_folder.in_order)
             return learn(config, run, env, eval_env, clip, labeler)
@@ -100,7 +102,7 @@ def learn(config, run, env, eval_env, clip, labeler):
 
     torch.set_num_threads(1)  # layers this small gain little from a second thread: two runs at a time gain more
     rng, space = np.random.default_rng(config.seed), env.action_space
-    small = (config.reward_size, config.reward_size, 3)
+    small = (config.reward_image_size, config.reward_image_size, 3)
     looks = looks_at_pictures(config)
     record = cuda_graph.Recorded if config.cuda_graph else None
     agent = sac.SAC(env.observation_space.shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount,
@@ -108,10 +110,10 @@ def learn(config, run, env, eval_env, clip, labeler):
     open_buffer(config, run)
     buffer = sac.ReplayBuffer(config.total_steps, env.observation_space.shape, space.shape, small if looks else None,
                               run.path("buffer"), config.seed)
-    pool = Candidates(config.candidates, config.query_size, config.reward_size, run.path("buffer"))
-    model = reward_model.RewardModel(small, config.members, config.reward_lr, config.device, config.seed,
-                                     batch=config.reward_batch, patience=config.patience, shift=config.reward_shift,
-                                     mirror=bool(config.reward_mirror), paper=config.schedule == "paper",
+    pool = Candidates(config.image_buffer, config.vlm_image_size, config.reward_image_size, run.path("buffer"))
+    model = reward_model.RewardModel(small, config.ensemble_size, config.reward_lr, config.device, config.seed,
+                                     batch=config.reward_batch, patience=config.patience, random_shift=config.random_shift,
+                                     random_flip=bool(config.random_flip), paper=config.schedule == "paper",
                                      bfloat16=bool(config.reward_bfloat16), record=record)
     dataset, fit = reward_model.PreferenceDataset, reward_model.RewardModel.fit
     if config.reward == "score":
@@ -122,7 +124,7 @@ def learn(config, run, env, eval_env, clip, labeler):
     kept = KeptPolicy(agent, config)
     parts = {"agent": agent, "buffer": buffer, "pool": pool, "model": model, "data": data, "labeler": labeler,
              "kept": kept}
-    candidate_share = max(0.1, config.candidates / config.total_steps)  # as many as there is room for, or one in ten
+    candidate_share = max(0.1, config.image_buffer / config.total_steps)  # as many as there is room for, or one in ten
     learned = labeler.compares  # otherwise an episode is priced as it ends, and no pictures are compared
     price = model if learned else clip or programs_price(config, run, eval_env, labeler)
     # priced: some rows have rewards.  explores: the critics still know nothing but novelty.
@@ -134,7 +136,7 @@ def learn(config, run, env, eval_env, clip, labeler):
         run.write({"step": 0, "episodes": 0, **evaluate(agent, eval_env, config)})
 
     obs, _ = env.reset(seed=train_seed(config, at))
-    start_image, successes, losses = env.image(config.reward_size), [], {}
+    start_image, successes, losses = env.image(config.reward_image_size), [], {}
     bar = tqdm(range(at["step"], config.total_steps), initial=at["step"], total=config.total_steps, unit="step")
     if labeler.vlm:
         labeler.vlm.waits = lambda waiting: bar.set_postfix_str(
@@ -143,7 +145,7 @@ def learn(config, run, env, eval_env, clip, labeler):
         for step in bar:
             # ---- STEP 0: explore without any reward ----
             if step == config.seed_steps > 1 and config.schedule != "paper" and not env.observation_space.is_bounded():
-                agent.standardise(buffer.obs[:step])  # bounded ones (one-hot states, unit boxes) stay
+                agent.normalise_observations(buffer.obs[:step])  # bounded ones (one-hot states, unit boxes) stay
             # first random actions, then SAC on the novelty of states, for as long as no row has a reward
             exploring = step < max(config.seed_steps, config.explore_steps) or not at["priced"]
             blind = step < config.seed_steps or (exploring and config.without == "novelty")
@@ -154,11 +156,11 @@ def learn(config, run, env, eval_env, clip, labeler):
 
             # ---- STEP 1: act, and store the transition with the image seen after it ----
             next_obs, true_reward, terminated, truncated, info = env.step(action)
-            image = env.image(config.reward_size) if looks else None
+            image = env.image(config.reward_image_size) if looks else None
             buffer.add(obs, action, next_obs, terminated, image, true_reward)
             successes.append(info["success"])
             if learned and rng.random() < candidate_share:  # drawn a second time, large
-                pool.offer(env.image(config.query_size), image, info["progress"], rng)
+                pool.offer(env.image(config.vlm_image_size), image, info["progress"], rng)
             obs, done = next_obs, terminated or truncated
 
             due = step + 1 >= config.explore_steps + at["sessions"] * config.feedback_every
@@ -186,9 +188,9 @@ def learn(config, run, env, eval_env, clip, labeler):
                 if at["priced"]:
                     buffer.relabel(model.predict, only_new=True)
             elif done:
-                rows = buffer.newest(buffer.unpriced)
+                rows = buffer.newest(buffer.unrewarded)
                 images = buffer.image[rows] if looks else None
-                buffer.price(episode_rewards(config, price, images, buffer.true_reward[rows], np.array(successes),
+                buffer.set_rewards(episode_rewards(config, price, images, buffer.true_reward[rows], np.array(successes),
                                              start_image, terminated))
                 at["priced"] = True
 
@@ -218,7 +220,7 @@ def learn(config, run, env, eval_env, clip, labeler):
                 if session or at["step"] % config.eval_every < len(successes):
                     run.save(save_all(parts, at, rng))
                 obs, _ = env.reset(seed=train_seed(config, at))
-                start_image, successes = env.image(config.reward_size), []
+                start_image, successes = env.image(config.reward_image_size), []
                 bar.set_postfix_str(status(run.rows[-1], labeler))
         finished = True
     except KeyboardInterrupt:
@@ -233,7 +235,7 @@ def learn(config, run, env, eval_env, clip, labeler):
 
 def resumable(error, run):
     """What stopped the run, and how it goes on."""
-    return UserError(f"{error} [nothing is lost; go on with: {run.resume_command()}]")
+    return UserError(f"{error} [nothing is lost; go on with: {settings.resume_command()}]")
 
 
 def forget_novelty(agent, buffer, batch_size):
@@ -251,14 +253,14 @@ class Candidates:
     large (C, P, P, 3) what the VLM will see; small (C, S, S, 3) what the reward model sees; progress (C,).
     """
 
-    def __init__(self, capacity, query_size, reward_size, folder):
+    def __init__(self, capacity, vlm_image_size, reward_image_size, folder):
         import sac
 
         self.capacity, self.offered = capacity, 0
         self.seen = set()  # fingerprints of all pictures ever offered
         self.progress = np.zeros(capacity, np.float32)
-        self.large = sac.stored_array(folder, "query", (capacity, query_size, query_size, 3), np.uint8)
-        self.small = sac.stored_array(folder, "query_small", (capacity, reward_size, reward_size, 3), np.uint8)
+        self.large = sac.stored_array(folder, "query", (capacity, vlm_image_size, vlm_image_size, 3), np.uint8)
+        self.small = sac.stored_array(folder, "query_small", (capacity, reward_image_size, reward_image_size, 3), np.uint8)
 
     def __len__(self):
         return min(self.offered, self.capacity)
@@ -305,7 +307,7 @@ class Labeler:
             from support import cached_labels
 
             try:
-                *self.kept, source = cached_labels.read_labels(config.labels_from, config.reward_size)
+                *self.kept, source = cached_labels.read_labels(config.labels_from, config.reward_image_size)
                 print(f"{len(self.kept[2])} labels from {source}")
             except cached_labels.CachedLabelsError as error:
                 raise UserError(f"--labels-from {error}") from None
@@ -477,7 +479,7 @@ class KeptPolicy:
     def trial(self, agent, env, seed):
         """One episode of the policy, as episode_rewards() wants it: images (T, S, S, 3) and the rest. Of a long one
         only some of the pictures, (K, S, S, 3); of a reward that looks at none, none."""
-        size = self.config.reward_size
+        size = self.config.reward_image_size
         start_image = start_picture(env, seed, size)
         looks = size if looks_at_pictures(self.config) else None
         images, true_rewards, _, successes = run_episode(env, learned_policy(agent), seed, looks, IN_AN_EPISODE)
@@ -552,7 +554,7 @@ def write_gif(path, env, act, config):
     """The first evaluation episode, as the VLM would see it, in at most 100 pictures and about four seconds."""
     import imageio
 
-    images = run_episode(env, act, other_seed(EVAL_SEED, config), config.query_size, IN_A_FILM)[0]
+    images = run_episode(env, act, other_seed(EVAL_SEED, config), config.vlm_image_size, IN_A_FILM)[0]
     imageio.mimsave(path, list(images), duration=4000 / max(len(images), 4), loop=0)
 
 
@@ -616,11 +618,11 @@ def learn_programs(config, run, env, labeler):
         programs = read_programs(config.programs or folder)
     else:
         expert = envs.expert(env)
-        start_image = start_picture(env, other_seed(EVAL_SEED, config), config.query_size)
-        goal_image = run_episode(env, expert, other_seed(EVAL_SEED, config), config.query_size)[0][-1]
-        episodes = code_as_reward.collect_episodes(env, expert, config.reward_size, seed=FRESH_SEED)
+        start_image = start_picture(env, other_seed(EVAL_SEED, config), config.vlm_image_size)
+        goal_image = run_episode(env, expert, other_seed(EVAL_SEED, config), config.vlm_image_size)[0][-1]
+        episodes = code_as_reward.collect_episodes(env, expert, config.reward_image_size, seed=FRESH_SEED)
         other = envs.make("CartPole" if config.env != "CartPole" else "DoorKey-5x5")
-        others = [run_episode(other, envs.expert(other), seed, config.reward_size)[0] for seed in range(3)]
+        others = [run_episode(other, envs.expert(other), seed, config.reward_image_size)[0] for seed in range(3)]
 
         def ask(parts):
             reply = labeler.vlm.ask(parts)
@@ -755,11 +757,11 @@ def prepare(config):
         env, eval_env = (envs.make(config.env, config.seed, config.goal, config.horizon, config.action_repeat)
                          for _ in range(2))
         eval_env.reset(seed=config.seed)
-        eval_env.image(config.reward_size)  # now, not later, if there is no OpenGL
+        eval_env.image(config.reward_image_size)  # now, not later, if there is no OpenGL
         # and a step: nothing is left behind by an environment that cannot be used. (The action is drawn from a
         # generator of its own, and every episode is reset with its seed: the run does not notice.)
         eval_env.step(random_action(eval_env.action_space, np.random.default_rng(config.seed)))
-        eval_env.image(config.query_size)
+        eval_env.image(config.vlm_image_size)
         if config.reward == "code" and not config.programs:
             envs.expert(env)  # programs are verified on its episodes
     except ValueError as error:
@@ -791,15 +793,15 @@ def check_disk(config, env):
     needed = 4 * numbers * config.total_steps
     if looks_at_pictures(config):
         # of every step the small picture; of every candidate for a question both
-        pixels = (config.total_steps + config.candidates) * config.reward_size**2
-        needed += 3 * (pixels + config.candidates * config.query_size**2)
+        pixels = (config.total_steps + config.image_buffer) * config.reward_image_size**2
+        needed += 3 * (pixels + config.image_buffer * config.vlm_image_size**2)
     if config.reward in ("preference", "score") and not config.labels_from:
-        needed += most_pairs(config) * 2 * config.query_size**2  # of every pair a PNG, about a third of its six bytes
+        needed += most_pairs(config) * 2 * config.vlm_image_size**2  # of every pair a PNG, about a third of its six bytes
     free = shutil.disk_usage(place).free + there
     if needed > free:  # trap: the file is sparse at first; a disk that fills up later kills the run without a word
-        raise UserError(f"the {config.total_steps:,} steps and {config.candidates:,} candidates need "
+        raise UserError(f"the {config.total_steps:,} steps and {config.image_buffer:,} candidates need "
                         f"{needed / 2**30:,.1f} GiB of disk for observations and pictures, and {free / 2**30:,.1f} are "
-                        "free: fewer --total-steps or --candidates, or a smaller --reward-size")
+                        "free: fewer --total-steps or --image-buffer, or a smaller --reward-image-size")
 
 
 def finish(config, run, finished, at, labeler, agent, price, env):
@@ -847,8 +849,8 @@ def write_episodes(path, env, policy, price, config, random_episodes=5):
         writer.writerow(("kind", "episode", "t", "learned_reward", "progress", "true_reward"))
         for number, (kind, act) in enumerate(episodes):
             seed = other_seed(FRESH_SEED, config, number)
-            start_image = start_picture(env, seed, config.reward_size)
-            images, rewards, progress, _ = run_episode(env, act, seed, config.reward_size, IN_AN_EPISODE)
+            start_image = start_picture(env, seed, config.reward_image_size)
+            images, rewards, progress, _ = run_episode(env, act, seed, config.reward_image_size, IN_AN_EPISODE)
             learned = seen_rewards(config, price, images, start_image)
             every = apart(len(images), len(rewards))
             rewards, progress = rewards[::every], progress[::every]

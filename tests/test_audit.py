@@ -15,6 +15,7 @@ from support import cached_labels
 import envs
 from support import offline_vlm
 from support import run
+from support import settings
 import sac
 import vlm_query
 
@@ -25,7 +26,7 @@ def small_audit(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audit_vlm, "PER_KIND", 15)
         out = str(tmp_path_factory.mktemp("runs") / "an_audit")
-        config = run.Config(env="CartPole", horizon=30, out=out, usd_per_mtok="1,2")
+        config = settings.Config(env="CartPole", horizon=30, out=out, usd_per_mtok="1,2")
         return Path(out), audit_vlm.audit(config, pairs=20)
 
 
@@ -33,18 +34,18 @@ def test_an_audit_that_exists_is_neither_written_over_nor_trained_in(small_audit
     """Its answers were paid for: no command, nor one that a message names, may empty its labels.jsonl."""
     folder, _ = small_audit
     answers = (folder / "labels.jsonl").read_bytes()
-    with pytest.raises(run.UserError, match="choose another --out") as caught:
-        audit_vlm.audit(run.Config(env="CartPole", out=str(folder)))
+    with pytest.raises(settings.UserError, match="choose another --out") as caught:
+        audit_vlm.audit(settings.Config(env="CartPole", out=str(folder)))
     assert "--resume" not in str(caught.value)
-    with pytest.raises(run.UserError, match="no run folder of train.py"):
-        run.parse_args(["--resume", str(folder)])
+    with pytest.raises(settings.UserError, match="no run folder of train.py"):
+        settings.parse_args(["--resume", str(folder)])
     assert (folder / "labels.jsonl").read_bytes() == answers
 
 
 def test_an_audit_needs_no_disk_for_a_run_and_no_price_for_what_was_not_asked(tmp_path, monkeypatch):
     """A long schedule changes only the projected cost, and where a limit left nothing to ask, nan is no cost."""
     monkeypatch.setattr(audit_vlm, "PER_KIND", 5)
-    config = run.Config(env="CartPole", horizon=30, out=str(tmp_path / "it"), total_steps=10**12, max_calls=6, workers=1,
+    config = settings.Config(env="CartPole", horizon=30, out=str(tmp_path / "it"), total_steps=10**12, max_calls=6, workers=1,
                         usd_per_mtok="1,2")
     text = audit_vlm.audit(config, pairs=1)["text"]
     assert "cost: nothing was asked" in text and "nan" not in text
@@ -96,7 +97,7 @@ def test_pairs_are_spread_over_all_differences_and_never_look_alike():
     assert not any(vlm_query.looks_identical(images[a], images[b]) for a, b in pairs)
     few, _ = audit_vlm.draw_pairs(images[:3], np.array([0.0, 0.0, 1.0]), 50, np.random.default_rng(1))
     assert len(few) == 2
-    with pytest.raises(run.UserError, match="nothing to compare"):
+    with pytest.raises(settings.UserError, match="nothing to compare"):
         audit_vlm.draw_pairs(images, np.ones(60), 50, np.random.default_rng(1))
 
 
@@ -145,7 +146,7 @@ def test_time_and_price_of_a_run_are_projected_from_its_schedule():
     """Seconds must come from answers not in the cache; a run asks as its schedule says, up to max_pairs."""
     row = audit_vlm.summary(audit_records(VLMS["good enough"]), price=(1.0, 10.0))
     assert row["seconds"] == 2.0 and row["usd"] == pytest.approx(700e-6)
-    config = run.resolve(run.Config(env="CartPole", total_steps=2000, explore_steps=400, feedback_every=400,
+    config = settings.resolve(settings.Config(env="CartPole", total_steps=2000, explore_steps=400, feedback_every=400,
                                     pairs_per_session=10, max_pairs=45, workers=5))
     text = "\n".join(audit_vlm.cost_lines(row, 2, config))
     assert "45 pairs, 90 calls, 15,300 tokens" in text and f"a run: ${45 * 700e-6:.2f}" in text
@@ -164,7 +165,7 @@ def test_unreadable_answers_are_a_finding_and_an_outage_is_not(reply, stops):
     """A VLM that babbles must be audited to the end; where there is no answer at all the audit must stop."""
     vlm = types.SimpleNamespace(ask=lambda parts: vlm_query.Reply(*reply, 9, 1, False))
     images, kept = np.stack([np.full((8, 8, 3), level, np.uint8) for level in (0, 60, 120, 180, 240)]), []
-    config = run.Config(goal="g", workers=2)
+    config = settings.Config(goal="g", workers=2)
     with pytest.raises(vlm_query.VLMError) if stops else contextlib.nullcontext():
         audit_vlm.ask_batch(vlm, images[:4], images[1:], config, 1, kept.append)
     assert {record["kind"] for record in kept} == {"no answer" if stops else "unreadable"} and len(kept) == 4
@@ -182,7 +183,7 @@ def test_an_outage_is_one_though_a_limit_came_first():
 
     vlm._send = send
     images = np.stack([np.full((8, 8, 3), 20 * level, np.uint8) for level in range(13)])
-    kept, config = [], run.Config(goal="g", workers=1)
+    kept, config = [], settings.Config(goal="g", workers=1)
     vlm.room = lambda stages: 4 if not tries else 0
     with pytest.raises(vlm_query.VLMError, match="3 of 4 questions"):
         audit_vlm.ask_batch(vlm, images[:12], images[1:], config, 1, kept.append)
@@ -196,12 +197,12 @@ def test_half_trained_pictures_can_come_from_a_run(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     torch.save({"agent": agent.state_dict()}, tmp_path / "checkpoint" / "state.pt")
     (tmp_path / "config.json").write_text(json.dumps({"env": "CartPole", "hidden": 8, "device": "cpu"}))
-    config = run.Config(env="CartPole", seed=1)
+    config = settings.Config(env="CartPole", seed=1)
     learned = audit_vlm.policies(config, env, str(tmp_path), np.random.default_rng(0))["half-trained"](0)
     obs = env.reset(seed=0)[0]
     assert np.allclose(learned(obs, explore=False), agent.act(obs, explore=False))
     for folder, other in ((tmp_path, "DrawerOpen"), (tmp_path / "nowhere", "CartPole")):
-        with pytest.raises(run.UserError, match="--policy .*no run of train.py that can be used"):
+        with pytest.raises(settings.UserError, match="--policy .*no run of train.py that can be used"):
             audit_vlm.trained_policy(str(folder), dataclasses.replace(config, env=other), env)
 
 

@@ -21,7 +21,7 @@ def test_score_loss_is_the_squared_error_on_the_scale_of_the_reward():
 def test_a_model_fitted_to_scores_orders_unseen_pictures_and_goes_on_identically():
     """200 scored poles must teach the order of unseen ones; every eighth only measures; a saved state must go on alike."""
     assert score_reward.demo() > 0.9
-    images, angle = reward_model.demo_pictures(24, np.random.default_rng(0))
+    images, angle = reward_model.demo_images(24, np.random.default_rng(0))
     data = [score_reward.ScoreDataset(16, (64, 64, 3)) for _ in range(2)]
     data[0].add(images, None, 1 - np.abs(angle) / 45)
     assert len(data[0]) == 16 and set(data[0].rows(held_out=True)) == {7, 15}

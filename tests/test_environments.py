@@ -218,7 +218,7 @@ def test_an_environment_that_cannot_be_made_to_draw_is_one_line(made, words, ini
 
 
 TINY = ["--goal", "to go", "--total-steps", "60", "--seed-steps", "10", "--explore-steps", "20", "--eval-every", "30", "--eval-episodes",
-        "1", "--batch-size", "8", "--hidden", "8", "--reward-size", "47", "--query-size", "47", "--horizon", "10"]
+        "1", "--batch-size", "8", "--hidden", "8", "--reward-image-size", "47", "--vlm-image-size", "47", "--horizon", "10"]
 
 
 @pytest.mark.parametrize("changes", [

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 from support import cuda_graph
 import reward_model
 from support import run
+from support import settings
 import sac
 import train
 from test_components import box, distance_after_learning, filled_batch, tiny
@@ -38,7 +39,7 @@ def test_a_recorded_update_learns_the_same_and_whatever_replaces_a_tensor_record
     plain, recorded = (sac.SAC(2, box(1), hidden=(32, 32), record=record) for record in (None, FakeGraph))
     other, before = sac.SAC(2, box(1), hidden=(32, 32), seed=1).state_dict(), None
     for change in (lambda agent: None, lambda agent: agent.reset_critic(),
-                   lambda agent: agent.standardise(np.eye(2)), lambda agent: agent.load_state_dict(other)):
+                   lambda agent: agent.normalise_observations(np.eye(2)), lambda agent: agent.load_state_dict(other)):
         for agent in (plain, recorded):
             change(agent)
             values = [float(agent.update(filled_batch(16, seed))["q_mean"]) for seed in range(3)]
@@ -50,7 +51,7 @@ def test_a_recorded_update_learns_the_same_and_whatever_replaces_a_tensor_record
 
 def test_a_recorded_fit_learns_the_same_also_from_a_last_batch_that_is_smaller():
     """record must change no number of a fit. A replay goes on with the tensors it knows: a fit must not replace them."""
-    images, angle = reward_model.demo_pictures(60, np.random.default_rng(0))
+    images, angle = reward_model.demo_images(60, np.random.default_rng(0))
     data = reward_model.PreferenceDataset(40, images.shape[1:])  # 35 to fit: batches of 16, 16 and 3
     data.add(images[:40], images[20:], (abs(angle[20:]) < abs(angle[:40])).astype(int))
     plain, recorded = (reward_model.RewardModel(images.shape[1:], record=record) for record in (None, FakeGraph))
@@ -79,13 +80,13 @@ def test_a_replayed_update_is_the_update(discrete):
     for _ in range(500):
         buffer.add(rng.normal(size=4), rng.integers(3) if discrete else rng.uniform(-1, 1, 2), rng.normal(size=4),
                    rng.random() < 0.1, None, 0.0)
-        buffer.price([rng.normal()])
+        buffer.set_rewards([rng.normal()])
     batches = [buffer.sample(64) for _ in range(40)]
     for number, batch in enumerate(batches):
         if number == 20:
             for agent in agents:
                 agent.reset_critic()
-                agent.standardise(buffer.obs)
+                agent.normalise_observations(buffer.obs)
             state = copy.deepcopy(agents[1].state_dict())
         results = [agent.update(batch) for agent in agents]
         assert {name: float(x) for name, x in results[0].items()} == {name: float(x) for name, x in results[1].items()}
@@ -103,7 +104,7 @@ def test_a_replayed_update_is_the_update(discrete):
 @pytest.mark.parametrize("answers", [34, 200])  # one whole batch of 30, or ten of 175
 def test_a_replayed_fit_is_the_fit(answers):
     """On a GPU, a recorded fit must know as much as a plain one, its last and smaller batches included; so must the next."""
-    images, angle = reward_model.demo_pictures(2 * answers, np.random.default_rng(0))
+    images, angle = reward_model.demo_images(2 * answers, np.random.default_rng(0))
     data = reward_model.PreferenceDataset(answers, images.shape[1:])
     data.add(images[:answers], images[answers:], (abs(angle[answers:]) < abs(angle[:answers])).astype(int))
     for record in (None, cuda_graph.Recorded):
@@ -144,7 +145,7 @@ def test_in_half_the_bits_are_neither_observations_nor_values_nor_weights():
 
 def test_in_half_the_bits_the_order_is_learned_too_and_rewards_keep_all_their_bits():
     """A fit in bfloat16 must order unseen pictures, and 500 pictures of a turning pole must not share a few rewards."""
-    images, angle = reward_model.demo_pictures(160, np.random.default_rng(0))
+    images, angle = reward_model.demo_images(160, np.random.default_rng(0))
     data = reward_model.PreferenceDataset(80, (64, 64, 3))
     data.add(images[:80], images[80:], (np.abs(angle[80:]) < np.abs(angle[:80])).astype(int))
     model = reward_model.RewardModel((64, 64, 3), bfloat16=True)
@@ -153,7 +154,7 @@ def test_in_half_the_bits_the_order_is_learned_too_and_rewards_keep_all_their_bi
     model.member_rewards(images[:2])
     assert kinds == [torch.bfloat16] * 2  # given so already: converted once, not by each member
     model.fit(data, epochs=8)
-    unseen, angle = reward_model.demo_pictures(500, np.random.default_rng(1))
+    unseen, angle = reward_model.demo_images(500, np.random.default_rng(1))
     reward = model.predict(unseen)
     assert spearmanr(reward, -np.abs(angle)).statistic > 0.8
     assert reward.dtype == np.float32 and len(np.unique(reward)) > 400  # rounded to 8 bits: at most 256 in an octave
@@ -176,7 +177,7 @@ def test_half_the_bits_are_for_the_network_that_was_named(tmp_path, monkeypatch,
 def test_auto_takes_a_gpu_only_where_it_gains(monkeypatch, changes, device):
     """With a GPU: small kernels that are launched one by one are faster on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert run.resolve(run.Config(**changes)).device == device
+    assert settings.resolve(settings.Config(**changes)).device == device
 
 
 @pytest.mark.parametrize("discrete", [False, True])

@@ -48,8 +48,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Small networks and pictures: the time should go where it can be lost, into questions and checkpoints.
 SETTINGS = dict(
     env="CartPole", horizon=50, seed_steps=100, explore_steps=100, feedback_every=100, pairs_per_session=4,
-    batch_size=16, hidden=16, reward_size=48, query_size=100, reward_epochs=2, eval_every=250, eval_episodes=1,
-    candidates=50, workers=WORKERS, vlm="local/" + offline_vlm.NAME,
+    batch_size=16, hidden=16, reward_image_size=48, vlm_image_size=100, reward_epochs=2, eval_every=250, eval_episodes=1,
+    image_buffer=50, workers=WORKERS, vlm="local/" + offline_vlm.NAME,
 )
 
 

@@ -17,7 +17,7 @@ import code_as_reward
 import train
 from code_as_reward import (CodeAsRewardError, Program, ProgramError, ProgramReward, describe_subtasks, extract_code,
                             learn_programs, load_programs, verification_table)
-from support.run import UserError
+from support.settings import UserError
 
 BLACK = np.zeros((2, 16, 16, 3), np.uint8)
 DEF = "def progress(images, first_image):\n    "
@@ -170,7 +170,7 @@ def test_what_could_not_be_used_is_forgotten_by_the_cache(tmp_path, monkeypatch,
     import envs
     monkeypatch.setattr(envs, "make", lambda *_: None)
     monkeypatch.setattr(envs, "expert", lambda *_: None)
-    config = types.SimpleNamespace(programs="", env="CartPole", seed=0, query_size=16, reward_size=16, goal="g", rounds=1,
+    config = types.SimpleNamespace(programs="", env="CartPole", seed=0, vlm_image_size=16, reward_image_size=16, goal="g", rounds=1,
                                    unverified="stop")
     vlm = types.SimpleNamespace(ask=ask, forget=forgotten.append, name="x/y")
     folder = types.SimpleNamespace(path=lambda *names: str(tmp_path.joinpath(*names)))

@@ -10,7 +10,7 @@ from test_components import numbered_images
 
 def test_fresh_networks_are_those_of_a_new_model():
     """New weights, and an optimiser without memory: as if nothing had been fitted before."""
-    images, angle = reward_model.demo_pictures(40, np.random.default_rng(0))
+    images, angle = reward_model.demo_images(40, np.random.default_rng(0))
     data = reward_model.PreferenceDataset(20, images.shape[1:])
     data.add(images[:20], images[20:], (abs(angle[20:]) < abs(angle[:20])).astype(int))
     used, new = (reward_model.RewardModel(images.shape[1:], seed=seed) for seed in (0, 1))
@@ -82,21 +82,21 @@ def test_pictures_that_do_not_fit_their_answers_are_refused(first, second, label
 def test_wrong_answers_are_not_learned_by_heart():
     """With one answer in five wrong, the held-out answers must end the fit early, and the truth must come out of it."""
     rng = np.random.default_rng(1)
-    images, angle = reward_model.demo_pictures(400, rng)
+    images, angle = reward_model.demo_images(400, rng)
     pairs = reward_model.sample_pairs(images, 300, rng)
     better = np.abs(angle[pairs[:, 1]]) < np.abs(angle[pairs[:, 0]])
     data = reward_model.PreferenceDataset(300, (64, 64, 3))
     data.add(images[pairs[:, 0]], images[pairs[:, 1]], (better ^ (rng.random(300) < 0.2)).astype(int))
-    models = [reward_model.RewardModel((64, 64, 3), members=1, patience=patience) for patience in (3, 0)]
+    models = [reward_model.RewardModel((64, 64, 3), ensemble_size=1, patience=patience) for patience in (3, 0)]
     epochs = [model.fit(data, 18)["epochs"] for model in models]
-    unseen, angle = reward_model.demo_pictures(300, rng)
+    unseen, angle = reward_model.demo_images(300, rng)
     listened, did_not = (spearmanr(model.predict(unseen), -np.abs(angle)).statistic for model in models)
     assert epochs[0] < epochs[1] - 5 and listened > 0.75 and listened > did_not + 0.05
 
 
 def test_a_fit_reports_the_epoch_whose_networks_it_keeps(monkeypatch):
     """Where the second epoch surprises the held-out answers least, its loss and accuracy must be reported, not the last's."""
-    model = reward_model.RewardModel((48, 48, 3), members=1, patience=1)
+    model = reward_model.RewardModel((48, 48, 3), ensemble_size=1, patience=1)
     data = reward_model.PreferenceDataset(40, (48, 48, 3))
     data.add(np.zeros((40, 48, 48, 3), np.uint8), np.zeros((40, 48, 48, 3), np.uint8), [0, 1] * 20)
     epochs, surprises = iter([(0.3, 0.6), (0.2, 0.7), (0.1, 0.8), (0.05, 0.9)]), iter([2.0, 1.0, 1.5, 1.6])
@@ -121,7 +121,7 @@ def test_the_paper_s_fit_is_bounded_and_goes_on_where_ours_begins_afresh(paper):
 
 def test_a_saved_reward_model_goes_on_identically():
     """state_dict of model and data must hold everything that a further fit depends on."""
-    images, angle = reward_model.demo_pictures(20, np.random.default_rng(0))
+    images, angle = reward_model.demo_images(20, np.random.default_rng(0))
     models = [reward_model.RewardModel((64, 64, 3), seed=seed) for seed in (0, 1)]
     data = [reward_model.PreferenceDataset(10, (64, 64, 3)) for _ in models]
     data[0].add(images[:10], images[10:], (np.abs(angle[10:]) < np.abs(angle[:10])).astype(int))
@@ -134,7 +134,7 @@ def test_a_saved_reward_model_goes_on_identically():
 
 def test_where_a_goal_has_no_left_and_right_a_picture_is_worth_what_its_mirror_image_is():
     images = np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3), np.uint8)
-    plain, mirroring = (reward_model.RewardModel((48, 48, 3), mirror=mirror) for mirror in (False, True))
+    plain, mirroring = (reward_model.RewardModel((48, 48, 3), random_flip=mirror) for mirror in (False, True))
     assert np.allclose(mirroring.predict(images), mirroring.predict(images[:, :, ::-1]), atol=1e-5)
     halves = [plain.member_rewards(view) for view in (images, images[:, :, ::-1])]
     assert not np.allclose(*halves, atol=1e-5)
@@ -153,7 +153,7 @@ def test_answers_about_one_place_hold_at_another_if_pictures_are_shifted():
     for shift in (0, 8):
         rng = np.random.default_rng(0)
         images, lengths = bars(120, [(30, 20)] * 120)
-        data, model = reward_model.PreferenceDataset(60, (64, 64, 3)), reward_model.RewardModel((64, 64, 3), shift=shift)
+        data, model = reward_model.PreferenceDataset(60, (64, 64, 3)), reward_model.RewardModel((64, 64, 3), random_shift=shift)
         apart = lengths[:60] != lengths[60:]
         data.add(images[:60][apart], images[60:][apart], (lengths[60:] > lengths[:60])[apart].astype(int))
         model.fit(data, epochs=20)

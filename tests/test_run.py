@@ -15,6 +15,7 @@ import torch
 
 import envs
 from support import run
+from support import settings
 import sac
 import train
 from tasks import schedules
@@ -25,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_a_stand_in_by_another_name_is_no_vlm(tmp_path):
     """One that runs already, as offline/NAME, must be named as what it is in banner and folder."""
-    config = run.Config(env="CartPole", vlm="offline/x", vlm_url="http://localhost:1/v1")
-    assert run.who_labels(config) == "offline stand-in (not a VLM)"
+    config = settings.Config(env="CartPole", vlm="offline/x", vlm_url="http://localhost:1/v1")
+    assert settings.who_labels(config) == "offline stand-in (not a VLM)"
     assert "offline_stand-in" in train.prepare(config)[0].out
 
 
@@ -48,7 +49,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path, monkeypatch, crash
     with pytest.raises(MemoryError):
         train.train(tiny(tmp_path, "killed", keep_best=keep_best))
     monkeypatch.setattr(sac.ReplayBuffer, "add", add)
-    train.train(run.parse_args(["--resume", str(tmp_path / "killed")]))
+    train.train(settings.parse_args(["--resume", str(tmp_path / "killed")]))
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
     assert whole.joinpath("metrics.csv").read_bytes() == killed.joinpath("metrics.csv").read_bytes()
     labels = [[json.loads(line) for line in open(folder / "labels.jsonl")] for folder in (whole, killed)]
@@ -76,15 +77,15 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 def test_disk_is_not_asked_for_where_no_picture_is_stored(tmp_path, monkeypatch):
     """A full disk must stop a run that stores pictures before it starts, and no run with the true reward."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=20_000))  # observations and actions
-    train.check_disk(run.resolve(tiny(tmp_path, reward="true")), envs.make("CartPole"))
-    with pytest.raises(run.UserError, match="of disk"):
+    train.check_disk(settings.resolve(tiny(tmp_path, reward="true")), envs.make("CartPole"))
+    with pytest.raises(settings.UserError, match="of disk"):
         train.train(tiny(tmp_path, reward="score"))
 
 
 def test_a_raised_limit_lets_the_questions_go_on(tmp_path):
     """A run that had reached --max-calls must ask again when it is resumed with more, and with as many must not."""
     for more, asks in ((6, False), (60, True)):
-        labeler = train.Labeler(run.resolve(tiny(tmp_path, max_calls=more)))
+        labeler = train.Labeler(settings.resolve(tiny(tmp_path, max_calls=more)))
         try:
             labeler.load_state_dict({"counts": labeler.counts, "exhausted": True,
                                      "vlm": {**labeler.vlm.state_dict(), "calls": 6}})
@@ -101,7 +102,7 @@ def test_a_resumed_run_may_ask_for_less_than_it_has(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train.train(tiny(tmp_path, labels="oracle", max_pairs=30))
     monkeypatch.setattr(sac.ReplayBuffer, "add", add)
-    kept = run.resumed({"resume": str(tmp_path / "run"), "max_pairs": 2})
+    kept = settings.resumed({"resume": str(tmp_path / "run"), "max_pairs": 2})
     assert train.train(kept)[-1]["pairs_asked"] >= 6
 
 
@@ -124,22 +125,22 @@ def test_what_cannot_work_here_is_said_before_anything_is_made(tmp_path, monkeyp
         monkeypatch.setattr(envs, "draw_pole", lambda *_: (_ for _ in ()).throw(RuntimeError("EGL is not there")))
     if "disk" in changes.get("goal", ""):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
-    with pytest.raises(run.UserError, match=says):
+    with pytest.raises(settings.UserError, match=says):
         train.train(tiny(tmp_path, **changes))
     assert not os.listdir(tmp_path)
 
 
 def test_candidates_need_disk_too(tmp_path, monkeypatch):
     """Room for the steps' pictures alone is too little; with both pictures of every candidate it is enough."""
-    config = run.resolve(tiny(tmp_path))
-    steps = config.total_steps * (3 * config.reward_size**2 + 4 * (4 + 4 + 2))
-    pairs = config.max_pairs * 2 * config.query_size**2  # of the PNGs a third of what they unpack to
-    candidates = 3 * config.candidates * (config.reward_size**2 + config.query_size**2)
+    config = settings.resolve(tiny(tmp_path))
+    steps = config.total_steps * (3 * config.reward_image_size**2 + 4 * (4 + 4 + 2))
+    pairs = config.max_pairs * 2 * config.vlm_image_size**2  # of the PNGs a third of what they unpack to
+    candidates = 3 * config.image_buffer * (config.reward_image_size**2 + config.vlm_image_size**2)
     free, env = types.SimpleNamespace(free=steps + candidates + pairs), envs.make("CartPole")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     train.check_disk(config, env)
     free.free -= 1
-    with pytest.raises(run.UserError, match="50 candidates need"):
+    with pytest.raises(settings.UserError, match="50 candidates need"):
         train.check_disk(config, env)
 
 
@@ -175,7 +176,7 @@ def test_kept_answers_all_fit_where_a_run_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as stopping:
         stopping.setattr(sac.ReplayBuffer, "add", interrupted)
         train.train(tiny(tmp_path, "part", **changes))
-    train.train(run.parse_args(["--resume", str(tmp_path / "part")]))
+    train.train(settings.parse_args(["--resume", str(tmp_path / "part")]))
     whole, part = ((tmp_path / name / "metrics.csv").read_text() for name in ("whole", "part"))
     assert whole == part and len(whole.splitlines()) == 5
 
@@ -216,8 +217,8 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsy
 def test_the_paper_s_schedule_takes_nothing_from_ours(name):
     """Whatever a task's own schedule sets, the paper's must set too, or a departure would slip into it."""
     assert set(schedules.OURS[name]) <= set(schedules.PAPER[name])
-    config = run.resolve(run.Config(env=name, schedule="paper"))
-    assert (config.hold, config.discount, config.reward_shift, config.reward_mirror) == (1, 0.99, 0, 0)
+    config = settings.resolve(settings.Config(env=name, schedule="paper"))
+    assert (config.hold, config.discount, config.random_shift, config.random_flip) == (1, 0.99, 0, 0)
     assert config.reward_batch == 64
 
 
@@ -229,21 +230,21 @@ def test_a_damaged_run_folder_is_one_line(tmp_path, monkeypatch):
         train.train(tiny(tmp_path, reward="true"))
     folder = tmp_path / "run"
     (folder / "checkpoint" / "state.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(run.UserError, match="its checkpoint cannot be read"):
-        train.train(run.resumed({"resume": str(folder)}))
+    with pytest.raises(settings.UserError, match="its checkpoint cannot be read"):
+        train.train(settings.resumed({"resume": str(folder)}))
     (folder / "summary.json").write_text("{}")
-    assert run.resumed({"resume": str(folder)}).reward == "true"  # no word of an end: it goes on
+    assert settings.resumed({"resume": str(folder)}).reward == "true"  # no word of an end: it goes on
     (folder / "config.json").write_text("[]")
-    with pytest.raises(run.UserError, match="no run folder of train.py"):
-        run.resumed({"resume": str(folder)})
+    with pytest.raises(settings.UserError, match="no run folder of train.py"):
+        settings.resumed({"resume": str(folder)})
 
 
 def test_the_command_that_a_run_writes_down_makes_it_again():
     """config.json's command, given to the shell, must be the same settings; only `out` is another's."""
-    config = run.Config(env="DrawerOpen", seed=3, labels="oracle", vlm_mistakes=0.2, goal='to "open" it', max_pairs=7, out="x")
-    words = shlex.split(run.command_line(config))
+    config = settings.Config(env="DrawerOpen", seed=3, labels="oracle", vlm_mistakes=0.2, goal='to "open" it', max_pairs=7, out="x")
+    words = shlex.split(settings.command_line(config))
     assert words[:2] == ["python", "train.py"]
-    assert run.parse_args(words[2:]) == dataclasses.replace(config, out=None)
+    assert settings.parse_args(words[2:]) == dataclasses.replace(config, out=None)
 
 
 def test_rows_after_the_checkpoint_are_written_once(tmp_path, monkeypatch):
@@ -256,41 +257,41 @@ def test_rows_after_the_checkpoint_are_written_once(tmp_path, monkeypatch):
     for name, line in (("metrics.csv", "999,9\n"), ("timing.csv", "999,9\n")):
         with open(tmp_path / "cut" / name, "a") as file:
             file.write(line)
-    train.train(run.resumed({"resume": str(tmp_path / "cut")}))
+    train.train(settings.resumed({"resume": str(tmp_path / "cut")}))
     whole, cut = ((tmp_path / name / "metrics.csv").read_text() for name in ("whole", "cut"))
     assert cut == whole and "999" not in (tmp_path / "cut" / "timing.csv").read_text()
 
 
 @pytest.mark.usefixtures("unreported")
 @pytest.mark.parametrize("field, value, says", [
-    ("hold", 0, "--hold 0: it must be at least 1"), ("reward_shift", -1, "--reward-shift -1: it must be at least 0"),
+    ("hold", 0, "--hold 0: it must be at least 1"), ("random_shift", -1, "--random-shift -1: it must be at least 0"),
     ("discount", 1.5, "--discount 1.5: it must be at least 0, at most 1"), ("discount", float("nan"), "--discount nan"),
-    ("sac_lr", 0.0, "--sac-lr 0.0: it must be above 0"), ("reward_lr", float("inf"), "--reward-lr inf"), ("reward_size", 20, "--reward-size 20: it must be at least 47")])
+    ("sac_lr", 0.0, "--sac-lr 0.0: it must be above 0"), ("reward_lr", float("inf"), "--reward-lr inf"), ("reward_image_size", 20, "--reward-image-size 20: it must be at least 47")])
 def test_a_number_out_of_its_range_is_refused_before_anything_is_made(field, value, says):
     """One line with the flag, the value and what is possible; every value of every task's own entry must be in range."""
-    with pytest.raises(run.UserError, match=re.escape(says)):
-        run.resolve(run.Config(**{field: value}))
+    with pytest.raises(settings.UserError, match=re.escape(says)):
+        settings.resolve(settings.Config(**{field: value}))
     for task in envs.TASKS:
-        run.resolve(run.Config(env=task, device="cpu"))
+        settings.resolve(settings.Config(env=task, device="cpu"))
 
 
 @pytest.mark.usefixtures("unreported")
 def test_a_finished_run_is_not_resumed(tmp_path):
     """--resume of a finished run must say so instead of training on."""
     train.train(tiny(tmp_path, reward="true"))
-    with pytest.raises(run.UserError, match="has finished"):
-        run.parse_args(["--resume", str(tmp_path / "run")])
+    with pytest.raises(settings.UserError, match="has finished"):
+        settings.parse_args(["--resume", str(tmp_path / "run")])
 
 
 def test_every_config_field_is_read_and_explained():
     """Each tunable must have a comment (its --help text), a flag, and a place in the code that reads it."""
     code = "".join((ROOT / name).read_text() for name in ("train.py", "run.py"))
-    for field in dataclasses.fields(run.Config):
-        assert len(run.field_help()[field.name]) > 10, field.name
+    for field in dataclasses.fields(settings.Config):
+        assert len(settings.field_help()[field.name]) > 10, field.name
         assert re.search(rf"config\.{field.name}\b", code), f"nothing reads Config.{field.name}"
 
 
 def test_numbers_on_the_command_line_may_be_written_as_floats():
     """--total-steps 4e3 must mean 4000, and given flags must override the task's entry."""
-    config = run.resolve(run.parse_args(["--total-steps", "4e3", "--sac-lr", "1"]))
+    config = settings.resolve(settings.parse_args(["--total-steps", "4e3", "--sac-lr", "1"]))
     assert config.total_steps == 4000 and config.sac_lr == 1.0 and config.hidden == schedules.OURS["CartPole"]["hidden"]

@@ -18,13 +18,14 @@ from support import cached_labels
 import envs
 from support import report
 from support import run
+from support import settings
 import sac
 from tools import sweep
 import train
 
 SMALL = dict(env="CartPole", horizon=30, total_steps=120, seed_steps=30, explore_steps=30, feedback_every=30,
-             pairs_per_session=4, max_pairs=8, batch_size=16, hidden=16, reward_size=48, query_size=64, reward_epochs=1,
-             eval_every=60, eval_episodes=1, candidates=20, members=1, labels="oracle")
+             pairs_per_session=4, max_pairs=8, batch_size=16, hidden=16, reward_image_size=48, vlm_image_size=64, reward_epochs=1,
+             eval_every=60, eval_episodes=1, image_buffer=20, ensemble_size=1, labels="oracle")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +42,7 @@ def unreported():
 def runs(tmp_path_factory):
     """Two folders: `whole`, undisturbed, and `half`, ended at step 105 as by kill -9."""
     here = tmp_path_factory.mktemp("runs")
-    train.train(run.Config(**SMALL, out=str(here / "whole")))
+    train.train(settings.Config(**SMALL, out=str(here / "whole")))
     add = sac.ReplayBuffer.add
 
     def dying(self, *transition):
@@ -52,7 +53,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sac.ReplayBuffer, "add", dying)
         with pytest.raises(ZeroDivisionError):
-            train.train(run.Config(**SMALL, out=str(here / "half")))
+            train.train(settings.Config(**SMALL, out=str(here / "half")))
     return here
 
 
@@ -91,12 +92,12 @@ def test_no_module_that_a_folder_names_is_imported(half, tmp_path, monkeypatch, 
     code, error = resume(half, capsys=capsys)
     assert code == 2 and f"python train.py --resume {half} --env payload:X-v0" in error
     assert not (tmp_path / "ran").exists()
-    assert run.parse_args(["--resume", str(half), "--env", "payload:X-v0"]).env == "payload:X-v0"
-    with pytest.raises(run.UserError, match="keeps its --env"):
-        run.parse_args(["--resume", str(half), "--env", "CartPole"])
+    assert settings.parse_args(["--resume", str(half), "--env", "payload:X-v0"]).env == "payload:X-v0"
+    with pytest.raises(settings.UserError, match="keeps its --env"):
+        settings.parse_args(["--resume", str(half), "--env", "CartPole"])
     changed(half, env="CartPole", reward="clip", clip_model="/some/folder", labels="vlm")
-    with pytest.raises(run.UserError, match="--clip-model /some/folder"):
-        run.parse_args(["--resume", str(half)])
+    with pytest.raises(settings.UserError, match="--clip-model /some/folder"):
+        settings.parse_args(["--resume", str(half)])
 
 
 def test_a_key_goes_only_where_its_user_sends_it(half, monkeypatch):
@@ -106,16 +107,16 @@ def test_a_key_goes_only_where_its_user_sends_it(half, monkeypatch):
     for url in ("http://127.0.0.1:1/v1", "https://api.openai.com.evil.org/v1", "http://api.openai.com/v1",
                 "https://api.openai.com\\.evil.org", "https://evil.org/https://api.openai.com/"):
         changed(half, labels="vlm", vlm="openai/gpt", vlm_url=url)
-        with pytest.raises(run.UserError, match="OPENAI_API_KEY would be sent"):
-            run.parse_args(["--resume", str(half)])
-        assert run.parse_args(["--resume", str(half), "--vlm-url", url]).vlm_url == url
+        with pytest.raises(settings.UserError, match="OPENAI_API_KEY would be sent"):
+            settings.parse_args(["--resume", str(half)])
+        assert settings.parse_args(["--resume", str(half), "--vlm-url", url]).vlm_url == url
     changed(half, vlm_url="https://api.openai.com/v1/")
-    assert run.resumed({"resume": str(half)}).vlm == "openai/gpt"
+    assert settings.resumed({"resume": str(half)}).vlm == "openai/gpt"
     changed(half, vlm="local/m", vlm_url="http://127.0.0.1:1/v1")
-    assert run.resume_command(run.resumed({"resume": str(half)}), "a b") == "python train.py --resume 'a b'"
+    assert settings.resume_command(settings.resumed({"resume": str(half)}), "a b") == "python train.py --resume 'a b'"
     monkeypatch.setenv("LOCAL_API_KEY", "k")
-    with pytest.raises(run.UserError, match="LOCAL_API_KEY would be sent"):
-        run.parse_args(["--resume", str(half)])
+    with pytest.raises(settings.UserError, match="LOCAL_API_KEY would be sent"):
+        settings.parse_args(["--resume", str(half)])
 
 
 @pytest.mark.parametrize("name", ["labels.jsonl", "metrics.csv", "config.json", "checkpoint/state.pt", "report.html",
@@ -160,7 +161,7 @@ def test_the_buffer_of_another_run_is_not_its_own(half, runs, tmp_path, capsys):
     dict(hidden="16"), dict(hidden=16.5), dict(hidden=True), dict(hidden=None) | dict(env=None), dict(seed=float("nan")),
     dict(sac_lr=float("nan")), dict(sac_lr="1e-3"), dict(env=["CartPole"]), dict(goal={"a": 1}), dict(labels="me"),
     dict(device=7), dict(vlm_extra=3), dict(goal="a\0b"), dict(total_steps=10**400), dict(discount=10**400),
-    dict(workers=0), dict(stages="2"), dict(usd_per_mtok=1), dict(vlm=None), dict(members=10**9)])
+    dict(workers=0), dict(stages="2"), dict(usd_per_mtok=1), dict(vlm=None), dict(ensemble_size=10**9)])
 def test_values_of_a_folder_are_checked_as_flags_are(half, capsys, changes):
     """A wrong type, a number out of its range, NaN: one line that names the setting."""
     changed(half, **changes)
@@ -175,7 +176,7 @@ def test_files_of_a_stranger_are_plain_and_of_bounded_size(tmp_path, half):
     for path in (tmp_path, tmp_path / "labels.jsonl", "/dev/zero"):
         with pytest.raises(cached_labels.CachedLabelsError, match="no ordinary file"):
             cached_labels.read_labels(str(path), 48)
-    with pytest.raises(run.UserError, match="no ordinary file"):
+    with pytest.raises(settings.UserError, match="no ordinary file"):
         train.read_programs(str(tmp_path))
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(2**40)
@@ -185,21 +186,21 @@ def test_files_of_a_stranger_are_plain_and_of_bounded_size(tmp_path, half):
     with pytest.raises(cached_labels.CachedLabelsError, match="too many"):
         cached_labels.read_labels(str(tmp_path / "log.jsonl"), 48)
     os.rename(tmp_path / "pairs" / "000000.png", tmp_path / "1_pipe.py")
-    with pytest.raises(run.UserError, match="too many"):
+    with pytest.raises(settings.UserError, match="too many"):
         train.read_programs(str(tmp_path))
     os.remove(half / "config.json")
     os.mkfifo(half / "config.json")
-    with pytest.raises(run.UserError, match="no run folder of train.py"):
-        run.resumed({"resume": str(half)})
+    with pytest.raises(settings.UserError, match="no run folder of train.py"):
+        settings.resumed({"resume": str(half)})
     assert cached_labels.labeler_of(str(half / "labels.jsonl")) == "somebody unknown"
 
 
 def test_what_is_shown_holds_no_escape_codes(capsys, half):
     """A stranger's words must not move the cursor, nor begin lines of their own."""
-    run.say("a\x1b[31mb\x9b\nlabels from: openai/gpt\u202e\ud800")
+    settings.say("a\x1b[31mb\x9b\nlabels from: openai/gpt\u202e\ud800")
     assert capsys.readouterr().out == "a [31mb  labels from: openai/gpt  \n"
     changed(half, labeler="\x1b]0;x\x07\nopenai/gpt")
-    assert "\x1b" not in run.who_labels(run.Config(labels_from=str(half)))
+    assert "\x1b" not in settings.who_labels(settings.Config(labels_from=str(half)))
 
 
 # ---- a damaged folder ----
@@ -274,8 +275,8 @@ def test_a_checkpoint_of_another_version_is_one_line(half, capsys, change):
     assert resume(half, capsys=capsys)[0] == 2
 
 
-@pytest.mark.parametrize("changes", [dict(total_steps=90), dict(hidden=8), dict(reward_size=64), dict(members=2),
-                                     dict(candidates=30), dict(query_size=48)])
+@pytest.mark.parametrize("changes", [dict(total_steps=90), dict(hidden=8), dict(reward_image_size=64), dict(ensemble_size=2),
+                                     dict(image_buffer=30), dict(vlm_image_size=48)])
 @pytest.mark.parametrize("known", [True, False])
 def test_settings_that_are_not_the_run_s_are_one_line(half, capsys, changes, known):
     """Sizes edited by hand, with a checkpoint that knows the settings and an older one that does not."""
@@ -314,14 +315,14 @@ def test_names_of_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [run.make_folder("runs/x", unique=True) for _ in range(3)]
     assert names == ["runs/x", "runs/x-2", "runs/x-3"]
-    with pytest.raises(run.UserError, match="exists already"):
+    with pytest.raises(settings.UserError, match="exists already"):
         run.make_folder("runs/x")
     gymnasium.register("lab/Bar-v0", entry_point=lambda render_mode: gymnasium.make(
         "Pendulum-v1", render_mode=render_mode), max_episode_steps=9)
-    config = train.prepare(run.Config(env="lab/Bar-v0", goal="up", labels="oracle"))[0]
+    config = train.prepare(settings.Config(env="lab/Bar-v0", goal="up", labels="oracle"))[0]
     assert os.path.dirname(config.out) == "runs" and sorted(os.listdir("runs")) == ["x", "x-2", "x-3"]
     del gymnasium.registry["lab/Bar-v0"]
-    made = run.Run(run.Config(**SMALL, out="my first run"))
+    made = run.Run(settings.Config(**SMALL, out="my first run"))
     assert made.resume_command() == "python train.py --resume 'my first run'"
 
 
@@ -336,7 +337,7 @@ def test_a_sweep_goes_on_with_a_module_of_its_own(half, monkeypatch):
 def test_seeds_stay_within_32_bits():
     """Up to the largest --seed; small seeds keep their episodes, which the published numbers are of."""
     for seed in (0, 7, 123_456, 2**31 - 1):
-        config = run.resolve(run.Config(seed=seed))
+        config = settings.resolve(settings.Config(seed=seed))
         seeds = [train.train_seed(config, {"episode": 5}), train.other_seed(train.EVAL_SEED, config, 3)]
         assert all(0 <= seed < 2**32 for seed in seeds)
         assert seed > 10 or seeds == [100_000 * seed + 5, 1_000_003 + 1000 * seed]
@@ -344,14 +345,14 @@ def test_seeds_stay_within_32_bits():
 
 def test_huge_numbers_are_fine_or_one_line():
     """--max-pairs 1e9 needs memory for what the schedule can ask; others have a most; JSON has a depth."""
-    config = run.resolve(run.Config(**{**SMALL, "max_pairs": 10**9}))
-    assert train.most_pairs(config) == 16 and train.most_pairs(run.resolve(run.Config(**SMALL))) == 8
-    for changes in (dict(total_steps=int(1e300)), dict(max_pairs=2**40), dict(hidden=10**6), dict(query_size=10**6)):
-        with pytest.raises(run.UserError, match="at most"):
-            run.resolve(run.Config(**changes))
+    config = settings.resolve(settings.Config(**{**SMALL, "max_pairs": 10**9}))
+    assert train.most_pairs(config) == 16 and train.most_pairs(settings.resolve(settings.Config(**SMALL))) == 8
+    for changes in (dict(total_steps=int(1e300)), dict(max_pairs=2**40), dict(hidden=10**6), dict(vlm_image_size=10**6)):
+        with pytest.raises(settings.UserError, match="at most"):
+            settings.resolve(settings.Config(**changes))
     for text in ("[" * 60_000, '{"a":' * 60_000):
-        with pytest.raises(run.UserError, match="no JSON object") as caught:
-            run.resolve(run.Config(vlm_extra=text))
+        with pytest.raises(settings.UserError, match="no JSON object") as caught:
+            settings.resolve(settings.Config(vlm_extra=text))
         assert len(str(caught.value)) < 300
 
 
@@ -359,10 +360,10 @@ def test_disk_for_observations_is_counted(tmp_path, monkeypatch):
     """Where an observation is a picture, two of each step are most of what is stored."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 0, 4 * 2**30))
     env = envs.make("CartPole")
-    config = run.resolve(run.Config(total_steps=50_000, out=str(tmp_path / "run")))
+    config = settings.resolve(settings.Config(total_steps=50_000, out=str(tmp_path / "run")))
     train.check_disk(config, env)
     env.observation_space = gymnasium.spaces.Box(0, 1, (96 * 96 * 3,))
-    with pytest.raises(run.UserError, match="observations"):
+    with pytest.raises(settings.UserError, match="observations"):
         train.check_disk(config, env)
 
 

@@ -16,7 +16,7 @@ def test_a_mapped_buffer_outlives_its_object(tmp_path):
     first = sac.ReplayBuffer(4, (1,), (1,), (1, 1, 3), folder=tmp_path)
     for number in range(3):
         first.add([number], [0.5], [0.0], number == 2, np.full((1, 1, 3), number, np.uint8), 0.0)
-    first.price([7.0, 8.0, 9.0])
+    first.set_rewards([7.0, 8.0, 9.0])
     state, drawn = first.state_dict(), first.sample(10)
     second = sac.ReplayBuffer(4, (1,), (1,), (1, 1, 3), folder=tmp_path)
     second.load_state_dict(state)

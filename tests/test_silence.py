@@ -18,6 +18,7 @@ import envs
 from support import report
 import reward_model
 from support import run
+from support import settings
 import sac
 from support import score_reward
 import train
@@ -29,11 +30,11 @@ SMALL = (48, 48, 3)
 def books(pictures=None, labels=(), scores=None, rewards=None, terminated=False, step=1000, episodes=9, programs=None,
           counts=None, exhausted=False, explores=False, **settings):
     """What doubts() looks at, as of a run of 1,000 steps that is healthy but for what is named."""
-    config = run.Config(**{**dict(reward="preference", total_steps=1000, seed_steps=100, explore_steps=100, horizon=50,
+    config = settings.Config(**{**dict(reward="preference", total_steps=1000, seed_steps=100, explore_steps=100, horizon=50,
                                   eval_every=100), **settings})
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (30, *SMALL), np.uint8) if pictures is None else pictures
-    pool = train.Candidates(50, 48, 48, None)
+    pool = reward_model.ImageBuffer(50, 48, 48)
     pool.offered, pool.small[:len(pictures)] = len(pictures), pictures
     data = reward_model.PreferenceDataset(100, SMALL)
     if scores is not None:
@@ -173,8 +174,8 @@ for look in ("bar", "black"):
     gymnasium.register(f"Silent{look}-v0", entry_point=Scene, kwargs={"draws": look})
 
 TINY = dict(goal="x", labels="oracle", total_steps=80, seed_steps=20, explore_steps=20, feedback_every=40, horizon=20,
-            pairs_per_session=20, max_pairs=20, batch_size=16, hidden=16, reward_epochs=1, eval_every=40, members=1,
-            eval_episodes=1, candidates=60, reward_size=48, query_size=48, updates=1)
+            pairs_per_session=20, max_pairs=20, batch_size=16, hidden=16, reward_epochs=1, eval_every=40, ensemble_size=1,
+            eval_episodes=1, image_buffer=60, reward_image_size=48, vlm_image_size=48, updates=1)
 
 
 @pytest.mark.parametrize("changes, says", [
@@ -189,7 +190,7 @@ def test_a_run_says_it_once_and_in_its_closing_words(tmp_path, monkeypatch, caps
     monkeypatch.setattr(report, "write_report", lambda folder: Path(folder, "report.html").touch())
     monkeypatch.setattr(train, "write_gif", lambda *_: None)
     monkeypatch.setattr(train, "write_episodes", lambda *_: float("nan"))
-    rows = train.train(run.Config(**{**TINY, **changes, "out": str(tmp_path / "run")}))
+    rows = train.train(settings.Config(**{**TINY, **changes, "out": str(tmp_path / "run")}))
     said = capsys.readouterr()
     closing = json.loads((tmp_path / "run" / "summary.json").read_text())["text"]
     assert rows[-1]["step"] == 80 and closing in said.out
@@ -245,7 +246,7 @@ def test_evaluation_draws_nothing_and_a_reward_without_pictures_tries_without_th
     monkeypatch.setattr(train, "IN_AN_EPISODE", 20)
     env = envs.make("Silentbar-v0", goal="x", horizon=300)
     agent = sac.SAC(2, env.action_space, (4, 4))
-    config = run.resolve(run.Config(env="CartPole", reward="true", keep_best=1, eval_episodes=1, reward_size=48))
+    config = settings.resolve(settings.Config(env="CartPole", reward="true", keep_best=1, eval_episodes=1, reward_image_size=48))
     before = getattr(Scene, "drawn", 0)
     train.evaluate(agent, env, config)
     assert getattr(Scene, "drawn", 0) == before
@@ -264,7 +265,7 @@ def test_a_long_trial_and_long_episodes_are_priced_by_the_pictures_that_were_kep
     env = envs.make("Silentbar-v0", goal="x", horizon=300)
     env.image = lambda size: np.full((size, size, 3), env.unwrapped.t // 2, np.uint8)
     agent = sac.SAC(2, env.action_space, (4, 4))
-    config = run.resolve(run.Config(env="CartPole", keep_best=1, reward_size=48))
+    config = settings.resolve(settings.Config(env="CartPole", keep_best=1, reward_image_size=48))
     kept = train.KeptPolicy(agent, config)
     trial = kept.trial(agent, env, 0)
     assert len(trial[0]) == 75 and not trial[4]  # it was cut off, not ended
@@ -279,7 +280,7 @@ def test_a_reward_that_never_differs_has_no_rank_correlation(tmp_path, recwarn):
     """nan, without scipy's warning on the terminal; also where there was but one picture."""
     env = envs.make("Silentblack-v0", goal="x", horizon=5)
     price = types.SimpleNamespace(predict=lambda images: np.zeros(len(images), np.float32))
-    config = run.resolve(run.Config(env="CartPole", reward_size=48))
+    config = settings.resolve(settings.Config(env="CartPole", reward_image_size=48))
     spearman = train.write_episodes(tmp_path / "e.csv", env, lambda obs: np.zeros(1, np.float32), price, config)
     assert np.isnan(spearman) and not len(recwarn)
 

@@ -18,12 +18,14 @@ from tools import bench
 from tools import plots
 import reward_model
 from support import run
+from support import settings
 from tools import sweep
 from tasks import schedules
 
 STUB = '''
 import csv, dataclasses, json, os, time
 from support import run
+from support import settings
 def train(config):
     if config.seed == 7:
         raise ValueError("seven does not\\nlearn")
@@ -33,7 +35,7 @@ def train(config):
     if config.seed == 9:
         open(config.out + "/pid", "w").write(str(os.getpid()))
         time.sleep(60)
-    json.dump({**dataclasses.asdict(run.resolve(config)), "resume": None, "members": 3, "command": "python train.py",
+    json.dump({**dataclasses.asdict(settings.resolve(config)), "resume": None, "ensemble_size": 3, "command": "python train.py",
                "labeler": "offline stand-in (not a VLM)"},
               open(config.out + "/config.json", "w"))
     with open(config.out + "/metrics.csv", "w") as file:
@@ -76,7 +78,7 @@ def test_every_run_of_every_sweep_is_one_that_train_accepts():
         jobs = sweep.plan(name)
         assert len({sweep.slug(job) for job in jobs}) == len(jobs) == len({job.key() for job in jobs})
         for job in jobs:
-            run.resolve(run.Config(env=job.task, seed=job.seed, **job.overrides))
+            settings.resolve(settings.Config(env=job.task, seed=job.seed, **job.overrides))
 
 
 def test_a_sweep_does_one_seed_of_everything_first():
@@ -94,7 +96,7 @@ def test_a_grid_from_the_command_line_has_the_types_of_config():
     """`max_pairs=1e1,20 seed=0,1` must become numbers; an unknown field must be refused with the list of fields."""
     jobs = sweep.plan_grid(["env=CartPole", "max_pairs=1e1,20", "seed=0,1"])
     assert [(job.seed, job.overrides) for job in jobs] == [(s, {"max_pairs": n}) for s in (0, 1) for n in (10, 20)]
-    with pytest.raises(run.UserError, match="--max-pairs"):
+    with pytest.raises(settings.UserError, match="--max-pairs"):
         sweep.plan_grid(["no_such_field=1"])
     assert sweep.main(["--grid", "seed=0,1"]) == 2  # no --name: it must not mix with what is there
 
@@ -129,8 +131,8 @@ def test_finished_runs_are_skipped_and_half_done_ones_resumed(here):
 def test_rows_of_earlier_calls_stay_and_a_changed_table_is_noticed(here, monkeypatch):
     """A part of a sweep must add to the CSV; a folder with other settings under the same name must be refused."""
     sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=0"]), "mine")
-    sweep.sweep(sweep.plan_grid(["env=Soccer", "members=3", "seed=0"]), "mine")
-    assert [(row["task"], row["members"]) for row in result()] == [("Soccer", "3"), ("CartPole", "")]
+    sweep.sweep(sweep.plan_grid(["env=Soccer", "ensemble_size=3", "seed=0"]), "mine")
+    assert [(row["task"], row["ensemble_size"]) for row in result()] == [("Soccer", "3"), ("CartPole", "")]
     changed = [dataclasses.replace(job, overrides={"max_pairs": 99})
                for job in sweep.plan_grid(["env=CartPole", "seed=0"])]
     with pytest.raises(ValueError, match="max_pairs=100, not 99.*another --name"):
@@ -170,7 +172,7 @@ def test_what_a_finished_run_sends_home_replaces_what_an_interrupted_one_sent(st
     def far_away(jobs, parallel, address):
         attempts.append(1)
         finished, summary = len(attempts) == 2, {"steps": 100 * len(attempts), "asked": 5}
-        files = {"config.json": dataclasses.asdict(run.resolve(run.Config())) | {"command": "python train.py"},
+        files = {"config.json": dataclasses.asdict(settings.resolve(settings.Config())) | {"command": "python train.py"},
                  "summary.json": summary | {"finished": finished, "eval_success": 1.0}}
         files = {name: json.dumps(content).encode() for name, content in files.items()}
         yield jobs[0], "" if finished else "interrupted", {**files, "metrics.csv": b"step,reward_accuracy\n0,1\n"}

@@ -14,6 +14,7 @@ from support import clip_reward
 import code_as_reward
 import envs
 from support import run
+from support import settings
 import sac
 import train
 import vlm_query
@@ -110,7 +111,7 @@ def test_scores_are_asked_of_different_pictures(tmp_path, monkeypatch):
     """--reward score must not pay twice for one picture within a session."""
     asked = []
     monkeypatch.setattr(train.Labeler, "score", lambda self, run, pool, rows, step: asked.append(rows))
-    labeler = train.Labeler(run.resolve(tiny(tmp_path, reward="score")))
+    labeler = train.Labeler(settings.resolve(tiny(tmp_path, reward="score")))
     try:
         labeler(None, None, np.array([[3, 1], [3, 2], [3, 1], [4, 3]]), 0, None)
     finally:
@@ -124,7 +125,7 @@ def test_a_film_has_at_most_a_hundred_pictures(tmp_path, monkeypatch):
 
     shown = []
     monkeypatch.setattr(films, "mimsave", lambda path, images, **_: shown.append(len(images)))
-    config = run.resolve(tiny(tmp_path, horizon=150, query_size=48))
+    config = settings.resolve(tiny(tmp_path, horizon=150, vlm_image_size=48))
     env = envs.make("CartPole", horizon=150)
     train.write_gif("film.gif", env, lambda obs: env.action_space.sample(), config)
     assert shown == [75]
@@ -137,10 +138,10 @@ def test_an_answer_that_did_not_come_is_no_program(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Labeler, "close", lambda self: closed.append(self) or close(self))
     with monkeypatch.context() as refusing:
         refusing.setattr(vlm_query.VLM, "ask", lambda *_: vlm_query.Reply("", "refused", 0, 0, False))
-        with pytest.raises(run.UserError, match="wrote no program: refused.*--resume"):
+        with pytest.raises(settings.UserError, match="wrote no program: refused.*--resume"):
             train.train(tiny(tmp_path, reward="code"))
     assert len(closed) == 1
-    assert train.train(run.parse_args(["--resume", str(tmp_path / "run")]))[-1]["step"] == TINY["total_steps"]
+    assert train.train(settings.parse_args(["--resume", str(tmp_path / "run")]))[-1]["step"] == TINY["total_steps"]
 
 
 @pytest.mark.usefixtures("unreported")
@@ -150,8 +151,8 @@ def test_kept_answers_train_without_asking(tmp_path):
     after = train.train(tiny(tmp_path, "kept", labels_from=str(tmp_path / "asked" / "labels.jsonl")))
     assert after[-1]["labels"] == before[-1]["labels"] > 0 and not os.listdir(tmp_path / "kept" / "pairs")
     assert math.isfinite(after[-1]["reward_accuracy"])
-    config = run.resolve(run.Config(labels_from=str(tmp_path / "asked")))
-    assert "offline stand-in (not a VLM)" in run.who_labels(config) and "-kept-" in train.prepare(config)[0].out
+    config = settings.resolve(settings.Config(labels_from=str(tmp_path / "asked")))
+    assert "offline stand-in (not a VLM)" in settings.who_labels(config) and "-kept-" in train.prepare(config)[0].out
 
 
 class Brightness:
@@ -167,7 +168,7 @@ class Brightness:
 def test_the_kept_policy_is_the_best_by_the_reward_that_is_learned_from(monkeypatch, reward, sign, kept):
     """Policies 0, 1, 2 with trials of brightness 3, 5, 9, true rewards 1, 8, 4 and success in the first alone: each
     reward has its own best, whatever the other rewards say."""
-    config = run.resolve(run.Config(reward=reward, keep_best=1))
+    config = settings.resolve(settings.Config(reward=reward, keep_best=1))
     bright, true, success, price = (3, 5, 9), (1.0, 8.0, 4.0), (1.0, 0.0, 0.0), Brightness()
     agents = [sac.SAC(3, gymnasium.spaces.Box(-1, 1, (1,)), hidden=(4, 4), seed=seed) for seed in range(3)]
 
@@ -193,7 +194,7 @@ def test_the_kept_policy_is_priced_again_by_a_new_reward(monkeypatch):
     agents = [sac.SAC(3, gymnasium.spaces.Box(-1, 1, (1,)), hidden=(4, 4), seed=seed) for seed in range(3)]
     monkeypatch.setattr(train.KeptPolicy, "trial", lambda self, agent, env, seed: (
         np.full((2, 4, 4, 3), (9, 5, 3)[agents.index(agent)], np.uint8), *[np.zeros(2)] * 3, False))
-    price, best = Brightness(), train.KeptPolicy(agents[0], run.resolve(run.Config(keep_best=1)))
+    price, best = Brightness(), train.KeptPolicy(agents[0], settings.resolve(settings.Config(keep_best=1)))
 
     def kept():
         return [torch.equal(best.agent.actor[0].weight, agent.actor[0].weight) for agent in agents].index(True)
@@ -206,7 +207,7 @@ def test_the_kept_policy_is_priced_again_by_a_new_reward(monkeypatch):
     price.sign = -1
     best.offer(agents[1], None, price, priced=True)
     assert kept() == 1
-    newest = train.KeptPolicy(agents[0], run.resolve(run.Config()))
+    newest = train.KeptPolicy(agents[0], settings.resolve(settings.Config()))
     newest.offer(agents[1], None, price, priced=True)
     assert newest.agent is agents[0]
 
@@ -257,7 +258,7 @@ def test_programs_of_an_attempt_that_was_cut_short_are_not_kept(tmp_path, monkey
     monkeypatch.setattr(code_as_reward, "describe_subtasks", lambda *a: 1 / 0)
     monkeypatch.setattr(code_as_reward, "collect_episodes", lambda *a, **k: dict.fromkeys(
         ("expert_episodes", "random_episodes", "success")))
-    config = run.resolve(tiny(tmp_path, reward="code", horizon=5))
+    config = settings.resolve(tiny(tmp_path, reward="code", horizon=5))
     with pytest.raises(ZeroDivisionError):
         train.learn_programs(config, types.SimpleNamespace(path=lambda *names: str(tmp_path.joinpath(*names))),
                              envs.make("CartPole", horizon=5), None)

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 
 from support import run
+
+from support import settings
 import vlm_query
 from vlm_query import VLM, VLMError, label_pairs, printable
 
@@ -401,16 +403,16 @@ def test_an_answer_slower_than_the_deadline_can_arrive_and_the_flag_says_how_slo
     """--timeout, also on resume."""
     server = serve(lambda connection, body, n: time.sleep(0.5) or connection.sendall(http(words("0"))))
     assert client(server, timeout=(2, 5), deadline=0.1).ask(["hi"]).text == "0"
-    assert run.resolve(run.Config(timeout=600.0)).timeout == 600 and "timeout" in run.MAY_CHANGE
+    assert settings.resolve(settings.Config(timeout=600.0)).timeout == 600 and "timeout" in settings.MAY_CHANGE
     for wrong in (0.0, -1.0, 1e9, float("nan"), float("inf")):
-        with pytest.raises(run.UserError, match="--timeout"):
-            run.resolve(run.Config(timeout=wrong))
+        with pytest.raises(settings.UserError, match="--timeout"):
+            settings.resolve(settings.Config(timeout=wrong))
 
 
 def test_workers_are_bounded_everywhere():
     """A queue of two thousand million places must not be made."""
-    with pytest.raises(run.UserError, match="--workers 257: it must be at least 1, at most 256"):
-        run.resolve(run.Config(workers=257))
+    with pytest.raises(settings.UserError, match="--workers 257: it must be at least 1, at most 256"):
+        settings.resolve(settings.Config(workers=257))
     with pytest.raises(VLMError, match="workers must be 1 to 256"):
         VLM("local/m", url="http://h/v1", workers=2**31)
     with pytest.raises(ValueError, match="at most 256"):

@@ -22,7 +22,7 @@ every answer, pairs/*.png, config.json. Answers are kept in vlm_cache beside it,
 
 To use it elsewhere:
     from tools import audit_vlm
-    from support.run import Config
+    from support.settings import Config
     result = audit_vlm.audit(Config(env="CartPole", vlm="offline", out="an_audit"), pairs=20)
     print(result["verdict"])
     print(result["rows"][0])
@@ -38,6 +38,8 @@ import time
 import numpy as np
 
 from support import run
+
+from support import settings
 from train import Labeler, prepare, random_action, run_episode
 
 BINS = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)  # edges; differences in progress as a share of the range
@@ -88,7 +90,7 @@ def trained_policy(folder, config, env):
         agent.load_state_dict(state["agent"])
     except Exception as error:  # unpickling a foreign file may raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise run.UserError(f"--policy {folder}: no run of train.py that can be used here ({reason})") from None
+        raise settings.UserError(f"--policy {folder}: no run of train.py that can be used here ({reason})") from None
     return agent.act
 
 
@@ -102,7 +104,7 @@ def collect(config, env, folder, rng):
         for kind, policy in kinds.items():
             kept = 0
             for episode in range(PER_KIND):
-                seen, _, values, _ = run_episode(env, policy(episode), seed % 2**32, config.query_size)
+                seen, _, values, _ = run_episode(env, policy(episode), seed % 2**32, config.vlm_image_size)
                 seed += 1
                 count = min(PER_EPISODE, PER_KIND - kept, len(seen))
                 chosen = np.linspace(0, len(seen) - 1, count).round().astype(int)
@@ -127,7 +129,7 @@ def draw_pairs(images, progress, count, rng):
 
     span = np.ptp(progress)
     if not span > 0:
-        raise run.UserError(f"all {len(images)} pictures have the same progress: there is nothing to compare")
+        raise settings.UserError(f"all {len(images)} pictures have the same progress: there is nothing to compare")
     pairs = np.stack(np.triu_indices(len(images), 1), axis=1)  # (N (N - 1) / 2, 2)
     pairs = rng.permuted(rng.permutation(pairs), axis=1)  # in random order, and each turned round or not
     gap = np.abs(progress[pairs[:, 1]] - progress[pairs[:, 0]]) / span
@@ -268,7 +270,7 @@ def percent(value):
 
 def describe(rows, config, kinds):
     """The whole text of audit.txt."""
-    who = run.who_labels(config)
+    who = settings.who_labels(config)
     text = [f"{config.env}: {config.goal}", f"labels from: {who}",
             "pictures: " + ", ".join(f"{(kinds == kind).sum()} {kind}" for kind in dict.fromkeys(kinds))]
     for stages, way in WAYS.items():
@@ -329,7 +331,7 @@ def draw(path, rows, config):
         panel.set_xlabel("difference in true progress, share of its range")
     panels[0].set_ylabel("share of the questions")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.suptitle(f"{config.env}, labels from: {run.who_labels(config)}\n{verdict(rows, config.stages)}", fontsize=10,
+    figure.suptitle(f"{config.env}, labels from: {settings.who_labels(config)}\n{verdict(rows, config.stages)}", fontsize=10,
                     wrap=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -339,15 +341,15 @@ def draw(path, rows, config):
 def audit(config, pairs=100, policy=None):
     """Draw, ask, sum up, write the folder -> {"verdict": one line, "rows": those of audit.csv, "text", "folder"}."""
     if pairs < 1:
-        raise run.UserError(f"--pairs {pairs}: at least one pair")
+        raise settings.UserError(f"--pairs {pairs}: at least one pair")
     if config.resume or config.labels_from or config.labels != "vlm" or config.reward != "preference":
-        raise run.UserError("an audit asks a VLM to compare pictures: leave out --resume, --labels, --labels-from and "
+        raise settings.UserError("an audit asks a VLM to compare pictures: leave out --resume, --labels, --labels-from and "
                             "--reward")
     if config.out is None:
         name = f"audit-{config.env}-{config.vlm}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = dataclasses.replace(config, out=os.path.join("runs", name.replace("/", "_").replace(":", "_")))
     if os.path.exists(config.out):
-        raise run.UserError(f"{config.out} exists already; choose another --out, and what was answered before is found "
+        raise settings.UserError(f"{config.out} exists already; choose another --out, and what was answered before is found "
                             "in the vlm_cache beside it")
     config, env, _ = prepare(config)
     rng = np.random.default_rng(config.seed)
@@ -357,11 +359,11 @@ def audit(config, pairs=100, policy=None):
         chosen, gap = draw_pairs(images, progress, pairs, rng)
         os.makedirs(config.out)
         run.write_json(os.path.join(config.out, "config.json"), {
-            **dataclasses.asdict(config), "labeler": run.who_labels(config), "pairs": len(chosen), "policy": policy})
+            **dataclasses.asdict(config), "labeler": settings.who_labels(config), "pairs": len(chosen), "policy": policy})
         records = ask_all(config, labeler, images, progress, chosen, gap)
     finally:
         labeler.close()
-    rows = summaries(records, run.price_of(config))
+    rows = summaries(records, settings.price_of(config))
     text = describe(rows, config, kinds)
     with open(os.path.join(config.out, "audit.txt"), "w") as file:
         file.write(text + "\n")
@@ -370,7 +372,7 @@ def audit(config, pairs=100, policy=None):
         writer.writeheader()
         for row in rows:
             numbers = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-            writer.writerow({"labeler": run.who_labels(config), "env": config.env, **numbers})
+            writer.writerow({"labeler": settings.who_labels(config), "env": config.env, **numbers})
     draw(os.path.join(config.out, "audit.png"), rows, config)
     return {"verdict": verdict(rows, config.stages), "rows": rows, "text": text, "folder": config.out}
 
@@ -379,7 +381,7 @@ def parse_args(arguments):
     """The shell's flags -> (Config, pairs, policy). Every flag of train.py means here what it means there."""
 
     def fail(message):
-        raise run.UserError(message)
+        raise settings.UserError(message)
 
     parser = argparse.ArgumentParser(prog="python -m tools.audit_vlm", description=__doc__.splitlines()[0], allow_abbrev=False,
                                      epilog="Also every flag of train.py: see python train.py --help. Those of the "
@@ -389,9 +391,9 @@ def parse_args(arguments):
     parser.add_argument("--policy", help="a run folder of train.py, whose policy is the half-trained one")
     own, others = parser.parse_known_args(arguments)
     try:
-        return run.parse_args(others), own.pairs, own.policy
-    except run.UserError as error:
-        raise run.UserError(f"{error}, --pairs, --policy" if "unrecognized" in str(error) else str(error)) from None
+        return settings.parse_args(others), own.pairs, own.policy
+    except settings.UserError as error:
+        raise settings.UserError(f"{error}, --pairs, --policy" if "unrecognized" in str(error) else str(error)) from None
 
 
 def main(arguments=None):
@@ -399,7 +401,7 @@ def main(arguments=None):
 
     try:
         result = audit(*parse_args(sys.argv[1:] if arguments is None else arguments))
-    except (run.UserError, vlm_query.VLMError) as error:
+    except (settings.UserError, vlm_query.VLMError) as error:
         print(f"audit_vlm.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

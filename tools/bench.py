@@ -283,7 +283,7 @@ class OurLoop:
             action = self.agent.act(self.obs) if warm else self.env.action_space.sample()
             next_obs, reward, terminated, truncated, _ = self.env.step(action)
             self.buffer.add(self.obs, action, next_obs, terminated, None, reward)
-            self.buffer.price([reward])
+            self.buffer.set_rewards([reward])
             if warm:
                 self.agent.update(self.buffer.sample(BATCH))
             self.obs = self.env.reset()[0] if terminated or truncated else next_obs
@@ -424,7 +424,7 @@ def mean_return(loop, episodes=10):
 class Textbook:
     """The reward model as one writes it first. Pictures (N, 3, size, size) uint8."""
 
-    def __init__(self, size, device, batch=OUR_BATCH, members=3, seed=0):
+    def __init__(self, size, device, batch=OUR_BATCH, ensemble_size=3, seed=0):
         import torch
 
         import reward_model
@@ -448,7 +448,7 @@ class Textbook:
             for net, optimizer in zip(self.nets, self.optimizers):
                 rows = self.rng.permutation(len(label))
                 for part in np.split(rows, range(self.batch, len(rows), self.batch)):
-                    rewards = [reward_model.SHARPNESS * net(self.float32(images[part]))
+                    rewards = [reward_model.BETA * net(self.float32(images[part]))
                                for images in (first, second)]
                     answer = torch.from_numpy(label[part]).to(self.device)
                     loss = torch.nn.functional.cross_entropy(torch.stack(rewards, -1), answer)
@@ -832,7 +832,7 @@ def growth(size, device):
                     action = loop.agent.act(loop.obs)
                     next_obs, reward, _, _, _ = loop.env.step(action)
                     buffers[rows].add(loop.obs, action, next_obs, False, image, reward)
-                    buffers[rows].price([reward])
+                    buffers[rows].set_rewards([reward])
                     loop.agent.update(buffers[rows].sample(BATCH))
             loop.obs = loop.env.reset(seed=0)[0]
             return seconds_of(steps) * 1000 / env_steps

@@ -28,6 +28,7 @@ import code_as_reward
 import envs
 from support import offline_vlm
 from support import run
+from support import settings
 import sac
 
 WRITER = "offline stand-in (not a VLM)"
@@ -68,21 +69,21 @@ def sac_search(env, reward, settings, steps, seed):
     agent = sac.SAC(shape[0], space, (settings.hidden,) * 2, settings.sac_lr, settings.discount)
     buffer = sac.ReplayBuffer(steps + env.horizon, shape, space.shape)
     while buffer.added < steps:
-        (obs, _), frames, over = env.reset(seed=seed), [env.image(settings.reward_size)], False
+        (obs, _), frames, over = env.reset(seed=seed), [env.image(settings.reward_image_size)], False
         successes = []
         while not over:
             blind = buffer.added < settings.seed_steps
             action = space.sample() if blind else agent.act(obs)
             last, (obs, _, terminated, truncated, info) = obs, env.step(action)
             buffer.add(last, action, obs, terminated, None, 0.0)
-            frames.append(env.image(settings.reward_size))
+            frames.append(env.image(settings.reward_image_size))
             successes.append(bool(info["success"]))
             over = terminated or truncated
             for _ in range(0 if blind else settings.updates):
                 agent.update(buffer.sample(settings.batch_size))
         frames = np.stack(frames)
         rewards = reward.episode_rewards(frames[1:], frames[0])
-        buffer.price(rewards)
+        buffer.set_rewards(rewards)
         yield float(rewards.sum()), at_goal(successes)
 
 
@@ -112,7 +113,7 @@ def examine(task, searched=200, episodes=10, seed=5_000_000, steps=None):
         f"{kind}_accuracy": np.mean([row[k] for row in rows]) for kind, rows in right.items()},
         "frames": sum(map(len, right.values()))} for k, name in enumerate(reward.subtasks)]
     _, _, target, reached = play(env, reward, size, lambda obs, t: expert(obs), seed)
-    settings = run.resolve(run.Config(env=task, device="cpu"))
+    settings = settings.resolve(settings.Config(env=task, device="cpu"))
     steps, found = settings.total_steps if steps is None else steps, []
     for number in range(searched):  # half of them keep the beginning of the best so far
         tried = plan()

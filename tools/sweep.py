@@ -100,11 +100,11 @@ SWEEPS = {
         "no relabelling": {"without": "relabelling"},
         "no novelty exploration": {"without": "novelty"},
         "no critic reset": {"without": "critic-reset"},
-        "one member": {"members": 1},
+        "one member": {"ensemble_size": 1},
         "one stage": {"stages": 1},
-        "64 px": {"reward_size": 64},
-        "100 px": {"reward_size": 100},
-        "200 px": {"reward_size": 200},
+        "64 px": {"reward_image_size": 64},
+        "100 px": {"reward_image_size": 100},
+        "200 px": {"reward_image_size": 200},
         "64 answers a step": {"reward_batch": 64},
         "one epoch a session": {"reward_epochs": 1},
         "fit to convergence": {"reward_epochs": 200},
@@ -164,6 +164,7 @@ def parse_fields(words, split=True):
     split=False: each is one value, commas and all.
     """
     from support import run
+    from support import settings
 
     fields = {}
     for word in words:
@@ -171,7 +172,7 @@ def parse_fields(words, split=True):
         if not equals:
             raise ValueError(f"{word}: write field=value or field=value,value")
         name, flag = name.replace("-", "_"), "--" + name.replace("_", "-")
-        fields[name] = [getattr(run.parse_args([f"{flag}={value}"]), name)
+        fields[name] = [getattr(settings.parse_args([f"{flag}={value}"]), name)
                         for value in (values.split(",") if split else [values])]
     return fields
 
@@ -200,6 +201,7 @@ def stored(job):
     """(config, summary) of the job's folder, {} where there is none; ValueError if another run is in it."""
     import envs
     from support import run
+    from support import settings
 
     config, summary = ({}, {})
     with contextlib.suppress(FileNotFoundError):
@@ -208,7 +210,7 @@ def stored(job):
     # trap: without this, a sweep whose table has changed, or a task whose presets have, would show the runs of the old
     # one under the new names
     ours = job.task in envs.TASKS and job.overrides.get("schedule") != "paper"
-    preset = run.schedule(job.task, "ours") if ours else {}
+    preset = settings.schedule(job.task, "ours") if ours else {}
     for field, value in {**preset, **job.overrides}.items() if config else ():
         if config.get(field) != value:
             raise ValueError(f"{job.folder} holds a run with {field}={config.get(field)}, not {value}: remove it, or "
@@ -219,13 +221,14 @@ def stored(job):
 def settings(job):
     """The Config that starts the job, or goes on with it where it was begun."""
     from support import run
+    from support import settings
 
     if stored(job)[0]:
         ours = {"env": job.task, **job.overrides}  # a sweep's runs are no stranger's
-        return run.resumed({"resume": job.folder, **{name: ours[name] for name in run.NAMED_AGAIN if name in ours}})
+        return settings.resumed({"resume": job.folder, **{name: ours[name] for name in settings.NAMED_AGAIN if name in ours}})
     # trap: a run killed before it wrote its settings has left a folder that a fresh run would refuse
     resume = job.folder if os.path.exists(job.folder) else None
-    return run.Config(env=job.task, seed=job.seed, out=job.folder, resume=resume, **job.overrides)
+    return settings.Config(env=job.task, seed=job.seed, out=job.folder, resume=resume, **job.overrides)
 
 
 def run_one(job):
@@ -446,6 +449,7 @@ def overview():
 
 def main(arguments=None):
     from support import run
+    from support import settings
 
     args = parse(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many runs as cores, not as many threads as cores in every run
@@ -469,7 +473,7 @@ def main(arguments=None):
             if args.grid else plan(args.sweep, args.seeds, extra)
         name = args.name or args.sweep
         failed = sweep(only(jobs, args.only or ()), name, args.parallel, args.address)
-    except (ValueError, ConnectionError, run.UserError) as error:
+    except (ValueError, ConnectionError, settings.UserError) as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
