@@ -1,4 +1,4 @@
-"""The paper's baselines: scores of single pictures (score_reward.py) and CLIP (clip_reward.py)."""
+"""The paper's baselines: scores of single images (score_reward.py) and CLIP (clip_reward.py)."""
 import importlib.util
 import sys
 
@@ -18,7 +18,7 @@ def test_score_loss_is_the_squared_error_on_the_scale_of_the_reward():
     assert float(loss) == pytest.approx(1 / 3)
 
 
-def test_a_model_fitted_to_scores_orders_unseen_pictures_and_goes_on_identically():
+def test_a_model_fitted_to_scores_orders_unseen_images_and_goes_on_identically():
     """200 scored poles must teach the order of unseen ones; every eighth only measures; a saved state must go on alike."""
     assert score_reward.demo() > 0.9
     images, angle = reward_model.demo_images(24, np.random.default_rng(0))
@@ -65,15 +65,15 @@ def test_with_alpha_one_only_the_way_from_baseline_to_goal_counts():
     assert reward.tolist() == [-1.0, 0.5, 0.5, 1.0]
 
 
-def test_clip_pictures_are_prepared_as_pillow_would_without_torchvision():
+def test_clip_images_are_prepared_as_pillow_would_without_torchvision():
     """Resize, centre crop and normalisation must agree with PIL's bicubic to two grey levels, wide or tall."""
     y, x = np.mgrid[0:90, 0:150]
     image = np.stack([x % 256, y % 256, 255 * ((x // 15 + y // 15) % 2)], -1).astype(np.uint8)  # (90, 150, 3), edges
-    for picture in (image, np.ascontiguousarray(image.transpose(1, 0, 2))):
-        scaled = Image.fromarray(picture).resize([64 * side // 90 for side in picture.shape[1::-1]], Image.BICUBIC)
+    for turned in (image, np.ascontiguousarray(image.transpose(1, 0, 2))):
+        scaled = Image.fromarray(turned).resize([64 * side // 90 for side in turned.shape[1::-1]], Image.BICUBIC)
         left, top = (scaled.width - 64) // 2, (scaled.height - 64) // 2
         expected = np.asarray(scaled.crop((left, top, left + 64, top + 64))) / 255.0
-        ours = clip_reward.preprocess(picture[None], 64)[0].permute(1, 2, 0).numpy()
+        ours = clip_reward.preprocess(turned[None], 64)[0].permute(1, 2, 0).numpy()
         assert np.abs(ours * clip_reward.STD + clip_reward.MEAN - expected).max() < 2.5 / 255
 
 

@@ -144,7 +144,7 @@ def test_in_half_the_bits_are_neither_observations_nor_values_nor_weights():
 
 
 def test_in_half_the_bits_the_order_is_learned_too_and_rewards_keep_all_their_bits():
-    """A fit in bfloat16 must order unseen pictures, and 500 pictures of a turning pole must not share a few rewards."""
+    """A fit in bfloat16 must order unseen images, and 500 images of a turning pole must not share a few rewards."""
     images, angle = reward_model.demo_images(160, np.random.default_rng(0))
     data = reward_model.PreferenceDataset(80, (64, 64, 3))
     data.add(images[:80], images[80:], (np.abs(angle[80:]) < np.abs(angle[:80])).astype(int))

@@ -1,4 +1,4 @@
-"""sweep.py, plots.py and bench.py: many runs, their tables and pictures, and speed."""
+"""sweep.py, plots.py and bench.py: many runs, their tables and plots, and speed."""
 import csv
 import dataclasses
 import fcntl
@@ -300,7 +300,7 @@ def test_the_interquartile_mean_and_its_interval_are_right():
     assert 0.8 < (many[1] - many[0]) / (2 * 1.96 * 1.09 / 200**0.5) < 1.2
 
 
-def test_a_results_file_becomes_pictures_that_name_the_labeler(here):
+def test_a_results_file_becomes_plots_that_name_the_labeler(here):
     """A number that varies must become the axis, and questions a session, which follow it, none; titles name who spoke."""
     jobs = [dataclasses.replace(job, overrides={**job.overrides, "pairs_per_session": job.overrides["max_pairs"] // 2},
                                 varied=("max_pairs", "pairs_per_session"))
@@ -366,7 +366,7 @@ def test_measured_rows_replace_their_own_question_only(tmp_path):
 
 
 def test_opengl_is_chosen_before_any_section_imports_mujoco(monkeypatch, capsys):
-    """A section without pictures imports mujoco first; on a machine without a display that one must find EGL asked for."""
+    """A section without images imports mujoco first; on a machine without a display that one must find EGL asked for."""
     seen = []
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items()

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: results/NAME.csv -> results/NAME.png, and the learning curves beside it.
+"""Images of a sweep: results/NAME.csv -> results/NAME.png, and the learning curves beside it.
 
     python -m tools.plots results/NAME.csv [MEASURE]       python -m tools.plots RUN_FOLDER [RUN_FOLDER ...] PICTURE.png
 
@@ -7,7 +7,7 @@ interquartile mean with a 95 % bootstrap interval (Agarwal et al., NeurIPS 2021,
     IQM(x_1 .. x_n) = mean of the x that are left without the n // 4 smallest and the n // 4 largest
     interval        = 2.5 % and 97.5 % quantile of the IQM of n seeds drawn from the n with replacement, 2000 times
 Three seeds leave nothing out: their IQM is the mean. One seed has no interval, and none is drawn.
-Which picture: a column that varies by number (max_pairs, vlm_mistakes, ...; three values or more) becomes the
+Which plot: a column that varies by number (max_pairs, vlm_mistakes, ...; three values or more) becomes the
 horizontal axis, what else varies becomes the lines; else (also where more than three columns vary) a setting is a dot.
 Learning curves are drawn for at most eight settings. Every title names the labeler, so that no stand-in and no oracle
 passes for a VLM.
@@ -21,7 +21,7 @@ To use it elsewhere:
     values = np.array([0.9, 1.0, 0.8, 0.95, 0.1])  # (n,) one number a seed
     low, high = plots.interval(values)
     print(f"{plots.iqm(values):.2f} [{low:.2f}, {high:.2f}]")
-    # plots.plot("results/few_questions.csv") -> the paths of the pictures it drew
+    # plots.plot("results/few_questions.csv") -> the paths of the plots it drew
 """
 import csv
 import json
@@ -104,7 +104,7 @@ def others_at_rest(rows, x, axes):
 
 
 def labelers(rows):
-    """Who compared the pictures, on one line: the share of wrong labels is on an axis or in a name already."""
+    """Who compared the images, on one line: the share of wrong labels is on an axis or in a name already."""
     names = dict.fromkeys(
         (row["method"], re.sub(r", wrong on purpose in \S+?%", "", row["labeler"])) for row in rows)
     names = [pair for pair in names if pair[1] and not pair[1].startswith("nobody")]
@@ -119,7 +119,7 @@ def spread(rows):
     return f"(IQM and 95 % bootstrap interval of {seeds})"
 
 
-# ---- the pictures ----
+# ---- the plots ----
 def canvas(columns, rows, title, labeler):
     """A transparent figure with columns x rows panels -> (figure, axes (rows, columns))."""
     from matplotlib.figure import Figure
@@ -240,7 +240,7 @@ def words(name):
 
 
 def plot(path, measure="eval_success"):
-    """Draw a results file -> the paths of the pictures. Rows with an error are left out."""
+    """Draw a results file -> the paths of the plots. Rows with an error are left out."""
     path = Path(path)
     table = read(path)
     if not table or not {"setting", "error", measure} <= set(table[0]):
@@ -322,7 +322,7 @@ def main(arguments):
     elif 1 <= len(arguments) <= 2:
         print("\n".join(plot(*arguments)))
     else:
-        raise ValueError("give a table of sweep.py, or run folders and the name of a picture; see the top of plots.py")
+        raise ValueError("give a table of sweep.py, or run folders and the name of an image; see the top of plots.py")
 
 
 if __name__ == "__main__":

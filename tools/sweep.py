@@ -5,7 +5,7 @@
     python -m tools.sweep --grid env=CartPole max_pairs=10,20,50 seed=0,1,2 --name my_sweep
     python -m tools.sweep tasks --address auto                         the same on a cluster, as many at a time as it has CPUs
     python -m tools.sweep tasks --set vlm=openai/MODEL --name tasks_openai        the same with a real VLM
-    python -m tools.sweep --plot results/few_questions.csv             its pictures, beside it
+    python -m tools.sweep --plot results/few_questions.csv             its plots, beside it
 
 What this is: how every table of the README was made. Which STEPs: all, through train.py. Two runs at a time, on Ray
 if it is installed (pip install -r tools/requirements-sweep.txt), else as processes; each run in a fresh process of its own,
@@ -112,7 +112,7 @@ SWEEPS = {
     }),
 }
 SMALL = ("config.json", "summary.json", "metrics.csv", "timing.csv", "labels.jsonl", "episodes.csv", "report.html",
-         "train.log")  # what comes back from another machine; pictures and checkpoints stay there
+         "train.log")  # what comes back from another machine; images and checkpoints stay there
 KEY = ("task", "method", "setting", "seed")  # what makes two rows the same run
 MEASURES = ("steps", "pairs_asked", "labels", "label_accuracy", "reward_accuracy", "spearman", "spearman_expert",
             "eval_return", "eval_success", "eval_success_any", "eval_success_frames", "success_last_third",
@@ -437,7 +437,7 @@ def parse(arguments):
     parser.add_argument("--set", nargs="+", metavar="FIELD=V", help="settings that all runs share")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time on this machine (default: 2)")
     parser.add_argument("--address", help="of a Ray cluster, such as auto or ray://HOST:10001")
-    parser.add_argument("--plot", metavar="CSV", help="draw the pictures of a results file, and run nothing")
+    parser.add_argument("--plot", metavar="CSV", help="draw the plots of a results file, and run nothing")
     return parser.parse_args(arguments)
 
 
