@@ -37,10 +37,10 @@ import time
 
 import numpy as np
 
-from support import run
-
+import envs
 from support import settings
-from train import Labeler, prepare, random_action, run_episode
+from support.labeler import make_labeler
+from support.run import prepare, random_action, write_json
 
 BINS = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)  # edges; differences in progress as a share of the range
 CLEAR, ENOUGH_RIGHT, ENOUGH_LABELS = 0.1, 0.75, 0.5  # the rule of the verdict, see above
@@ -54,8 +54,6 @@ WAYS = {2: "two stages", 1: "one call"}
 # ---- the images ----
 def policies(config, env, folder, rng):
     """{kind: function of the episode's number -> (obs -> action)} of those kinds that this task has."""
-    import envs
-
     def at_random(obs):
         return random_action(env.action_space, rng)
 
@@ -104,7 +102,7 @@ def collect(config, env, folder, rng):
         for kind, policy in kinds.items():
             kept = 0
             for episode in range(PER_KIND):
-                seen, _, values, _ = run_episode(env, policy(episode), seed % 2**32, config.vlm_image_size)
+                seen, _, values, _ = envs.rollout(env, policy(episode), seed % 2**32, config.vlm_image_size)
                 seed += 1
                 count = min(PER_EPISODE, PER_KIND - kept, len(seen))
                 chosen = np.linspace(0, len(seen) - 1, count).round().astype(int)
@@ -309,9 +307,11 @@ def cost_lines(row, stages, config):
 
 
 def draw(path, rows, config):
-    """audit.png: what came of the questions in each bin, a panel for each way."""
-    import matplotlib
-
+    """audit.png: what came of the questions in each bin, a panel for each way -> its path, or a line why there is none."""
+    try:
+        import matplotlib
+    except ImportError:  # the answers are paid for: the tables must not end for want of a drawing
+        return "no audit.png, for it needs matplotlib: pip install matplotlib"
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -335,16 +335,16 @@ def draw(path, rows, config):
                     wrap=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+    return path
 
 
 # ---- the script ----
 def audit(config, pairs=100, policy=None):
-    """Draw, ask, sum up, write the folder -> {"verdict": one line, "rows": those of audit.csv, "text", "folder"}."""
+    """Draw, ask, sum up, write the folder -> {"verdict": one line, "rows": those of audit.csv, "text", "folder", "image"}."""
     if pairs < 1:
         raise settings.UserError(f"--pairs {pairs}: at least one pair")
-    if config.resume or config.labels_from or config.labels != "vlm" or config.reward != "preference":
-        raise settings.UserError("an audit asks a VLM to compare images: leave out --resume, --labels, --labels-from and "
-                            "--reward")
+    if config.resume or config.labels != "vlm" or config.reward != "preference":
+        raise settings.UserError("an audit asks a VLM to compare images: leave out --resume, --labels and --reward")
     if config.out is None:
         name = f"audit-{config.env}-{config.vlm}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = dataclasses.replace(config, out=os.path.join("runs", name.replace("/", "_").replace(":", "_")))
@@ -353,12 +353,12 @@ def audit(config, pairs=100, policy=None):
                             "in the vlm_cache beside it")
     config, env, _ = prepare(config)
     rng = np.random.default_rng(config.seed)
-    labeler = Labeler(config)  # before anything is made: a wrong key or an unknown goal should leave nothing behind
+    labeler = make_labeler(config)  # before anything is made: a wrong key or an unknown goal should leave nothing behind
     try:
         images, progress, kinds = collect(config, env, policy, rng)
         chosen, gap = draw_pairs(images, progress, pairs, rng)
         os.makedirs(config.out)
-        run.write_json(os.path.join(config.out, "config.json"), {
+        write_json(os.path.join(config.out, "config.json"), {
             **dataclasses.asdict(config), "labeler": settings.who_labels(config), "pairs": len(chosen), "policy": policy})
         records = ask_all(config, labeler, images, progress, chosen, gap)
     finally:
@@ -373,8 +373,8 @@ def audit(config, pairs=100, policy=None):
         for row in rows:
             numbers = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             writer.writerow({"labeler": settings.who_labels(config), "env": config.env, **numbers})
-    draw(os.path.join(config.out, "audit.png"), rows, config)
-    return {"verdict": verdict(rows, config.stages), "rows": rows, "text": text, "folder": config.out}
+    image = draw(os.path.join(config.out, "audit.png"), rows, config)
+    return {"verdict": verdict(rows, config.stages), "rows": rows, "text": text, "folder": config.out, "image": image}
 
 
 def parse_args(arguments):
@@ -408,7 +408,7 @@ def main(arguments=None):
         print("audit_vlm.py: interrupted; all answers so far are kept: the same command with another --out goes on",
               file=sys.stderr)
         return 2
-    print(f"{result['text']}\n{os.path.join(result['folder'], 'audit.png')}")
+    print(f"{result['text']}\n{result['image']}")
     return 0
 
 

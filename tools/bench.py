@@ -2,7 +2,7 @@
 
     python -m tools.bench                   all but the learning curves; half an hour
     python -m tools.bench --quick           the same with little of each, within 3 minutes; writes no CSV
-    python -m tools.bench --device cuda     on a GPU, also with what cuda_graph.py records
+    python -m tools.bench --device cuda     on a GPU, also with recorded CUDA graphs
     PYTHONPATH=peers python -m tools.bench  after pip install --target peers --no-deps \
                                       -r tools/requirements-bench.txt: with Stable-Baselines3;
                                       with --only learning: what both have learned; hours
@@ -34,6 +34,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -49,8 +50,8 @@ HERE = Path(__file__).resolve().parents[1]
 COLUMNS = ("question", "ours", "theirs", "unit", "ratio_median", "ratio_min", "ratio_max", "runs",
            "target", "note")
 TEXTBOOK_SIZE = 200  # px, what the paper's reward networks see in CartPole
-BFLOAT16 = ", bfloat16"  # in the name of a row: --reward-bfloat16 1, which is not the default
-GRAPH = ", CUDA graph"  # likewise: --cuda-graph 1, on a GPU
+BFLOAT16 = ", bfloat16"  # in the name of a row: support/fast.py, --fast 1, which is not the default
+GRAPH = ", CUDA graph"  # likewise, on a GPU
 WORTH_WHILE = 1.2  # times as fast in matrix products: then bfloat16 is measured too
 BATCH = 256  # transitions in one update of both SACs
 OUR_BATCH = 16  # answers in one step of a fit: what reward_model.py takes
@@ -251,11 +252,28 @@ def half_bits(size, device):
 def variants_here(size, device):
     """{end of a row's name: what ours is given}: the default first, then what should be faster."""
     if device == "cuda":
-        from support import cuda_graph
+        from support import fast
 
-        return {"": {}, GRAPH: {"record": cuda_graph.Recorded}}
+        return {"": {}, GRAPH: {"record": fast.Recorded}}
     worth_while = half_bits(size, device).ratio() > WORTH_WHILE
     return {"": {}, BFLOAT16: {"bfloat16": True}} if worth_while else {"": {}}
+
+
+def our_sac(*args, **settings):
+    """sac.SAC or, where something is asked of it that only support/fast.py knows, FastSAC."""
+    import sac
+    from support import fast
+
+    return (fast.FastSAC if {"bfloat16", "record"} & set(settings) else sac.SAC)(*args, **settings)
+
+
+def our_reward_model(*args, **settings):
+    """The same for RewardModel."""
+    import reward_model
+    from support import fast
+
+    fits = {"bfloat16", "record"} & set(settings)
+    return (fast.FastRewardModel if fits else reward_model.RewardModel)(*args, **settings)
 
 
 # ---- sac: training steps per second (STEPs 1 and 6) ----
@@ -272,8 +290,7 @@ class OurLoop:
         self.env = gymnasium.wrappers.RescaleAction(env, *bounds)
         shape, space = self.env.observation_space.shape, self.env.action_space
         space.seed(seed)
-        self.agent = sac.SAC(shape[0], space, device=device, seed=seed, alpha=1.0,  # as SB3
-                             **flags)
+        self.agent = our_sac(shape[0], space, device=device, seed=seed, alpha=1.0, **flags)  # alpha as SB3
         self.buffer = sac.ReplayBuffer(capacity, shape, space.shape, seed=seed)
         self.first_random, self.obs = first_random, self.env.reset(seed=seed)[0]
 
@@ -420,7 +437,7 @@ def mean_return(loop, episodes=10):
     return total / episodes
 
 
-# ---- fit and price: the reward model (STEPs 4 and 5) ----
+# ---- fit and predict: the reward model (STEPs 4 and 5) ----
 class Textbook:
     """The reward model as one writes it first. Images (N, 3, size, size) uint8."""
 
@@ -430,7 +447,7 @@ class Textbook:
         import reward_model
 
         torch.manual_seed(seed)
-        self.nets = [reward_model.RewardNet(size, size).to(device) for _ in range(members)]
+        self.nets = [reward_model.RewardNet(size, size).to(device) for _ in range(ensemble_size)]
         self.optimizers = [torch.optim.Adam(net.parameters(), lr=3e-4) for net in self.nets]
         self.device, self.rng, self.batch = device, np.random.default_rng(seed), batch
 
@@ -532,8 +549,6 @@ def reward_fit(size, device):
 
 def fit_row(name, side, variant, target, task, size, flags):
     """Ours on images of that side against the textbook way, on the same answers."""
-    import reward_model
-
     by_size, progress = task
     pairs, label = answered_pairs(progress, size["pairs"], np.random.default_rng(0))
     large = channels_first(by_size[TEXTBOOK_SIZE])
@@ -542,7 +557,7 @@ def fit_row(name, side, variant, target, task, size, flags):
     theirs, their_threads = best_threads(lambda: per_second(
         lambda: textbook.fit(first, second, label, 1), len(label)))
     data = preference_data(by_size[side], pairs, label)
-    model = reward_model.RewardModel((side, side, 3), patience=0, **flags)
+    model = our_reward_model((side, side, 3), patience=0, **flags)
     epochs = size["fit_epochs"]  # after the last of them, fit() measures itself once
     once = lambda: model.fit(data, epochs, stop_accuracy=2.0)  # noqa: E731
     ours, threads = best_threads(lambda: per_second(once, epochs * len(data.rows())))
@@ -568,12 +583,10 @@ def equal_accuracy(by_size, progress, small, size, flags):
 
     As many epochs at most: ours stops when it knows the answers, and fits seven eighths of them.
     """
-    import reward_model
-
     half, rng = len(progress) // 2, np.random.default_rng(1)
     pairs, label = answered_pairs(progress[:half], size["pairs"], rng)
     unseen, better = answered_pairs(progress[half:], 500, rng)
-    ours = reward_model.RewardModel((small, small, 3), **flags)
+    ours = our_reward_model((small, small, 3), **flags)
     ours.fit(preference_data(by_size[small], pairs, label), size["accuracy_epochs"])
     theirs = Textbook(TEXTBOOK_SIZE, flags["device"], flags["batch"])
     large = channels_first(by_size[TEXTBOOK_SIZE])
@@ -584,10 +597,8 @@ def equal_accuracy(by_size, progress, small, size, flags):
     return f"unseen pairs in order: ours {right[0]:.1%}, theirs {right[1]:.1%}"
 
 
-def pricing(size, device):
-    import reward_model
-
-    by_size, _ = task_images("CartPole", (64, 84, TEXTBOOK_SIZE), size["priced"])
+def predicting(size, device):
+    by_size, _ = task_images("CartPole", (64, 84, TEXTBOOK_SIZE), size["predicted"])
     large = channels_first(by_size[TEXTBOOK_SIZE])
     textbook = Textbook(TEXTBOOK_SIZE, device)
     theirs, their_threads = best_threads(
@@ -596,10 +607,10 @@ def pricing(size, device):
     variants.pop(GRAPH, None)  # only fits are recorded
     for side, variant, flags, target in sides((84, 64), variants):
         images = by_size[side]
-        model = reward_model.RewardModel((side, side, 3), device=device, **flags)
+        model = our_reward_model((side, side, 3), device=device, **flags)
         once = lambda: model.predict(images)  # noqa: E731
         ours, threads = best_threads(lambda: per_second(once, len(images), 0.3))
-        yield compare(f"pricing and relabelling, ours at {side} px{variant}", "images/s",
+        yield compare(f"reward prediction and relabelling, ours at {side} px{variant}", "images/s",
                       ours, theirs, size["runs"], target, "against the textbook way, 32 at a time, "
                       f"at 200 px; threads {threads} and {their_threads}",
                       lambda once=once: hot_spots(once, 2))
@@ -684,7 +695,7 @@ def programs(size, device):
         side, goal = 100, envs.TASKS[name].goal
         sentence = offline_vlm.SUBTASKS[goal][-1][0]
         program = code_as_reward.Program(offline_vlm.write_code(goal, sentence, wrong=False))
-        images = task_images(name, (side,), size["priced"])[0][side]
+        images = task_images(name, (side,), size["predicted"])[0][side]
         program(images, images[0])  # starts its process
         rates = [per_second(lambda: program(images, images[0]), len(images), size["seconds"])
                  for _ in range(size["runs"])]
@@ -698,7 +709,7 @@ def whole_run(size, device):
     variants = {"": ("--device", "cpu")}
     if device == "cuda":  # a processor may be the better choice
         variants = {" on its processor": ("--device", "cpu"), "": ("--device", "cuda"),
-                    GRAPH: ("--device", "cuda", "--cuda-graph", 1)}
+                    GRAPH: ("--device", "cuda", "--fast", 1)}
     for variant, flags in variants.items():
         solved, total = whole_runs(size, *flags)
         yield Row("CartPole: until solved" + variant, "s", solved, target="<= 30",
@@ -877,18 +888,18 @@ def label_growth(size, device):
 
 
 SECTIONS = {"machine": machine, "sac": sac_speed, "learning": learning, "fit": reward_fit,
-            "price": pricing, "images": drawing, "labels": labelling,
+            "predict": predicting, "images": drawing, "labels": labelling,
             "programs": programs, "run": whole_run,
             "memory": memory, "start": starting, "growth": growth}
 LONG = ("learning",)  # only when named
 FULL = dict(runs=7, sac_steps=500, learn_steps=0, images=600, pairs=128, fit_epochs=10,
             fit_batches=(OUR_BATCH, 64),  # 64: the official code's
-            accuracy_epochs=20, priced=512, seconds=0.5, label_rounds=4, whole_runs=5,
+            accuracy_epochs=20, predicted=512, seconds=0.5, label_rounds=4, whole_runs=5,
             memory_steps=4000,
             growth_steps=500, relabel_rows=(2_000, 20_000), label_counts=(500, 2000))
 QUICK = dict(runs=3, sac_steps=40, learn_steps=600, images=64, pairs=32, fit_epochs=5,
              fit_batches=(OUR_BATCH,),
-             accuracy_epochs=0, priced=64, seconds=0.2, label_rounds=1, whole_runs=1,
+             accuracy_epochs=0, predicted=64, seconds=0.2, label_rounds=1, whole_runs=1,
              memory_steps=500,
              growth_steps=40, relabel_rows=(200, 1_000), label_counts=(500,))
 # with --device cuda, instead of those of FULL
@@ -910,10 +921,12 @@ def show(row):
 
 def write(path, rows):
     """Rows measured now replace those of the same question; the others stay."""
+    old = {"pictures": "images", "pricing and": "reward prediction and"}  # words of older rows
     kept, path = {}, Path(path)
     if path.exists():
         with open(path, newline="") as file:
-            kept = {line[0]: line for line in list(csv.reader(file))[1:]}
+            for line in list(csv.reader(file))[1:]:
+                kept[re.sub("|".join(old), lambda found: old[found[0]], line[0])] = line
     kept.update({row.question: row.cells() for row in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
@@ -922,7 +935,7 @@ def write(path, rows):
 
 def main(arguments=None):
     usual = [name for name in SECTIONS if name not in LONG]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="little of each; writes no CSV")
     parser.add_argument("--only", default=",".join(usual), metavar="NAME,NAME",
                         help=f"which of {', '.join(SECTIONS)} (default: all but learning)")

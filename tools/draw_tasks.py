@@ -74,7 +74,7 @@ def per_second(do, *args, seconds=0.5):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="draw_tasks", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.draw_tasks", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="contact_envs.png", help="the image, a row a task")
     parser.add_argument("--csv", help="write task, size, images_per_s, steps_per_s there")
     parser.add_argument("--bounds", help="only: write what random and expert episodes reach there")
