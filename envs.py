@@ -418,6 +418,26 @@ def square(image, size):
     return np.asarray(Image.fromarray(image).resize((size, size), how))
 
 
+def rollout(env, policy, seed, size=None, most=None):
+    """Play one episode -> images (K, size, size, 3) if a size is given, true reward (T,), progress (T,), success (T,).
+
+    policy: obs (O,) -> action.  most: keep at most so many images (an even number), every 2nd, 4th, 8th ... of them.
+    """
+    obs, _ = env.reset(seed=seed)
+    images, rows, over, every = [], [], False, 1
+    while not over:
+        obs, reward, terminated, truncated, info = env.step(policy(obs))
+        # trap: nobody knows how long the episode will be, and 100,000 images fill the memory. So whenever there are too
+        # many, every second one is let go.
+        if size and len(images) == most and len(rows) % every == 0:
+            images, every = images[::2], 2 * every
+        if size and len(rows) % every == 0:
+            images.append(env.image(size))
+        rows.append((reward, info["progress"], info["success"]))
+        over = terminated or truncated
+    return (np.stack(images) if size else None, *np.array(rows).T)
+
+
 @contextlib.contextmanager
 def opengl_errors():
     """Around code that draws: a missing OpenGL becomes one ValueError of one line, with its cure.

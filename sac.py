@@ -373,6 +373,14 @@ class SAC:
             return int(torch.multinomial(chances, 1, generator=self.rng))
         return int(logits.argmax())
 
+    def best_action(self, obs):
+        """The action for evaluation: the policy's best guess; where actions are Discrete, one drawn from the policy.
+
+        Greedy discrete policies can loop (left, right, left, ...) in states where two actions are almost equally likely.
+        So we sample during evaluation too.
+        """
+        return self.act(obs, explore=self.discrete)
+
     def _value(self, critic, obs, policy):
         """V(s) = E[min_i Q_i(s, a) - alpha * log pi(a|s)], a ~ pi(s) -> V (B,), entropy of the policy (B,)."""
         action_or_probs, log_probs = policy

@@ -27,27 +27,49 @@ for come from the cache.
 Shapes: none. Names: Run, claim, make_folder. Needs torch (for checkpoints) and vlm_query (for labels.jsonl).
 """
 import contextlib
+import copy
 import csv
 import dataclasses
+import functools
 import json
 import math
+import mmap
 import os
 import shlex
-import signal
+import shutil
 import stat
 import sys
 import time
+import types
 import zipfile
+import zlib
+from pathlib import Path
 
 try:
     import fcntl
 except ImportError:  # Windows: there, nothing keeps two processes apart
     fcntl = None
 
+import imageio
 import numpy as np
+import torch
+from tqdm import tqdm
 
-from support.settings import (MAY_CHANGE, MAY_MOVE, UserError, command_line, resume_command, say, who_labels)
+import code_as_reward
+import envs
+import vlm_query
+from reward_model import PreferenceDataset, RewardModel
+from sac import SAC, ReplayBuffer, StoredArrayError, stored_array
+from support import baselines, fast, given_rewards, interrupts, report
+from support.labeler import make_labeler
+from support.settings import (MAY_CHANGE, MAY_MOVE, UserError, command_line, kept_folder, labels_kind, resolve,
+                              resume_command, say, vlm_name, who_labels)
 
+# No training episode has these seeds (--seed below 10).
+EVAL_SEED, FRESH_SEED, TRIAL_SEED = 1_000_000, 2_000_000, 3_000_000
+SOLVED = 0.99  # share of evaluation steps with success at which the run's clock of "seconds until solved" stops
+# Images that are kept of one episode, evenly spaced: in a film, and where an episode is judged.
+IN_A_FILM, IN_AN_EPISODE = 100, 1000
 METRICS = (
     "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical",
     "label_accuracy", "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return",
@@ -55,26 +77,6 @@ METRICS = (
     "q_mean", "alpha",
 )
 TIMING = ("step", "seconds")
-
-
-# ---- Ctrl-C, where train.py is a program of its own ----
-GO_ON = [f"go on with: {shlex.join(['python', 'train.py', *sys.argv[1:]])}"]  # what at_once() says
-
-
-def at_once(*_):
-    """Ctrl-C before there is a run, or while one is being wound up: one line, and the end.
-
-    Not an exception: one in the middle of an import may come out of it as another.
-    """
-    # trap: not print(), in the middle of which the signal may have come
-    os.write(2, f"\ntrain.py: interrupted [nothing is lost; {GO_ON[-1]}]\n".encode(errors="replace"))
-    os._exit(130)  # as shells call a program that Ctrl-C ended
-
-
-def in_order(*_):
-    """Ctrl-C while a run learns: it is wound up, unless a second one comes."""
-    signal.signal(signal.SIGINT, at_once)
-    raise KeyboardInterrupt
 
 
 # ---- the run folder ----
@@ -151,11 +153,13 @@ class Run:
     """The run folder: what was set, measured and paid for. With resume: as of its checkpoint.
 
     unique: a new one gets a number behind its name where that exists.
+    env, eval_env, labeler, reward: what started() made for this run.
     """
 
-    def __init__(self, config, unique=False):
-        import vlm_query
+    env = eval_env = labeler = reward = None
+    finished = False  # whether every step was taken
 
+    def __init__(self, config, unique=False):
         self.folder, self.started = config.resume or make_folder(config.out, unique), time.time()
         self.config = dataclasses.replace(config, out=self.folder, resume=None)
         self.state = self._load() if config.resume else None  # the last checkpoint
@@ -166,7 +170,7 @@ class Run:
         os.makedirs(self.path("pairs"), exist_ok=True)
         state = self.state or {"rows": [], "times": [], "seconds": 0.0, "logged": 0}
         self.rows, self.seconds_before = state["rows"], state["seconds"]
-        self.logged = state["logged"]  # pairs in labels.jsonl
+        self.logged = state["logged"]  # lines in labels.jsonl, as of the checkpoint
         if self.logged:
             self._count_labels(vlm_query.LabelLog)
         # what was written after the checkpoint is about to happen again
@@ -177,8 +181,6 @@ class Run:
 
     def _load(self):
         """The checkpoint, or None where there is none yet. UserError where it cannot be used."""
-        import torch
-
         path = self.path("checkpoint", "state.pt")
         if not os.path.exists(path):
             return None
@@ -194,7 +196,7 @@ class Run:
                             f"({' '.join(str(error).split())[:120]})") from None
         try:
             state["seconds"], kept = float(state["seconds"]), state.get("config") or {}
-            right = type(state["logged"]) is type(state["data"]["added"]) is int and all(
+            right = type(state["logged"]) is type(state["B"]["added"]) is int and all(
                 isinstance(value, (int, float, type(None)))
                 for row in state["rows"] for value in row.values())
             times = [[float(value) for value in pair] for pair in state.get("times", ())]
@@ -241,24 +243,137 @@ class Run:
         with replacing(self.path(name)) as file:
             csv.writer(file).writerows([columns, *rows] if self.rows else [])
 
-    def write(self, row):
-        """One evaluation: a line in metrics.csv (without the clock) and one in timing.csv."""
+    def seed(self, kind, number=0):
+        """The seed of an episode that is not trained on: kind EVAL_SEED, FRESH_SEED or TRIAL_SEED -> 0 to 2**32 - 1."""
+        return (kind + 1000 * self.config.seed + number) % 2**32
+
+    # ---- what the loops of train.py call ----
+    def begin(self, at, rng, **parts):
+        """Register what travels in checkpoints -> whether the run goes on from one; everything is then as it was.
+
+        at: Progress.  rng: the loop's generator.  parts: objects with state_dict() and load_state_dict().
+        """
+        self.parts, self.at, self.rng = parts, at, rng
+        self.sums, self.saved = Checksums(parts["B"]), None
+        if not self.state:
+            return False
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(self.state[name])
+            for field, value in self.state["at"].items():
+                setattr(at, field, value)
+            rng.bit_generator.state = self.state["rng"]
+            self.labeler.row()
+            counts = [at.step, at.episodes, at.sessions]
+            if min(counts) < 0 or any(type(count) is not int for count in counts) or at.step != parts["B"].added:
+                raise ValueError(f"it is at step {at.step} with {parts['B'].added} rows stored")
+            self.sums.compare(self.state["sums"])
+        except Exception as error:  # a file from elsewhere may raise anything
+            raise UserError(unusable(self.folder, error)) from None
+        return True
+
+    @contextlib.contextmanager
+    def steps(self):
+        """The steps that are left, under a progress bar. Ctrl-C ends them early; the run can then be resumed."""
+        at, total = self.at, self.config.total_steps
+        with tqdm(range(at.step, total), initial=at.step, total=total, unit="step") as self.bar:
+            if self.labeler.vlm:
+                self.labeler.vlm.waits = lambda waiting: self.bar.set_postfix_str(
+                    "waiting for the server" if waiting else status(self.rows[-1], self.labeler))
+            try:
+                yield self.bar
+                self.finished = True
+            except KeyboardInterrupt:
+                self.finished = False
+
+    def log(self, evaluation, losses, episodes):
+        """One evaluation: a line in metrics.csv (without the clock) and one in timing.csv.
+
+        evaluation: of train.evaluate().  losses: of SAC.update().  episodes: training episodes that have ended.
+        """
+        step = self.at.step
+        labels = self.labeler.row() if step else {}  # nothing has been asked before the first step
+        row = {"step": step, "episodes": episodes, **labels, **self.at.fit, **evaluation,
+               **{name: float(value) for name, value in losses.items()}}
         self.rows.append(row)
-        self.times.append([row["step"], round(self.seconds(), 2)])
+        self.times.append([step, round(self.seconds(), 2)])
+        if self.at.solved is None and row.get("eval_success_frames", 0) >= SOLVED:
+            self.at.solved = [step, self.seconds()]
         for name, columns, values in (("metrics.csv", METRICS, metrics_of(row)),
                                       ("timing.csv", TIMING, self.times[-1])):
             with open(self.path(name), "a", newline="") as file:
                 csv.writer(file).writerows([columns, values] if len(self.rows) == 1 else [values])
 
-    def save(self, state):
-        """All that a resumed run needs and no file has; the old checkpoint stays until then."""
-        import torch
+    def warn(self, episode_over, programs=None):
+        """Print each doubt about the run when it first shows: after a query session, an evaluation, at step 1."""
+        at, before = self.at, self.at.doubts
+        if at.sessions == self.watched and at.step % self.config.eval_every and at.step not in (1, self.config.total_steps):
+            return
+        self.watched = at.sessions
+        found = doubts(self.config, at, self.labeler, self.parts.get("I"), self.parts["B"], self.parts.get("D"), programs,
+                       at.episodes + episode_over)
+        for cause in found:
+            if cause not in before:
+                tqdm.write(f"warning: {found[cause]}", file=sys.stderr)  # print() would tear the progress bar
+        at.doubts = {**dict.fromkeys(before, ""), **found}  # "" for a doubt that has gone
 
+    watched = 0  # query sessions that warn() has seen
+
+    def checkpoint(self):
+        """At the end of an episode: keep all that a resumed run needs and no file has, if there is anything new.
+
+        trap: right after a query session, because later steps overwrite images in I: a run that goes on from before the
+        session could not ask about the same images again.
+        """
+        self.bar.set_postfix_str(status(self.rows[-1], self.labeler))
+        news = len(self.rows), self.at.sessions
+        if news == self.saved:
+            return
+        self.saved = news
+        for part in (self.parts["B"], self.parts.get("I")):
+            for array in vars(part).values() if part else ():
+                if isinstance(array, np.memmap):
+                    array.flush()  # of use after a power failure, as the checkpoint is
         os.makedirs(self.path("checkpoint"), exist_ok=True)
-        state = {**state, "rows": self.rows, "times": self.times, "seconds": self.seconds(),
-                 "logged": self.logged, "config": dataclasses.asdict(self.config)}
+        state = {**{name: part.state_dict() for name, part in self.parts.items()}, "at": dataclasses.asdict(self.at),
+                 "rng": self.rng.bit_generator.state, "sums": self.sums.now(), "rows": self.rows, "times": self.times,
+                 "seconds": self.seconds(), "logged": self.labeler.logged, "config": dataclasses.asdict(self.config)}
+        # the old checkpoint stays until the new one is whole
         with replacing(self.path("checkpoint", "state.pt"), "wb") as file:
             torch.save(state, file)
+
+    def film(self, name, policy):
+        """The first evaluation episode, as the VLM would see it, in at most 100 images and about four seconds."""
+        images = envs.rollout(self.eval_env, policy, self.seed(EVAL_SEED), self.config.vlm_image_size, IN_A_FILM)[0]
+        imageio.mimsave(self.path(name), list(images), duration=4000 / max(len(images), 4), loop=0)
+
+    def finish(self, policy, reward, programs=None):
+        """Watch the policy once more, write summary.json and the report, print the closing words -> rows of metrics.csv.
+
+        policy: obs -> action.  reward: given_rewards.Reward.
+        """
+        at, labeler = self.at, self.labeler
+        self.film("eval_after.gif", policy)
+        spearman = write_episodes(self, policy, reward)
+        text = closing_text(self.config, self, at, labeler, programs, spearman)
+        third = [row["eval_success"] for row in self.rows if "eval_success" in row and 3 * row["step"] > 2 * at.step]
+        solved = at.solved or [None, None]
+        vlm = {key: labeler.vlm and getattr(labeler.vlm, key) for key in ("calls", "tokens_in", "tokens_out", "usd")}
+        write_json(self.path("summary.json"), {
+            "text": text, "finished": self.finished, "labeler": who_labels(self.config), "steps": at.step,
+            "seconds": self.seconds(), "solved_step": solved[0], "seconds_until_solved": solved[1], "spearman": spearman,
+            "label_accuracy": labeler.accuracy(), **labeler.counts, **vlm,
+            "success_last_third": sum(third) / len(third) if third else None,
+            **{key: value for key, value in self.rows[-1].items() if key.startswith("eval_")}})
+        report.write_report(self.folder)
+        if self.finished:
+            remove_buffer(self)
+        say("", text)
+        return self.rows
+
+    def resumable(self, error):
+        """What stopped the run, and how it goes on."""
+        return UserError(f"{error} [nothing is lost; go on with: {self.resume_command()}]")
 
     def resume_command(self):
         return resume_command(self.config, self.folder)
@@ -281,35 +396,276 @@ def write_json(path, content):
         json.dump(content, file, indent=1)
 
 
+# ---- before the first step ----
+@contextlib.contextmanager
+def started(config):
+    """All that a loop of train.py needs around it -> Run, whose folder is ours alone until the loop has ended.
+
+    What goes wrong from then on is one line that ends with the command by which the run goes on.
+    """
+    unique = not config.out  # a folder that we name may get a number, too
+    with contextlib.ExitStack() as at_the_end:
+        if config.resume:
+            at_the_end.enter_context(claim(config.resume))  # first of all, and before a question is paid for
+        config, env, eval_env = prepare(config)
+        check_disk(config, env)
+        # Make the CLIP model and the labeler before the run folder, so that a missing model, a wrong key or an unknown
+        # goal fails without leaving an empty folder.
+        reward, labeler = given_rewards.known_reward(config), make_labeler(config)
+        at_the_end.callback(labeler.close)
+        run = Run(config, unique)
+        run.env, run.eval_env, run.labeler, run.reward = env, eval_env, labeler, reward
+        labeler.log, labeler.folder, labeler.logged = run.labels, run.path("pairs"), run.logged
+        if not config.resume:
+            at_the_end.enter_context(claim(run.folder))
+        say(f"{config.env}: {config.goal}", f"labels from: {who_labels(config)}", f"run folder: {run.folder}")
+        try:
+            interrupts.wind_up(f"go on with: {run.resume_command()}")
+            open_buffer(run)
+            yield run
+        except KeyboardInterrupt:  # before the first step, or while the run was wound up
+            raise KeyboardInterrupt(str(run.resumable("interrupted"))) from None
+        except (vlm_query.VLMError, code_as_reward.CodeAsRewardError, envs.BadEnvironment, StoredArrayError,
+                OSError) as error:  # OSError: the disk is full, or was taken away
+            raise run.resumable(error) from None
+
+
+def prepare(config):
+    """Settle every setting before anything is made -> (config, training environment, evaluation environment)."""
+    config = resolve(config)
+    programs = config.reward == "code" and kept_folder(config)
+    try:
+        env, eval_env = (envs.make(config.env, config.seed, config.goal, config.horizon, config.action_repeat)
+                         for _ in range(2))
+        eval_env.reset(seed=config.seed)
+        eval_env.image(config.reward_image_size)  # now, not later, if there is no OpenGL
+        # Take a step, too, so that an environment that cannot be used leaves nothing behind. The action is drawn from a
+        # generator of its own, and every episode is reset with its seed: the run does not notice.
+        eval_env.step(random_action(eval_env.action_space, np.random.default_rng(config.seed)))
+        eval_env.image(config.vlm_image_size)
+        if config.reward == "code" and not programs:
+            envs.expert(env)  # programs are verified on its episodes
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if programs:
+        given_rewards.read_programs(programs).close()  # a wrong folder should leave nothing behind
+    kind, vlm = labels_kind(config), vlm_name(config)
+    who = "offline_stand-in" if vlm.startswith("offline") else vlm.replace("/", "_")
+    who = who if kind == "vlm" else kind
+    name = f"{config.reward}-{who}" if config.reward in ("preference", "score", "code") else config.reward
+    name = f"{config.env}-{name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = config.resume or config.out or os.path.join("runs", name.replace(":", "_").replace("/", "_"))
+    if not config.resume:  # tried before anything is paid for, and made for good when there is something to put in
+        out = make_folder(out, unique=not config.out)
+        os.rmdir(out)
+    return dataclasses.replace(config, goal=env.goal, horizon=env.horizon, out=out), env, eval_env
+
+
+def random_action(space, rng):
+    """Uniform over a Box -> (A,) float32 in [-1, 1], or over a Discrete space -> int."""
+    return int(rng.integers(space.n)) if hasattr(space, "n") else rng.uniform(-1, 1, space.shape).astype(np.float32)
+
+
+def looks_at_images(config):
+    """Does the reward come from images? Otherwise none are drawn while training."""
+    return config.reward not in ("true", "sparse")
+
+
+def most_pairs(config):
+    """So many pairs the schedule can ask at most: with --max-pairs 1e9, memory is not needed for a billion."""
+    sessions = max(0, config.total_steps - config.explore_steps) // config.feedback_every + 1
+    return min(config.max_pairs, sessions * config.pairs_per_session)
+
+
+def check_disk(config, env):
+    """Room for every step, image and pair?  UserError if not."""
+    place = os.path.abspath(os.path.join(config.out, "buffer"))
+    # a resumed run has some of it already
+    there = sum(path.stat().st_blocks * 512 for path in Path(place).glob("*.npy")) if config.resume else 0
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    # of every step two observations and an action, each number of four bytes (of a Discrete action eight)
+    numbers = 2 * env.observation_space.shape[0] + max(2, *env.action_space.shape, 0)
+    needed = 4 * numbers * config.total_steps
+    if looks_at_images(config):
+        # of every step the small image; of every image that may be asked about both
+        pixels = (config.total_steps + config.image_buffer) * config.reward_image_size**2
+        needed += 3 * (pixels + config.image_buffer * config.vlm_image_size**2)
+    if config.reward in ("preference", "score") and not kept_folder(config):
+        needed += most_pairs(config) * 2 * config.vlm_image_size**2  # of every pair a PNG, about a third of its six bytes
+    free = shutil.disk_usage(place).free + there
+    if needed > free:  # trap: the file is sparse at first; a disk that fills up later kills the run without a word
+        raise UserError(f"the {config.total_steps:,} steps and {config.image_buffer:,} images to ask about need "
+                        f"{needed / 2**30:,.1f} GiB of disk for observations and images, and {free / 2**30:,.1f} are "
+                        "free: fewer --total-steps or --image-buffer, or --set reward_image_size=SMALLER")
+
+
+# ---- what a run is made of ----
+def choose_parts(config):
+    """The classes a run is made of: SAC, ReplayBuffer, RewardModel, PreferenceDataset, or variants that settings ask for.
+
+    -> a namespace with these names. Who wants other classes (tools/ablations.py) hands train() one of these, changed.
+    """
+    sac, bases, dataset = SAC, [RewardModel], PreferenceDataset
+    options = {}
+    if config.fast:
+        gpu = config.device == "cuda"
+        options = {"bfloat16": not gpu and fast.has_bfloat16(), "record": fast.Recorded if gpu else None}
+        sac, bases = functools.partial(fast.FastSAC, **options), [fast.FastRewardModel]
+    if config.schedule == "paper":
+        bases.insert(0, baselines.PaperFit)
+    if config.reward == "score":
+        bases.insert(0, baselines.ScoreFit)
+        dataset = baselines.ScoreDataset
+    model = type("RewardModel", tuple(bases), {}) if len(bases) > 1 else bases[0]
+    return types.SimpleNamespace(SAC=sac, ReplayBuffer=ReplayBuffer, RewardModel=functools.partial(model, **options),
+                                 PreferenceDataset=dataset)
+
+
+class BestPolicy:
+    """Whom STEP 7 evaluates: the newest policy or, with episodes > 0, the best so far by the reward that is learned from.
+
+    SAC finds a good policy and loses it again. So each policy is tried on a few episodes, and the images of the best one
+    are judged again by every new reward (checkpoints of TD7, arXiv 2306.02451). The environment's own words count only as
+    far as they are what is learned from: with --reward true, sparse and, beside the programs, code. These episodes are
+    not counted as steps.
+    """
+
+    def __init__(self, pi, env, reward, episodes, seed, size):
+        """reward: given_rewards.Reward.  seed: of the first episode.  size: side of the images that reward looks at."""
+        self.pi, self.env, self.reward = pi, env, reward
+        self.episodes, self.seed, self.size = episodes, seed, size
+        self.trials = []  # of the best policy: the arguments of reward.of_episode(), for each episode
+
+    def best_action(self, obs):
+        return self.pi.best_action(obs)
+
+    def offer(self, pi, has_reward):
+        """Try the policy pi; keep a copy if it is worth no less than the best one, or if there is no reward yet."""
+        if not self.episodes:
+            return
+        trials = [self.trial(pi, (self.seed + n) % 2**32) for n in range(self.episodes)]
+        if not (has_reward and self.trials) or self.worth(trials) >= self.worth(self.trials):
+            self.trials = trials
+            self.keep(pi)
+
+    def keep(self, pi):
+        # A shallow copy will do: acting needs the actor, copied here, and obs_mean and obs_std, which are never written to.
+        self.pi = copy.copy(pi)
+        self.pi.actor = copy.deepcopy(pi.actor)
+
+    def trial(self, pi, seed):
+        """One episode of the policy, as Reward.of_episode() wants it: images (T, S, S, 3) and the rest.
+
+        Of a long episode only some of the images, (K, S, S, 3); for a reward that looks at none, none.
+        """
+        self.env.reset(seed=seed)
+        start_image = self.env.image(self.size)
+        size = self.size if self.reward.looks else None
+        images, true_rewards, _, successes = envs.rollout(self.env, pi.best_action, seed, size, IN_AN_EPISODE)
+        images = np.zeros((len(true_rewards), 0), np.uint8) if images is None else images
+        return images, true_rewards, successes, start_image, len(true_rewards) < self.env.horizon
+
+    def worth(self, trials):
+        """Mean return of the trials, by the reward as it is now."""
+        returns = []
+        for images, true_rewards, successes, *rest in trials:
+            every = apart(len(images), len(true_rewards))  # 1, but in long episodes
+            successes = np.append(successes[::every][:-1], successes[-1])  # how it ended is what counts
+            rewards = self.reward.of_episode(images, true_rewards[::every], successes, *rest)
+            # each image stands for all steps up to the next one
+            returns.append(np.append(np.repeat(rewards[:-1], every), rewards[-1]).sum())
+        return np.mean(returns)
+
+    def state_dict(self):
+        # trap: pi may since have changed the mean and deviation by which it sees observations
+        return {"actor": self.pi.actor.state_dict(), "obs_mean": self.pi.obs_mean, "obs_std": self.pi.obs_std,
+                "trials": [[torch.as_tensor(part) for part in trial] for trial in self.trials]}
+
+    def load_state_dict(self, state):
+        if state["trials"]:
+            self.trials = [[part.numpy() for part in trial] for trial in state["trials"]]
+            self.keep(self.pi)
+            self.pi.actor.load_state_dict(state["actor"])
+            self.pi.obs_mean, self.pi.obs_std = state["obs_mean"], state["obs_std"]
+
+
+def apart(kept, steps):
+    """Which of rollout()'s images were kept of an episode of so many steps: every 1st, 2nd, 4th, 8th ..."""
+    return 1 << (-(-steps // kept) - 1).bit_length()
+
+
+# ---- the part of the run folder that only a resumed run needs ----
+def buffer_files(config):
+    """The files in buffer/ that this run has: names without .npy."""
+    asked = ["query", "query_small"] * (config.reward in ("preference", "score"))
+    return ["obs", "next_obs", "action", *asked] + ["image"] * looks_at_images(config)
+
+
+def open_buffer(run):
+    """Before arrays are mapped into buffer/: with a checkpoint all must be there, without one none is of use."""
+    folder = run.path("buffer")
+    if run.state:
+        for name in buffer_files(run.config):
+            if not os.path.exists(os.path.join(folder, name + ".npy")):
+                raise UserError(f"--resume {run.folder}: {name}.npy is missing in its buffer/; put it back, or begin "
+                                "anew: answers that were paid for are in the vlm_cache beside the run")
+    elif not os.path.islink(folder):
+        shutil.rmtree(folder, ignore_errors=True)  # a kill may have left half a file
+
+
+def remove_buffer(run):
+    """Gigabytes that only an unfinished run needs. Behind a link, only what is surely ours goes."""
+    folder = run.path("buffer")
+    if not os.path.islink(folder):
+        return shutil.rmtree(folder)
+    for name in buffer_files(run.config):
+        os.remove(os.path.join(folder, name + ".npy"))
+    os.remove(folder)
+
+
+class Checksums:
+    """CRCs of the replay buffer's memory-mapped arrays: a resumed run must find what was stored, and not other bytes.
+
+    Every row is read once, for rows are only added; once the ring has wrapped that is no longer so, and there are none.
+    """
+
+    def __init__(self, B):
+        self.B, self.rows, self.sums = B, 0, {}  # rows of which sums has the checksums
+
+    def now(self):
+        if self.B.added > self.B.capacity:
+            return {}
+        for name in ("obs", "next_obs", "action", "image"):
+            array = getattr(self.B, name)
+            if isinstance(array, np.memmap):
+                for row in range(self.rows, self.B.added, 1024):
+                    part = array[row : min(row + 1024, self.B.added)].tobytes()
+                    self.sums[name] = zlib.crc32(part, self.sums.get(name, 0))
+                array._mmap.madvise(mmap.MADV_DONTNEED)  # see ReplayBuffer.relabel
+        self.rows = self.B.added
+        return dict(self.sums)
+
+    def compare(self, stored):
+        """ValueError where a file is not the one that was stored."""
+        for name, crc in self.now().items() if stored else ():
+            if crc != stored[name]:
+                raise ValueError(f"{name}.npy is not the one that was stored with it")
+
+
 # ---- a run that cannot learn says so ----
 ENOUGH = 20  # of answers or pictures that are all alike, fewer of them say nothing
 FAINT = 8  # of 255; pictures whose channels differ by less look the same (vlm_query.looks_identical)
 
 
-def warn(config, at, labeler, pool, buffer, data, session, ended):
-    """After a session of questions or an evaluation, print each doubt when it first shows.
-
-    -> {cause: sentence}, for the closing words and the next call; "" for a doubt that has gone.
-    """
-    before = at.get("doubts", {})
-    if not session and at["step"] % config.eval_every and at["step"] not in (1, config.total_steps):
-        return before
-    from tqdm import tqdm
-
-    found = doubts(config, at, labeler, pool, buffer, data, at["episode"] + ended)
-    for cause in found:
-        if cause not in before:
-            tqdm.write(f"warning: {found[cause]}", file=sys.stderr)  # print() would tear the progress bar
-    return {**dict.fromkeys(before, ""), **found}
-
-
-def doubts(config, at, labeler, pool, buffer, data, episodes):
+def doubts(config, at, labeler, pool, buffer, data, programs, episodes):
     """Why this run learns nothing, or nothing of its goal, as far as it shows by now -> {cause: sentence}.
 
-    episodes: that have ended.  Only what chance or a slow beginning cannot explain: a wrong alarm teaches users to
+    pool: I.  data: D (both None where no images are compared).  programs: VLM-CaR's, or None.  episodes: that have ended.
+    Only what chance or a slow beginning cannot explain: a wrong alarm teaches users to
     read past the right one.
     """
-    step, steps, counts, found = at["step"], config.total_steps, labeler.counts, {}
+    step, steps, counts, found = at.step, config.total_steps, labeler.counts, {}
     over, explore = step == steps, max(config.seed_steps, config.explore_steps)
     if explore >= steps:
         found["late"] = (f"of {steps:,} steps (--total-steps) the first {explore:,} explore without a reward "
@@ -317,7 +673,7 @@ def doubts(config, at, labeler, pool, buffer, data, episodes):
     if not episodes and config.horizon > steps <= 2 * step:
         found["endless"] = (f"no episode has ended in {step:,} steps, and questions and rewards come where one ends: "
                             "give a shorter --horizon or more --total-steps")
-    if labeler.compares:
+    if pool is not None:
         # from 200 steps, one in ten at least, come some ENOUGH pictures
         if step >= config.explore_steps and (step >= 10 * ENOUGH or over) and alike(pool.small[:len(pool)]):
             found["pictures"] = ("all pictures look the same, so that nothing can be learned from comparing them: look "
@@ -333,17 +689,17 @@ def doubts(config, at, labeler, pool, buffer, data, episodes):
     rewards = buffer.reward[np.isfinite(buffer.reward)]  # of all steps that have one
     # Of the environment's own rewards, and of programs, the first that differs may come late. One that is always the
     # same can be learned from all the same where it is not 0 and an episode can end early.
-    late = labeler.compares or 2 * step >= steps
+    late = pool is not None or 2 * step >= steps
     lives = config.reward == "true" and rewards.any() and buffer.terminated.any()
     if len(rewards) >= ENOUGH and late and not lives:
         if np.ptp(rewards) <= 1e-6 * np.abs(rewards).max():
             found["reward"] = (f"the reward is {rewards[0]:.3g} in every one of {len(rewards):,} steps so far"
                                + ": no success was seen" * (config.reward == "sparse" and not rewards.any()))
-        elif labeler.programs and say_nothing(labeler.programs, buffer, rewards):
+        elif programs and say_nothing(programs, buffer, rewards):
             found["reward"] = "the programs say the same of every picture: only success itself is rewarded"
-    if over and at["explores"] and not found.keys() & {"late", "endless", "pictures", "limit", "answers"}:
+    if over and not at.explored and not found.keys() & {"late", "endless", "pictures", "limit", "answers"}:
         found["nothing"] = ("there was no reward in time for the policy to learn from"
-                            + f" ({counts['labels']} labels of {counts['asked']} questions)" * labeler.compares)
+                            + f" ({counts['labels']} labels of {counts['asked']} questions)" * (pool is not None))
     return found
 
 
@@ -376,7 +732,7 @@ def same_answers(config, counts, data):
         often, which = max((second, "second"), (len(data) - second, "first"))
         if 20 * often >= 19 * len(data):  # the order of a pair is random: by chance in one run of ten thousand
             return {"same": f"{often} of {len(data)} labels prefer the {which} picture, whatever the two show"}
-    if not counts["judged"] and not config.labels_from:
+    if not counts["judged"] and not kept_folder(config):
         return {"judged": "nobody knows how right the labels are: true progress (info['progress'], or the reward) is "
                           "the same in both pictures of every pair"}
     return {}
@@ -399,31 +755,30 @@ def status(row, labeler):
     return ", ".join(parts)
 
 
-def closing_text(config, run, finished, at, labeler, spearman):
+def closing_text(config, run, at, labeler, programs, spearman):
     """What was learned, from how many pairs, by which labeler, how right; and where to read on."""
     first, last, counts = run.rows[0], run.rows[-1], labeler.counts
-    text = [f"{config.env}, {'finished' if finished else 'interrupted'} after "
-            f"{at['step']:,} steps and {run.seconds():.0f} s: "
+    text = [f"{config.env}, {'finished' if run.finished else 'interrupted'} after "
+            f"{at.step:,} steps and {run.seconds():.0f} s: "
             f"return {last['eval_return']:.1f} (before: {first['eval_return']:.1f})"]
     if "eval_success" in last:
         text[0] += (f"; success at the end of {last['eval_success']:.0%} of {config.eval_episodes} "
                     f"evaluation episodes, and on {last['eval_success_frames']:.0%} of their steps")
     text[0] += "."
-    if labeler.compares:
+    if config.reward in ("preference", "score"):
         things = "pictures" if config.reward == "score" else "pairs of pictures"
         text += [f"Learned from {counts['labels']} answers to {counts['asked']} {things} "
                  f"({counts['unsure']} unsure, {counts['unreadable']} unreadable, "
                  f"{counts['no_answer']} unanswered) by {who_labels(config)}."]
         if counts["judged"]:
             text += [f"{labeler.accuracy():.0%} of them were right."]
-        if "reward_accuracy" in at["fit"]:
-            right = at["fit"]["reward_accuracy"]
+        if "reward_accuracy" in at.fit:
+            right = at.fit["reward_accuracy"]
             text += ["The learned reward has the true order on "
                      f"{'an unknown share' if math.isnan(right) else format(right, '.0%')} of picture pairs; Spearman "
                      "with the true reward over fresh random episodes: "
                      f"{'unknown' if math.isnan(spearman) else format(spearman, '.2f')}."]
     elif config.reward == "code":
-        programs = labeler.programs
         text += [f"The reward is {len(programs.subtasks)} verified programs "
                  f"({'; '.join(programs.subtasks)}), written by {who_labels(config)}."]
         if programs.failed_frames:
@@ -434,9 +789,52 @@ def closing_text(config, run, finished, at, labeler, spearman):
         cost = "" if labeler.vlm.usd is None else f", ${labeler.vlm.usd:.2f}"
         text += [f"{labeler.vlm.calls} calls ({labeler.vlm.cached_calls} from the cache), "
                  f"{labeler.vlm.tokens_in + labeler.vlm.tokens_out:,} tokens{cost}."]
-    doubts = [sentence for sentence in at.get("doubts", {}).values() if sentence]
+    doubts = [sentence for sentence in at.doubts.values() if sentence]
     if doubts:
         text += [f"Warning: {'; '.join(doubts)}."]
     text += [f"Report: {run.path('report.html')}"]
     return " ".join(text + (
-        [] if finished else [f"- go on with: {run.resume_command()}"]))
+        [] if run.finished else [f"- go on with: {run.resume_command()}"]))
+
+
+def write_episodes(run, policy, reward, random_episodes=5):
+    """Learned reward, true progress, true reward at each step -> episodes.csv; the rank correlation of learned and true
+    reward on random episodes. (Of --reward code: the programs' part, without what success adds.)
+
+    For the correlation each different image counts once: half of CartPole's random steps lie still at the clamp.
+    It is nan where one of the two never differs. Of more than IN_AN_EPISODE steps, as many are written, evenly spaced.
+    """
+    env, size = run.eval_env, run.config.reward_image_size
+    rng, seen = np.random.default_rng(FRESH_SEED + run.config.seed), {}  # seen: image -> (learned, true reward)
+    episodes = [("random", lambda obs: random_action(env.action_space, rng))] * random_episodes
+    episodes += [("after", policy)]
+    try:
+        episodes += [("expert", envs.expert(env))]
+    except ValueError:
+        pass  # a foreign environment has no scripted expert
+    with open(run.path("episodes.csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("kind", "episode", "t", "learned_reward", "progress", "true_reward"))
+        for number, (kind, act) in enumerate(episodes):
+            seed = run.seed(FRESH_SEED, number)
+            env.reset(seed=seed)
+            start_image = env.image(size)
+            images, rewards, progress, _ = envs.rollout(env, act, seed, size, IN_AN_EPISODE)
+            learned = reward.of_images(images, start_image)
+            every = apart(len(images), len(rewards))
+            rewards, progress = rewards[::every], progress[::every]
+            for t, values in enumerate(zip(learned, progress, rewards)):
+                writer.writerow((kind, number, every * t, *(f"{value:.6g}" for value in values)))
+            if kind == "random":
+                seen.update({hash(image.tobytes()): pair for image, pair in zip(images, zip(learned, rewards))})
+    differ = reward.looks and all(len(set(values)) > 1 for values in zip(*seen.values()))
+    return rank_correlation(*zip(*seen.values())) if differ else float("nan")
+
+
+def rank_correlation(x, y):
+    """Spearman's: the correlation of ranks, where equal values share the mean of their ranks. x, y: (N,) -> [-1, 1]"""
+    ranks = []
+    for values in (x, y):
+        _, which, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[which])
+    return float(np.corrcoef(ranks)[0, 1])

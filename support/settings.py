@@ -86,12 +86,13 @@ class Config:
     discount: float | None = None  # what a reward one step later is worth
     device: str = "auto"  # cpu, cuda, or auto: cuda where there is one, for --cuda-graph 1 and --reward clip
     cuda_graph: int = 0  # 1, for a GPU: an update of SAC, a step of a fit to answers is recorded once, then replayed
+    fast: int = 0  # stopgap
     # Watching
     horizon: int | None = None  # steps in an episode
     action_repeat: int | None = None  # the simulator's steps in one of ours, with the same action
     eval_every: int | None = None  # environment steps between evaluations
     eval_episodes: int | None = None  # episodes in one evaluation
-    keep_best: int | None = None  # episodes on which the best policy so far is chosen; 0: the newest
+    best_policy: int | None = None  # episodes on which the best policy so far is chosen; 0: the newest
     out: str | None = None  # the run folder to make (default: runs/...)
     resume: str | None = None  # go on with the run in this folder
 
@@ -131,7 +132,7 @@ DEFAULTS = dict(
     pairs_per_session=40, max_pairs=1000, sampler="uniform", reward_lr=3e-4, reward_batch=16, reward_epochs=50,
     vlm_image_size=300, reward_image_size=84, random_shift=4, random_flip=0, sac_lr=3e-4, batch_size=256,
     updates=1, hidden=256, discount=0.99, action_repeat=1, eval_every=5000, eval_episodes=10,
-    keep_best=0,
+    best_policy=0,
 )
 MAY_CHANGE = (  # on resume
     "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "vlm_latency",
@@ -418,3 +419,20 @@ def command_line(config):
              and getattr(config, field.name) != field.default]
     return shlex.join(["python", "train.py"] + [
         part for name, value in flags for part in ("--" + name.replace("_", "-"), str(value))])
+
+
+# stopgap until settings are rebuilt
+def flaws_of(config):
+    return {"mistakes": config.vlm_mistakes, "unsure": config.vlm_unsure, "latency": config.vlm_latency}
+
+
+def vlm_name(config):
+    return config.vlm
+
+
+def kept_folder(config):
+    return config.labels_from or config.programs
+
+
+def labels_kind(config):
+    return "kept" if kept_folder(config) else config.labels

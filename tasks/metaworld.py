@@ -24,7 +24,7 @@ To use it elsewhere (with envs.py beside the folder tasks/):
     obs, info = env.reset(seed=0)
     obs, true_reward, terminated, truncated, info = env.step(env.expert_action(obs))
     print(info["progress"], env.image(84).shape)
-    env.close()  # trap: left open, what draws prints tracebacks when Python ends (TaskEnv closes it)
+    env.close()  # trap: left open, it prints tracebacks when Python ends (TaskEnv closes it)
 """
 # trap: this file has the name of the package that it imports. Keep it in its folder: beside your
 # script, or started as `python tasks/metaworld.py`, it would be imported in place of the package.
