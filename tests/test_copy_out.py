@@ -1,5 +1,6 @@
 """A file stands alone: the core imports nothing of the project, nothing imports in a circle, headers' examples run."""
 import ast
+import functools
 import itertools
 import os
 import shutil
@@ -24,6 +25,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path i
     if not path.stem.startswith(("test_", "__"))}
 
 
+@functools.cache
 def imported(name):
     """Names of the files of this project that a file imports, anywhere in it."""
     found = set()
@@ -62,6 +64,15 @@ def header_snippet(name):
     return "\n".join(line[4:] for line in lines)
 
 
+def run_example(name, folder, **more):
+    """A header's example in a process of its own, in that folder -> subprocess.CompletedProcess."""
+    # trap: on a busy machine, two threads of torch wait for each other most of the time. And no time limit: it would fail
+    # there too.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([sys.executable, "-c", header_snippet(name)], cwd=folder, capture_output=True, text=True,
+                          env={**environment, "OMP_NUM_THREADS": "1", **more})
+
+
 @pytest.mark.parametrize("name", ALONE)
 def test_a_file_can_be_copied_out_and_its_example_runs(tmp_path, name):
     """In a folder with nothing but what its header says it needs, it must import and its header's example must run."""
@@ -69,10 +80,7 @@ def test_a_file_can_be_copied_out_and_its_example_runs(tmp_path, name):
         target = tmp_path / FILES[each].relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
         shutil.copy(FILES[each], target)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    # no time limit: a machine may be busy, and its user impatient enough
-    result = subprocess.run([sys.executable, "-c", header_snippet(name)], cwd=tmp_path, capture_output=True, text=True,
-                            env=environment)
+    result = run_example(name, tmp_path)
     if result.returncode and any(words in result.stderr for words in ("OpenGL", "No module named 'metaworld'",
                                                                      "No module named 'minigrid'")):
         pytest.skip(result.stderr.strip().splitlines()[-1])
@@ -87,6 +95,5 @@ def test_a_file_can_be_copied_out_and_its_example_runs(tmp_path, name):
         "tools.audit_vlm", "tools.hack_search", "tools.ablations")))  # minutes, and tested in files of their own
 def test_the_example_of_a_file_that_stays_here_runs(tmp_path, name):
     """Beside the whole repository, a header's example must run from any folder."""
-    result = subprocess.run([sys.executable, "-c", header_snippet(name)], cwd=tmp_path, capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+    result = run_example(name, tmp_path, PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr[-2000:]
