@@ -1,7 +1,8 @@
 r"""A run folder becomes one self-contained report.html: no script, nothing from the network.
 
-What this is: the last page of every run, and rank_correlation(), which train.py needs too. Which STEPs: none of its own. The
-page shows what STEPs 0 to 7 left in the run folder, above all whether the learned reward means what it should:
+What this is: the last page of every run, and rank_correlation(), which support/run.py needs too.
+Which STEPs: none of its own. The page shows what STEPs 0 to 7 left in the run folder, above all whether the learned
+reward means what it should:
     accuracy of the labels = share that agrees with true progress, by how far apart the two images of a pair are
     meaning of the reward  = learned reward beside true progress along an episode, and Spearman's rank correlation of
                              learned and true reward over fresh random episodes
@@ -14,11 +15,12 @@ Differs from the paper:
 
 What is read of a run folder. A file that is missing, torn, absurd or huge costs its section, never the report:
     config.json, summary.json   one object each      metrics.csv    a row per evaluation
-    labels.jsonl   a line per pair asked             episodes.csv   kind, episode, t, learned_reward, progress, true_reward
+    labels.jsonl   a line per pair asked             episodes.csv   kind, episode, t, learned_reward, progress,
+                                                                    true_reward
     pairs/000012.png, eval_before.gif, eval_after.gif     code_as_reward/   programs and their verification
 
 Shapes: a table is {column: list of str}; a row is one object of labels.jsonl; an outcome is one of OUTCOMES.
-Names: write_report, rank_correlation. Needs numpy. With matplotlib it draws charts; without it, their numbers are tables.
+Names: write_report, rank_correlation. Needs numpy. Without matplotlib, the numbers of its charts are tables.
 Imports nothing of this project.
 
 To use it elsewhere, write the files that you have in that form, and call write_report:
@@ -292,7 +294,7 @@ def matplotlib_or_none():
 def chart(run, title, draw, head, rows):
     """One chart, draw(axes) -> an SVG figure for the page; a line where it cannot be drawn.
 
-    head: names of columns.  rows: the same numbers as lists of cells, which become a table where there is no matplotlib.
+    head: names of columns.  rows: the same numbers, lists of cells, which are a table where there is no matplotlib.
     """
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # of numbers too large to draw, of letters a font lacks
@@ -408,7 +410,8 @@ def episode_charts(run):
                               color=colour, label=label)
                 axes.set_ylim(-0.05, 1.05)
                 axes.set_xlabel("step of the episode")
-            drawn.append(chart(run, f"Reward along an episode, {title}", draw, ["step", "learned reward", "true progress"], [
+            head = ["step", "learned reward", "true progress"]
+            drawn.append(chart(run, f"Reward along an episode, {title}", draw, head, [
                 map(show, (t[row], learned[row], progress[row])) for row in few(its)]))
     its = thinned((kind == "random") & np.isfinite(learned) & np.isfinite(true), 700)
 
@@ -418,8 +421,9 @@ def episode_charts(run):
         axes.set_ylabel("learned reward", labelpad=1)
     if len(its):
         rank = show(run.summary.get("spearman"))
-        drawn.append(chart(run, f"Learned against true reward (Spearman {rank})", scatter, ["true reward", "learned reward"], [
-            map(show, (true[row], learned[row])) for row in few(its[np.argsort(true[its])])]))
+        drawn.append(chart(
+            run, f"Learned against true reward (Spearman {rank})", scatter, ["true reward", "learned reward"], [
+                map(show, (true[row], learned[row])) for row in few(its[np.argsort(true[its])])]))
     return drawn
 
 

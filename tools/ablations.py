@@ -1,12 +1,12 @@
 """Leave one part of the algorithm out, to see what it is good for.
 
-    python -m tools.ablations relabelling --env CartPole        old transitions keep the reward that they were given first
+    python -m tools.ablations relabelling --env CartPole        old transitions keep their first reward
     python -m tools.ablations critic-reset --env DrawerOpen     the critics go on from the values of novelty
     python -m tools.ablations relabelling --resume FOLDER       goes on with such a run
 
 What this is: train.py with one class exchanged for a subclass that does less. All arguments after the name are those of
-train.py. What a setting can leave out has no name here: without novelty is --seed-steps as many as --explore-steps, and one
-network in the ensemble is --ensemble-size 1.  `python -m tools.sweep what_matters` runs all of these.
+train.py. What a setting can leave out has no name here: to explore without novelty is --seed-steps as many as
+--explore-steps, one network in the ensemble is --ensemble-size 1.  `python -m tools.sweep what_matters` runs them all.
 Which STEPs: 5 relabel every stored transition with the new reward, 6 improve the policy with SAC on the learned reward.
 Differs from the paper: it has both parts; its code has the second (the critics), its text does not mention it.
 Shapes: those of sac.py.  Names: OnlyNewRewards, KeptCritics, ABLATIONS, train_without.
@@ -50,7 +50,7 @@ def mixed(kind, made):
 
 
 def train_without(name, config):
-    """train.train(config) without one part -> the rows of metrics.csv.  name: one of ABLATIONS; ValueError otherwise."""
+    """train.train(config) without one part -> the rows of metrics.csv.  name: one of ABLATIONS, or ValueError."""
     import train
     from support import run, settings
 

@@ -307,7 +307,7 @@ def cost_lines(row, stages, config):
 
 
 def draw(path, rows, config):
-    """audit.png: what came of the questions in each bin, a panel for each way -> its path, or a line why there is none."""
+    """audit.png: what came of the questions in each bin, a panel for each way -> its path, or a line why not."""
     try:
         import matplotlib
     except ImportError:  # the answers are paid for: the tables must not end for want of a drawing
@@ -331,8 +331,8 @@ def draw(path, rows, config):
         panel.set_xlabel("difference in true progress, share of its range")
     panels[0].set_ylabel("share of the questions")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.suptitle(f"{config.env}, labels from: {settings.who_labels(config)}\n{verdict(rows, config.stages)}", fontsize=10,
-                    wrap=True)
+    who = settings.who_labels(config)
+    figure.suptitle(f"{config.env}, labels from: {who}\n{verdict(rows, config.stages)}", fontsize=10, wrap=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
@@ -340,7 +340,7 @@ def draw(path, rows, config):
 
 # ---- the script ----
 def audit(config, pairs=100, policy=None):
-    """Draw, ask, sum up, write the folder -> {"verdict": one line, "rows": those of audit.csv, "text", "folder", "image"}."""
+    """Draw, ask, sum up, write the folder -> {"verdict": one line, "rows": of audit.csv, "text", "folder", "image"}."""
     if pairs < 1:
         raise settings.UserError(f"--pairs {pairs}: at least one pair")
     if config.resume or config.labels != "vlm" or config.reward != "preference":
@@ -349,17 +349,18 @@ def audit(config, pairs=100, policy=None):
         name = f"audit-{config.env}-{config.vlm}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = dataclasses.replace(config, out=os.path.join("runs", name.replace("/", "_").replace(":", "_")))
     if os.path.exists(config.out):
-        raise settings.UserError(f"{config.out} exists already; choose another --out, and what was answered before is found "
-                            "in the vlm_cache beside it")
+        raise settings.UserError(f"{config.out} exists already; choose another --out, and what was answered before is "
+                                 "found in the vlm_cache beside it")
     config, env, _ = prepare(config)
     rng = np.random.default_rng(config.seed)
-    labeler = make_labeler(config)  # before anything is made: a wrong key or an unknown goal should leave nothing behind
+    labeler = make_labeler(config)  # before the folder is made: a wrong key or an unknown goal leaves nothing behind
     try:
         images, progress, kinds = collect(config, env, policy, rng)
         chosen, gap = draw_pairs(images, progress, pairs, rng)
         os.makedirs(config.out)
         write_json(os.path.join(config.out, "config.json"), {
-            **dataclasses.asdict(config), "labeler": settings.who_labels(config), "pairs": len(chosen), "policy": policy})
+            **dataclasses.asdict(config), "labeler": settings.who_labels(config), "pairs": len(chosen),
+            "policy": policy})
         records = ask_all(config, labeler, images, progress, chosen, gap)
     finally:
         labeler.close()
@@ -383,7 +384,8 @@ def parse_args(arguments):
     def fail(message):
         raise settings.UserError(message)
 
-    parser = argparse.ArgumentParser(prog="python -m tools.audit_vlm", description=__doc__.splitlines()[0], allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m tools.audit_vlm", allow_abbrev=False,
+                                     description=(__doc__ or "").partition("\n")[0],
                                      epilog="Also every flag of train.py: see python train.py --help. Those of the "
                                             "schedule change nothing but the projected cost of a run.")
     parser.error = fail
@@ -393,7 +395,8 @@ def parse_args(arguments):
     try:
         return settings.parse_args(others), own.pairs, own.policy
     except settings.UserError as error:
-        raise settings.UserError(f"{error}, --pairs, --policy" if "unrecognized" in str(error) else str(error)) from None
+        more = ", --pairs, --policy" if "unrecognized" in str(error) else ""
+        raise settings.UserError(f"{error}{more}") from None
 
 
 def main(arguments=None):

@@ -3,14 +3,15 @@
     python -m tools.sweep                                              what sweeps there are
     python -m tools.sweep few_questions --seeds 5 --only CartPole      one of them, or a part of it
     python -m tools.sweep --grid env=CartPole max_pairs=10,20,50 seed=0,1,2 --name my_sweep
-    python -m tools.sweep tasks --address auto                         the same on a cluster, as many at a time as it has CPUs
+    python -m tools.sweep tasks --address auto                         the same on a cluster, a run for each of its CPUs
     python -m tools.sweep tasks --set vlm=openai/MODEL --name tasks_openai        the same with a real VLM
     python -m tools.sweep --plot results/few_questions.csv             its plots, beside it
 
-What this is: how every table of results/README.md was made. Which STEPs: all, through train.py. Two runs at a time, on Ray
-if it is installed (pip install -r tools/requirements-sweep.txt), else as processes; each run in a fresh process of its own,
-so that none can take another down. Stop it whenever you like: the same command goes on, skipping finished runs and
-resuming half-done ones from their checkpoints. A run that fails is a row with an `error`, and is tried again next time.
+What this is: how every table of results/README.md was made. Which STEPs: all, through train.py. Two runs at a time,
+on Ray if it is installed (pip install -r tools/requirements-sweep.txt), else as processes; each run in a fresh process
+of its own, so that none can take another down. Stop it whenever you like: the same command goes on, skipping finished
+runs and resuming half-done ones from their checkpoints. A run that fails is a row with an `error`, and is tried again
+next time.
 
 It leaves: results/NAME.csv, a row per finished run, and results/NAME_curves.csv, a row per evaluation of each of them;
 rows of earlier calls stay, unless a newer run of the same task, method, setting and seed takes their place.
@@ -111,8 +112,9 @@ SWEEPS = {
         "bfloat16": {"fast": 1},  # on a processor that has it
     }),
 }
-# Settings of a sweep that Config has no field for: wrong and unsure answers are part of the stand-in's name, and what is
-# left out is done by tools/ablations.py. Each is a column of the table, with this value where a setting says nothing.
+# Settings of a sweep that Config has no field for: wrong and unsure answers are part of the stand-in's name, and to
+# leave a part out is what tools/ablations.py does. Each is a column of the table, with this value where a setting says
+# nothing.
 PSEUDO = {"vlm_mistakes": 0.0, "vlm_unsure": 0.0, "ablation": "nothing"}
 SMALL = ("config.json", "summary.json", "metrics.csv", "timing.csv", "labels.jsonl", "episodes.csv", "report.html",
          "train.log")  # what comes back from another machine; images and checkpoints stay there
@@ -150,7 +152,7 @@ class Job:
                 raise ValueError(f"{flaws} is a flaw of the offline stand-in, and --set says vlm={fields['vlm']}")
             fields["labels" if fields.get("labels") == "oracle" else "vlm"] = (
                 "oracle:" if fields.get("labels") == "oracle" else "offline:") + flaws
-        if fields.get("seed_steps") == "explore_steps":  # as many random steps as there is exploration: none is left for novelty
+        if fields.get("seed_steps") == "explore_steps":  # all exploration is at random, and none is left for novelty
             from support import settings
 
             rest = {name: value for name, value in fields.items() if name != "seed_steps"}
@@ -344,7 +346,7 @@ def start(jobs, parallel, address):
     except ImportError:
         if address:
             raise ValueError("--address needs Ray: pip install -r tools/requirements-sweep.txt") from None
-        print(f"Ray is not installed (tools/requirements-sweep.txt): {parallel} processes at a time instead", flush=True)
+        print(f"Ray is not installed (tools/requirements-sweep.txt): {parallel} processes at a time", flush=True)
         return on_processes(jobs, parallel)
     return on_ray(ray, jobs, parallel, address)
 
