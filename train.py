@@ -98,56 +98,71 @@ def train(config, parts=None):
         r_psi, D = make_reward_model(run, parts)
         best = best_policy(run, pi, LearnedReward(r_psi.predict))
         begin(run, at, rng, pi=pi, B=B, I=I, r_psi=r_psi, D=D, labeler=labeler, best=best)
-        share = max(0.1, config.image_buffer / config.total_steps)  # of the images that are offered to I
-        obs, t, losses = new_episode(env, config.seed, at), 0, {}  # t: steps of this episode
+        # Share of the images that are offered to I: as many as there is room for in a run, but at least one in ten.
+        share = max(0.1, config.image_buffer / config.total_steps)
+        obs, t, losses = new_episode(env, config.seed, at), 0, {}  # t: steps taken in this episode
 
         with run.steps() as steps:
             for step in steps:
                 # ---- STEP 0: explore without any reward ----
-                # Random actions first, then SAC on the novelty of states. It ends when r_psi has been fitted for the
-                # first time: until then nothing is wanted, and good questions need images of many kinds.
+                # Random actions come first, then SAC on the novelty of states. (Not in the paper's box; its code does it,
+                # as PEBBLE did.) Good questions need images of many kinds, and a policy that has not moved about shows
+                # only one. STEP 0 ends when r_psi has been fitted for the first time: before that, nothing is wanted.
                 at_random = step < config.seed_steps
                 exploring = at_random or step < config.explore_steps or not at.has_reward
                 if step == config.seed_steps:
                     normalise_observations(pi, B, env, config)
                 if not at_random:
-                    action = pi.act(obs)  # (A,) in [-1, 1], or an int
-                elif t % config.hold == 0:  # a random action is held for some steps, or it would get nowhere
+                    action = pi.act(obs)  # (A,) in [-1, 1], or an int where actions are Discrete
+                elif t % config.hold == 0:
+                    # A random action is held for `hold` steps: where each step moves little, actions that change at
+                    # every step cancel out, and nothing is ever reached.
                     action = random_action(env.action_space, rng)
 
                 # ---- STEP 1: act, and store the transition with the image seen after it ----
                 next_obs, true_reward, terminated, truncated, info = env.step(action)
-                image = env.image(config.reward_image_size)  # (S, S, 3) uint8, for r_psi
-                B.add(obs, action, next_obs, terminated, image, true_reward)  # without a reward, for now
-                if rng.random() < share:  # only a share: to draw each image again, large, would take too long
+                image = env.image(config.reward_image_size)  # (S, S, 3) uint8: what r_psi will see
+                # trap: the reward of this transition is that of the image *after* the action. It has none yet: r_psi may
+                # not exist, and B is rewarded in one batch when the episode ends. SAC samples only rows with a reward.
+                B.add(obs, action, next_obs, terminated, image, true_reward)
+                # Only a share of the images may be asked about, because each has to be drawn again at the VLM's size, and
+                # neighbours in time look alike anyway.
+                if rng.random() < share:
                     I.offer(env.image(config.vlm_image_size), image, info["progress"], rng)
                 obs, t, episode_over = next_obs, t + 1, terminated or truncated
 
+                # A query session comes every `feedback_every` steps, but waits for the end of an episode: then every
+                # transition in B can be rewarded, and a checkpoint right after it has nothing half done to store.
                 due = step + 1 >= config.explore_steps + at.sessions * config.feedback_every
                 pairs_left = labeler.room(config.pairs_per_session)
                 if episode_over and due and pairs_left and len(I) > 1:
                     # ---- STEP 2: pick pairs of images ----
+                    # Uniformly, as in the paper, unless --sampler names a way that looks at what r_psi knows already.
                     model = r_psi if at.has_reward else None
                     pairs = sample_pairs(I.small[: len(I)], pairs_left, rng, config.sampler, model)  # (M, 2)
 
                     # ---- STEP 3: ask the VLM which image is closer to the goal ----
-                    first, second, y = labeler(I, pairs, step + 1, rng)  # (L, S, S, 3) twice, (L,): what got a label
+                    # "Unsure", "unreadable" and "no answer" are no labels: L of the M pairs are left.
+                    first, second, y = labeler(I, pairs, step + 1, rng)  # (L, S, S, 3) twice, (L,) 0 or 1
                     D.add(first, second, y)
                     at.sessions += 1
 
                     if len(y):
                         # ---- STEP 4: fit the reward model to the answers ----
+                        # To all answers so far, with fresh networks: minimise over D  -log softmax(beta r_psi)[y].
                         at.fit = r_psi.fit(D, config.reward_epochs)
                         at.fit["reward_accuracy"] = order_accuracy(r_psi, I, rng)
 
                         # ---- STEP 5: relabel every stored transition with the new reward ----
+                        # All of B, also what older reward models have rewarded: their mistakes must not stay.
                         B.relabel(r_psi.predict)
                         at.has_reward = True
-                elif episode_over and at.has_reward:  # between two sessions: the episode that has just ended
+                elif episode_over and at.has_reward:
+                    # Between two sessions only the episode that has just ended needs rewards, from the same r_psi.
                     B.relabel(r_psi.predict, only_new=True)
 
                 # ---- STEP 6: improve the policy with SAC on the learned reward ----
-                if not exploring and not at.explored:  # the first time
+                if not exploring and not at.explored:  # once, after the first fit; see forget_novelty
                     forget_novelty(pi, B, config.batch_size)
                     at.explored = True
                 for _ in range(0 if at_random else config.updates):
@@ -159,10 +174,10 @@ def train(config, parts=None):
                     best.offer(pi, at.has_reward)
                     run.log(evaluate(best.best_action, run.eval_env, config.eval_episodes, run.seed(EVAL_SEED)), losses,
                             at.episodes + episode_over)
-                run.warn(episode_over)
+                run.warn(episode_over)  # a run that cannot learn says so
                 if episode_over:
                     at.episodes += 1
-                    run.checkpoint()
+                    run.checkpoint()  # if there was a query session or an evaluation since the last one
                     obs, t = new_episode(env, config.seed, at), 0
         return run.finish(best.best_action, best.reward)
 
@@ -250,7 +265,11 @@ def normalise_observations(pi, B, env, config):
 
 
 def forget_novelty(pi, B, batch_size):
-    """Fresh critics: so far they have learned what is novel, not what is wanted. Then let them catch up."""
+    """Fresh critics: so far they have learned what is novel, not what is wanted. Then let them catch up.
+
+    The paper's box does not have this; its code does, with the same number of updates. See SAC.reset_critic for why the
+    actor is kept, and why it is done only once.
+    """
     pi.reset_critic()
     for _ in range(RESET_UPDATES):
         pi.update(B.sample(batch_size))
