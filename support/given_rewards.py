@@ -117,7 +117,7 @@ def learn_programs(config, folder, env, vlm, seed):
         programs, reports = code_as_reward.learn_programs(
             ask, start_image, goal_image, config.goal, episodes["expert_episodes"], episodes["random_episodes"], others,
             episodes["success"], config.rounds, go_on=config.unverified == "skip", folder=folder,
-            save_picture=imageio.imwrite)
+            save_image=imageio.imwrite)
     except code_as_reward.CodeAsRewardError as error:
         # trap: a run that goes on would read the same answers from the cache, and fail as before; what passed stays
         for parts in error.questions:

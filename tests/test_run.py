@@ -35,8 +35,8 @@ def test_a_stand_in_by_another_name_is_no_vlm(tmp_path):
 @pytest.mark.parametrize("crash_at", [120, 260])
 def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path, monkeypatch, crash_at):
     """Killed in the middle of an episode and resumed, the run must write the same metrics.csv, byte for byte."""
-    keep_best = int(crash_at == 260)
-    train.train(tiny(tmp_path, "whole", keep_best=keep_best))
+    best_policy = int(crash_at == 260)
+    train.train(tiny(tmp_path, "whole", best_policy=best_policy))
     add, count = sac.ReplayBuffer.add, []
 
     def dying(self, *transition):
@@ -47,7 +47,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path, monkeypatch, crash
 
     monkeypatch.setattr(sac.ReplayBuffer, "add", dying)
     with pytest.raises(MemoryError):
-        train.train(tiny(tmp_path, "killed", keep_best=keep_best))
+        train.train(tiny(tmp_path, "killed", best_policy=best_policy))
     monkeypatch.setattr(sac.ReplayBuffer, "add", add)
     train.train(settings.parse_args(["--resume", str(tmp_path / "killed")]))
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
