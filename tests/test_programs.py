@@ -193,7 +193,7 @@ def test_a_program_survives_the_thread_that_used_it_first():
 
 
 def test_threads_that_share_a_program_get_their_own_answers():
-    """Eight threads at once: each must get the value of its own picture."""
+    """Eight threads at once: each must get the value of its own image."""
     program, right = Program(GRAY), []
 
     def work(value):
@@ -240,7 +240,7 @@ def test_a_set_of_words_has_the_same_order_in_every_process():
 
 
 def test_a_slow_program_that_fails_is_given_up_in_time():
-    """The search for the pictures to blame must end when the time of the whole episode is over; a fast one's may not."""
+    """The search for the images to blame must end when the time of the whole episode is over; a fast one's may not."""
     slow = Program(DEF + "for i in range(3_000_000):\n        pass\n    raise ValueError('no')", seconds=1.0)
     images, calls = np.zeros((64, 16, 16, 3), np.uint8), []
     batch = slow._batch
