@@ -14,7 +14,7 @@ import pytest
 import code_as_reward
 import envs
 from support import offline_vlm
-import train
+from support import run
 import vlm_query
 from code_as_reward import (
     CodeAsRewardError, Program, ProgramError, ProgramReward, learn_programs, load_programs, verify
@@ -361,7 +361,7 @@ def test_a_program_lives_on_when_the_thread_that_started_it_has_ended():
 def test_the_stand_in_writes_a_wrong_program_is_told_and_puts_it_right():
     """CartPole over HTTP with every first program wrong: round 1 must fail, round 2 pass, in 3 calls."""
     env, goal = envs.make("CartPole"), envs.TASKS["CartPole"].goal
-    episodes = code_as_reward.collect_episodes(env, envs.expert(env), size=64, seed=train.FRESH_SEED)
+    episodes = code_as_reward.collect_episodes(env, envs.expert(env), size=64, seed=run.FRESH_SEED)
     start, end = episodes["expert_episodes"][0][[0, -1]]
     server = offline_vlm.OfflineVLM(mistakes=1.0)
     with server as url:

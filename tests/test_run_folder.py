@@ -269,7 +269,7 @@ def test_a_damaged_checkpoint_is_one_line(half, capsys):
     lambda state: state["at"].update(step=7), lambda state: state["labeler"]["counts"].pop("asked"),
     lambda state: state.update(rows=[{"step": "\x1b", "eval_return": "x"}]), lambda state: state.update(logged="3"),
     lambda state: state["B"].update(reward=torch.zeros(3)), lambda state: state["config"].update(seed=3),
-    lambda state: state.update(model={}), lambda state: state.update(at=None)])
+    lambda state: state.update(r_psi={}), lambda state: state.update(at=None)])
 def test_a_checkpoint_of_another_version_is_one_line(half, capsys, change):
     """Keys that are not there, other shapes, other types."""
     state = state_of(half)

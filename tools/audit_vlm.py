@@ -40,7 +40,9 @@ import numpy as np
 from support import run
 
 from support import settings
-from train import Labeler, prepare, random_action, run_episode
+import envs
+from support.labeler import make_labeler
+from support.run import prepare, random_action
 
 BINS = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)  # edges; differences in progress as a share of the range
 CLEAR, ENOUGH_RIGHT, ENOUGH_LABELS = 0.1, 0.75, 0.5  # the rule of the verdict, see above
@@ -87,7 +89,7 @@ def trained_policy(folder, config, env):
             raise ValueError(f"it was trained on {stored['env']}")
         agent = sac.SAC(env.observation_space.shape[0], env.action_space, (stored["hidden"],) * 2,
                         device=stored["device"], seed=config.seed)  # where its random numbers can go on
-        agent.load_state_dict(state["agent"])
+        agent.load_state_dict(state["pi"])
     except Exception as error:  # unpickling a foreign file may raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise settings.UserError(f"--policy {folder}: no run of train.py that can be used here ({reason})") from None
@@ -104,7 +106,7 @@ def collect(config, env, folder, rng):
         for kind, policy in kinds.items():
             kept = 0
             for episode in range(PER_KIND):
-                seen, _, values, _ = run_episode(env, policy(episode), seed % 2**32, config.vlm_image_size)
+                seen, _, values, _ = envs.rollout(env, policy(episode), seed % 2**32, config.vlm_image_size)
                 seed += 1
                 count = min(PER_EPISODE, PER_KIND - kept, len(seen))
                 chosen = np.linspace(0, len(seen) - 1, count).round().astype(int)
@@ -353,7 +355,7 @@ def audit(config, pairs=100, policy=None):
                             "in the vlm_cache beside it")
     config, env, _ = prepare(config)
     rng = np.random.default_rng(config.seed)
-    labeler = Labeler(config)  # before anything is made: a wrong key or an unknown goal should leave nothing behind
+    labeler = make_labeler(config)  # before anything is made: a wrong key or an unknown goal should leave nothing behind
     try:
         images, progress, kinds = collect(config, env, policy, rng)
         chosen, gap = draw_pairs(images, progress, pairs, rng)
