@@ -29,10 +29,12 @@ SMALL = (48, 48, 3)
 
 # ---- doubts: what teaches nothing, from the books of a run ----
 def books(pictures=None, labels=(), scores=None, rewards=None, terminated=False, step=1000, episodes=9, programs=None,
-          counts=None, exhausted=False, explores=False, **settings):
+          counts=None, exhausted=False, explores=False, kept=None, **changes):
     """What doubts() looks at, as of a run of 1,000 steps that is healthy but for what is named."""
     config = settings.Config(**{**dict(reward="preference", total_steps=1000, seed_steps=100, explore_steps=100, horizon=50,
-                                  eval_every=100), **settings})
+                                       eval_every=100), **changes})
+    if kept:
+        config.labels = kept
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (30, *SMALL), np.uint8) if pictures is None else pictures
     pool = reward_model.ImageBuffer(50, 48, 48)
@@ -86,7 +88,7 @@ class Says:
     (dict(rewards=(), step=300, counts={"asked": 40, "unsure": 40}), "answers"),
     (dict(rewards=(), step=300, counts={"asked": 40, "no_answer": 20, "unreadable": 20}), "answers"),
     (dict(labels=[1] * 40), "same"), (dict(labels=[0] * 40), "same"), (dict(labels=[0] * 39 + [1]), "same"),
-    (dict(labels=[1] * 25, labels="x", counts={"judged": 0}, exhausted=True), "same"),
+    (dict(labels=[1] * 25, kept="x", counts={"judged": 0}, exhausted=True), "same"),
     (dict(scores=[0.5] * 25, reward="score"), "same"),
     (dict(labels=FAIR, counts={"judged": 0}), "judged"),
     (dict(labels=FAIR, rewards=np.full(300, 0.7), step=300), "reward"),  # learned: as soon as it is fitted
@@ -107,7 +109,7 @@ def test_what_teaches_nothing_is_doubted(case, cause):
 @pytest.mark.parametrize("case", [
     dict(labels=FAIR), dict(labels=[1] * 12), dict(labels=[1] * 19), dict(labels=[0, 1, 1, 1] * 10),
     dict(counts={"asked": 12, "unsure": 12}, step=300), dict(labels=FAIR, counts={"asked": 400, "unsure": 360}),
-    dict(labels=FAIR, labels="x", counts={"judged": 0}, exhausted=True),
+    dict(labels=FAIR, kept="x", counts={"judged": 0}, exhausted=True),
     dict(labels=FAIR, exhausted=True), dict(pictures=BLACK, step=50), dict(pictures=BLACK, step=99),
     dict(pictures=np.repeat(BLACK, 30, 0) + 20 * (np.arange(30, dtype=np.uint8) == 29)[:, None, None, None], labels=FAIR),
     dict(horizon=2000, episodes=0, step=400, rewards=()), dict(horizon=50, episodes=0, step=40, rewards=()),
