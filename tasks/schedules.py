@@ -23,7 +23,7 @@ The settings (a step is one of the environment's, a pair is one question to the 
   random_shift       px by which a fit moves each image at random;  random_flip: 1 mirrors half
   sac_lr, batch_size, hidden, updates, discount   SAC; updates: gradient steps in one step
   eval_every, eval_episodes          steps between evaluations, episodes in each
-  keep_best          episodes on which the best policy so far is chosen; 0: the newest is taken
+  best_policy        episodes on which the best policy so far is chosen; 0: the newest is taken
 
 To use it elsewhere:
     from tasks.schedules import OURS
@@ -107,7 +107,7 @@ OURS = {
         # reward that it learns from can tell the two apart. So the best policy so far is kept, by
         # that reward, and a choice is made every 500 steps. (What 500 adds to 1,000 was not
         # measured.)
-        eval_every=500, keep_best=1,
+        eval_every=500, best_policy=1,
     ),
     "SweepInto": dict(
         _METAWORLD, total_steps=15_000,
@@ -118,7 +118,7 @@ OURS = {
         # The camera looks along the way of the cube, so left and right are alike.
         random_flip=1,
         # For the discount see StraightenRope, for the best policy Soccer.
-        discount=0.95, eval_every=500, keep_best=1,
+        discount=0.95, eval_every=500, best_policy=1,
     ),
     "FoldCloth": dict(
         # An episode is one step, a whole fold of some 200 physics steps: about 8 come in a second.
@@ -165,7 +165,7 @@ _PAPER = dict(
     random_shift=0, random_flip=0, reward_batch=64,
     sac_lr=3e-4, batch_size=512, hidden=256, updates=1, discount=0.99,
     # Their curves are means over seeds of one episode each; CartPole's are of ten.
-    eval_every=10_000, eval_episodes=1, keep_best=0,
+    eval_every=10_000, eval_episodes=1, best_policy=0,
 )
 _PAPER_METAWORLD = dict(
     _PAPER, total_steps=1_000_000,
