@@ -484,9 +484,9 @@ def must_stay(values):
     values = {name: value for name, value in modern(values).items() if name in FIELDS}
     config = Config(**values)
     kind, flaws = labels_kind(config), {**flaws_of(config), "latency": 0.0}
-    values["labels"] = with_flaws("oracle", flaws) if kind == "oracle" else kind
-    values["vlm"] = vlm_name(config) if kind == "oracle" else with_flaws(vlm_name(config), flaws)
-    return {name: value for name, value in values.items() if name not in MAY_CHANGE + MAY_MOVE}
+    told = {"labels": with_flaws("oracle", flaws) if kind == "oracle" else kind,
+            "vlm": vlm_name(config) if kind == "oracle" else with_flaws(vlm_name(config), flaws)}
+    return {name: told.get(name, value) for name, value in values.items() if name not in MAY_CHANGE + MAY_MOVE}
 
 
 def read_json(path):
