@@ -49,8 +49,7 @@ from support.settings import Config, UserError  # noqa: F401  (Config is for tho
 
 if __name__ == "__main__":
     interrupts.handle()
-    if {"-h", "--help", "--help-all"} & set(sys.argv):
-        settings.parse_args(sys.argv[1:])  # answers, and ends, before the imports below, which take seconds
+    settings.answer_help(sys.argv[1:])  # and ends, before the imports below, which take seconds
 
 import numpy as np
 import torch

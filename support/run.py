@@ -62,8 +62,8 @@ from reward_model import PreferenceDataset, RewardModel
 from sac import SAC, ReplayBuffer, StoredArrayError, stored_array
 from support import baselines, fast, given_rewards, interrupts, report
 from support.labeler import make_labeler
-from support.settings import (MAY_CHANGE, MAY_MOVE, UserError, command_line, kept_folder, labels_kind, resolve,
-                              resume_command, say, vlm_name, who_labels)
+from support.settings import (UserError, command_line, kept_folder, labels_kind, must_stay, resolve, resume_command,
+                              say, vlm_name, who_labels)
 
 # No training episode has these seeds (--seed below 10).
 EVAL_SEED, FRESH_SEED, TRIAL_SEED = 1_000_000, 2_000_000, 3_000_000
@@ -203,9 +203,8 @@ class Run:
             if not (right and all("step" in row and "eval_return" in row for row in state["rows"])
                     and state["rows"] and len(times) in (0, len(state["rows"]))):
                 raise ValueError("its rows")
-            now = dataclasses.asdict(self.config)
-            changed = [name for name in now if name in kept and name not in MAY_CHANGE + MAY_MOVE
-                       and now[name] != kept[name]]
+            now, kept = must_stay(dataclasses.asdict(self.config)), must_stay(kept)
+            changed = [name for name in now if name in kept and now[name] != kept[name]]
         except Exception as error:  # an older version's, or changed by hand
             raise UserError(unusable(self.folder, error)) from None
         if changed:

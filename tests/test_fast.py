@@ -172,7 +172,7 @@ def test_half_the_bits_are_for_the_network_that_was_named(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("changes, device", [
-    ({}, "cpu"), ({"cuda_graph": 1}, "cuda"), ({"reward": "clip", "goal": "up"}, "cuda"), ({"device": "cuda"}, "cuda"),
+    ({}, "cpu"), ({"fast": 1}, "cuda"), ({"reward": "clip", "goal": "up"}, "cuda"), ({"device": "cuda"}, "cuda"),
     ({"device": "cpu", "reward": "clip", "goal": "up"}, "cpu")])
 def test_auto_takes_a_gpu_only_where_it_gains(monkeypatch, changes, device):
     """With a GPU: small kernels that are launched one by one are faster on the CPU."""

@@ -122,27 +122,31 @@ def test_chance_and_a_slow_beginning_are_not_doubted(case):
     """A wrong alarm is as bad as none."""
     case = dict(case)
     if case.get("reward") == "code":  # two different pictures, of which the programs say different things
-        config, at, labeler, pool, buffer, data = books(**case)
+        config, at, labeler, pool, buffer, data, programs = books(**case)
         buffer.image[1] = 200
-        assert run.doubts(config, at, labeler, pool, buffer, data, 9) == {} and labeler.programs.failed_frames == 3
+        assert run.doubts(config, at, labeler, pool, buffer, data, programs, 9) == {} and programs.failed_frames == 3
     else:
         assert causes(**case) == set()
 
 
 def test_a_doubt_is_printed_once_though_its_numbers_change(capsys):
     """Looked at after every session and evaluation, a cause must be said the first time alone, also where it went away."""
-    config, at, *others = books(labels=[1] * 30, step=300, total_steps=1000)
+    config, at, labeler, pool, buffer, data, _ = books(labels=[1] * 30, step=300, total_steps=1000)
+    this = types.SimpleNamespace(config=config, at=at, labeler=labeler, parts={"I": pool, "B": buffer, "D": data}, watched=0)
     for asked in (30, 40, 50):
-        others[0].counts["asked"] = asked
-        at["doubts"] = run.warn(config, at, *others, False, False)
-    assert set(at["doubts"]) == {"same"} and capsys.readouterr().err.count("warning: 30 of 30 labels prefer the second") == 1
-    others[-1].label[:30:2] = 0
-    at["doubts"] = run.warn(config, at, *others, True, False)
-    assert at["doubts"] == {"same": ""}
-    others[-1].label[:30] = 1
-    at["doubts"] = run.warn(config, at, *others, True, False)
-    assert at["doubts"]["same"] and "warning" not in capsys.readouterr().err
-    assert run.warn(config, {**at, "step": 301, "doubts": {}}, *others, False, False) == {}  # no session, no evaluation
+        labeler.counts["asked"] = asked
+        run.Run.warn(this, False)
+    assert set(at.doubts) == {"same"} and capsys.readouterr().err.count("warning: 30 of 30 labels prefer the second") == 1
+    data.label[:30:2] = 0
+    run.Run.warn(this, False)
+    assert at.doubts == {"same": ""}
+    data.label[:30] = 1
+    at.step, at.sessions = 301, 1  # no evaluation, but a query session
+    run.Run.warn(this, False)
+    assert at.doubts["same"] and "warning" not in capsys.readouterr().err
+    at.step, at.doubts = 302, {}  # neither of the two
+    run.Run.warn(this, False)
+    assert at.doubts == {}
 
 
 class Scene(gymnasium.Env):
