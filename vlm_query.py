@@ -9,8 +9,8 @@ What this is: STEP 3 of RL-VLM-F (arXiv 2402.03681). M pairs of images and a goa
 The idea of two stages: call 1 shows both images and asks for a comparison in words. Call 2 shows only these words and
 asks for the label.
 
-Part 1, the question: prompts, parsing, a batch of pairs. It needs nothing but a function `ask`. If you read this file
-beside the paper, you can stop at its end.
+Part 1, the question: prompts, parsing, a batch of pairs. It needs nothing but a function `ask`. Beside the paper, this
+part is all that you need to read.
 Part 2, the wire: class VLM, one client for OpenAI's format (and all who copy it: Ollama, vLLM, llama.cpp, LM Studio,
 SGLang), Gemini and Anthropic. It begins with a table of what can go wrong, and what the client does then.
 
@@ -237,6 +237,7 @@ def only_number(text, own):
 # ---- a batch of questions, side by side ----
 # An answer takes seconds, and nearly all of that is waiting. So the pairs of a query session are asked in threads,
 # eight at a time by default. The order in which answers arrive changes no label, no record and no limit.
+
 # A kind of question: its prompts, how to read the answer, how the log calls the value, what stands there for no value.
 Question = namedtuple("Question", "analyse answer parse value none")
 PAIR = Question(ANALYSE, ANSWER, parse_label, "label", -2)
@@ -267,8 +268,8 @@ def label_pairs(ask, first, second, goal, stages=2, workers=8, log=None):
     Raises ValueError for images of another shape or type; VLMError when more than half of at least 4 pairs asked got
     no usable answer, when the server answers nobody for as long as its deadline, and when asking on is hopeless.
 
-    Example: ask always says "1" -> labels [1, 1, -2] for three pairs of which the last are two equal images, and counts
-    {"asked": 2, "identical": 1, "label1": 2, ...}, all others 0.
+    Example: three pairs, the two images of the last are equal, and ask always says "1" -> labels [1, 1, -2] and counts
+    {"asked": 2, "identical": 1, "label1": 2, ...}.
     """
     check_images(first=first, second=second)
     if first.shape != second.shape:
