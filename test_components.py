@@ -571,11 +571,11 @@ def test_a_second_run_asks_nothing(tmp_path):
     """With the cache of the first run, every answer must be there, also for a stand-in on another port."""
     first, second, right = grays(6)
     with OfflineVLM() as url:
-        before = label_pairs(quick(url, cache=tmp_path).ask, first, second, BRIGHT)[0]
+        before = label_pairs(quick(url, cache=tmp_path), first, second, BRIGHT)[0]
     server = OfflineVLM()
     with server as url:
         vlm = quick(url, cache=tmp_path)
-        labels, counts = label_pairs(vlm.ask, first, second, BRIGHT)
+        labels, counts = label_pairs(vlm, first, second, BRIGHT)
     assert server.requests.total() == 0 and counts["cached"] == 6 and vlm.cached_calls == vlm.calls == 12
     assert (labels == right).all() and (labels == before).all()
 
@@ -598,7 +598,7 @@ def test_an_answer_is_on_disk_and_in_the_log_before_its_label_is_used(tmp_path, 
     monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (real(a, b), events.append("file")))
     log = LabelLog(tmp_path / "labels.jsonl")
     with OfflineVLM() as url:
-        label_pairs(quick(url, cache=tmp_path / "c").ask, gray(1), gray(200), BRIGHT, log=lambda record: (log.append(record), events.append(1)))
+        label_pairs(quick(url, cache=tmp_path / "c"), gray(1), gray(200), BRIGHT, log=lambda record: (log.append(record), events.append(1)))
     assert events == ["sync", "file", "sync", "file", "sync", 1]
     record, = LabelLog.read(tmp_path / "labels.jsonl")
     assert record["label"] == 1 and len(record["answers"]) == 2 and "Image 1:" in record["answers"][0]
@@ -612,7 +612,7 @@ def test_a_limit_cuts_at_the_same_pair_for_any_number_of_threads(workers, tmp_pa
     with server as url:
         for repeat in range(2):
             vlm = quick(url, cache=tmp_path, max_calls=23)
-            labels, counts = label_pairs(vlm.ask, first, second, BRIGHT, workers=workers)
+            labels, counts = label_pairs(vlm, first, second, BRIGHT, workers=workers)
             assert counts["limit"] == 19 and list(labels) == [*right[:11]] + [-2] * 19
         assert server.requests.total() == 22 and vlm.calls == 22
         vlm.ask(["The goal is " + BRIGHT])

@@ -62,7 +62,7 @@ class Labeler:
                 log({"pair": pair, "label": int(label), "kind": "label" if label >= 0 else "unsure", "answers": []})
             counts = {"asked": len(labels), "unsure": int((labels == -1).sum())}
         else:
-            labels, counts = vlm_query.label_pairs(self.vlm.ask, first, second, self.goal, self.stages, self.workers, log)
+            labels, counts = vlm_query.label_pairs(self.vlm, first, second, self.goal, self.stages, self.workers, log)
         self.count(counts, labels=labels >= 0, judged=(labels >= 0) & (true_labels >= 0), right=labels == true_labels)
         usable = labels >= 0
         return images.small[pairs[usable, 0]], images.small[pairs[usable, 1]], labels[usable]
@@ -125,7 +125,7 @@ class ScoreLabeler(Labeler):
             number = record.pop("image")
             self.write(number, large[number], {"step": step, **record, "progress": [float(progress[number])]})
 
-        scores, counts = vlm_query.score_images(self.vlm.ask, large, self.goal, self.stages, self.workers, log)
+        scores, counts = vlm_query.score_images(self.vlm, large, self.goal, self.stages, self.workers, log)
         known = np.isfinite(scores)
         # right: the share of neighbours in this batch whose scores are in the true order
         order = np.diff(scores[known]) * np.diff(progress[known])  # (L - 1,), above 0: the true order

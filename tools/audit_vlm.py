@@ -183,7 +183,7 @@ def ask_batch(vlm, first, second, config, stages, keep):
 
     kinds = []
     try:
-        vlm_query.label_pairs(vlm.ask, first, second, config.goal, stages, config.workers,
+        vlm_query.label_pairs(vlm, first, second, config.goal, stages, config.workers,
                               lambda record: (kinds.append(record["kind"]), keep(record)))
     except vlm_query.VLMError:
         asked = len(kinds) - kinds.count("limit") - kinds.count("identical")
