@@ -679,7 +679,7 @@ def test_cartpole_success_begins_below_five_degrees():
         assert pole._info()["success"] == success and pole._info()["progress"] == pytest.approx(-abs(degrees))
 
 
-def test_the_cartpole_picture_shows_the_angle_and_not_the_position():
+def test_the_cartpole_image_shows_the_angle_and_not_the_position():
     """The cart must stay in the middle; the tip must be where the angle says, at every size."""
     pole = envs.CartPole()
     pole.reset(seed=0)
@@ -696,7 +696,7 @@ def test_the_cartpole_picture_shows_the_angle_and_not_the_position():
 
 
 def rollout(env, seed, steps=6):
-    """Observations, rewards, infos and the last picture of a few random steps: all that an episode consists of."""
+    """Observations, rewards, infos and the last image of a few random steps: all that an episode consists of."""
     rng = np.random.default_rng(seed)
     obs, info = env.reset(seed=seed)
     seen = [obs, [info["success"], info["progress"]]]
@@ -709,11 +709,11 @@ def rollout(env, seed, steps=6):
 def test_a_seed_determines_cartpoles_episode_whatever_came_before():
     """A resumed run must see the very episodes of one that never stopped: numbers and pixels, also in a fresh object."""
     env = envs.make("CartPole")
-    first_numbers, first_picture = rollout(env, seed=5)
+    first_numbers, first_image = rollout(env, seed=5)
     rollout(env, seed=6, steps=20)
     for again in (env, envs.make("CartPole")):
-        numbers, picture = rollout(again, seed=5)
-        assert np.array_equal(numbers, first_numbers) and np.array_equal(picture, first_picture)
+        numbers, image = rollout(again, seed=5)
+        assert np.array_equal(numbers, first_numbers) and np.array_equal(image, first_image)
 
 
 def test_cartpoles_expert_reaches_the_goal_and_random_actions_do_not():
@@ -732,7 +732,7 @@ def test_cartpoles_expert_reaches_the_goal_and_random_actions_do_not():
 
 
 class Odd(gymnasium.Env):
-    """A foreign environment: 2-D float64 observations, an action range of its own, oblong pictures."""
+    """A foreign environment: 2-D float64 observations, an action range of its own, oblong images."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
 
@@ -750,9 +750,9 @@ class Odd(gymnasium.Env):
         return np.zeros((2, 3)), 7.0, False, False, {"is_success": True}
 
     def render(self):
-        picture = np.zeros((40, 100, 3), np.uint8)
-        picture[:, 30:70] = 200
-        return picture
+        image = np.zeros((40, 100, 3), np.uint8)
+        image[:, 30:70] = 200
+        return image
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -763,7 +763,7 @@ def odd_id():
 
 
 def test_any_gymnasium_id_gets_the_same_face():
-    """Flat float32 observations, actions in [-1, 1], square pictures of all of it, reward as progress, its own limit."""
+    """Flat float32 observations, actions in [-1, 1], square images of all of it, reward as progress, its own limit."""
     env = envs.make("Odd-v0", goal="to be odd")
     obs, _ = env.reset(seed=0)
     assert obs.shape == (6,) and obs.dtype == np.float32 and env.goal == "to be odd" and env.horizon == 9
