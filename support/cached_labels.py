@@ -1,13 +1,13 @@
-"""Labels from elsewhere: pairs of pictures that somebody has compared already, so that nobody has to be asked again.
+"""Labels from elsewhere: pairs of images that somebody has compared already, so that nobody has to be asked again.
 
-What this is: a reader of two kinds of files. A `labels.jsonl` of this project, with the pictures in `pairs/` beside it;
+What this is: a reader of two kinds of files. A `labels.jsonl` of this project, with the images in `pairs/` beside it;
 and the label files of the official RL-VLM-F repository, which publishes real answers of Gemini.
 
 Which STEPs: it stands in for 2, pick pairs of images, and 3, ask the VLM which image is closer to the goal.
 
-An official file is a pickle of one list of seven: pictures (N, H, 2 W, 3) uint8, the first image on the left half;
+An official file is a pickle of one list of seven: images (N, H, 2 W, 3) uint8, the first image on the left half;
 labels by true reward (N, 1); labels by the VLM (N, 1) in {0, 1, -1}; twice (state, action); twice the reward. Only the
-pictures and the VLM's labels are used.
+images and the VLM's labels are used.
 
 Differs from the paper's code:
   1. Its reader runs whatever a pickle names. Here a pickle can name arrays alone, and even these are rebuilt from their
@@ -39,10 +39,10 @@ import unicodedata
 import imageio.v3 as iio
 import numpy as np
 
-LARGEST = 2048  # pixels; a wider picture (of a pair: a half) is taken for a mistake or an attack
+LARGEST = 2048  # pixels; a wider image (of a pair: a half) is taken for a mistake or an attack
 LARGEST_FILE = 2**31  # bytes of one pickle; the official ones have some ten million
 LARGEST_LOG = 2**28  # bytes of a labels.jsonl; one of a thousand pairs has some five million
-LARGEST_PAIR = 2**26  # bytes of the picture of a pair, unpacked or not
+LARGEST_PAIR = 2**26  # bytes of the image of a pair, unpacked or not
 MOST_OBJECTS = 10_000  # in one pickle; the official ones have some fifty
 HASHING = ("DICT", "SETITEM", "SETITEMS", "ADDITEMS", "FROZENSET")  # what looks at a key in a pickle
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -118,7 +118,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path):
-    """One official file -> (pictures (N, H, 2 W, 3) uint8, VLM labels (N,)). CachedLabelsError if it is none."""
+    """One official file -> (images (N, H, 2 W, 3) uint8, VLM labels (N,)). CachedLabelsError if it is none."""
     content = io.BytesIO(read_plain(path, LARGEST_FILE))
     try:
         for opcode, value, _ in pickletools.genops(content):  # compares every length with the bytes that are there
@@ -136,14 +136,14 @@ def read_pickle(path):
         raise CachedLabelsError(f"{path}: not a file of cached labels that can be used ({reason})") from None
     fits = images.ndim == 4 and images.dtype == np.uint8 and images.shape[-1] == 3 and len(images) == len(labels)
     if not fits or images.shape[2] % 2 or max(images.shape[1], images.shape[2] // 2) > LARGEST:
-        raise CachedLabelsError(f"{path}: expected N labels and pictures (N, H, 2 W, 3) uint8 of at most {LARGEST} "
+        raise CachedLabelsError(f"{path}: expected N labels and images (N, H, 2 W, 3) uint8 of at most {LARGEST} "
                                 f"pixels a side, got {len(labels)} and {images.dtype} {images.shape}")
     return images, labels
 
 
 # ---- our own log ----
 def read_pair(path):
-    """A picture of a pair -> (H, 2 W, 3) uint8. Its size is read from its first bytes, before it is unpacked."""
+    """The image of a pair -> (H, 2 W, 3) uint8. Its size is read from its first bytes, before it is unpacked."""
     try:
         raw = read_plain(path, LARGEST_PAIR)
         head = raw[:24]
@@ -156,14 +156,14 @@ def read_pair(path):
         raise
     except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise CachedLabelsError(f"{path}: not a picture that can be used ({reason})") from None
+        raise CachedLabelsError(f"{path}: not an image that can be used ({reason})") from None
     if image is None or image.ndim != 3 or image.shape[1] % 2:
-        raise CachedLabelsError(f"{path}: not a PNG of two pictures of one size side by side")
+        raise CachedLabelsError(f"{path}: not a PNG of two images of one size side by side")
     return image
 
 
 def read_log(path):
-    """labels.jsonl -> [(path of the pair's picture, 0 or 1)] of the pairs that got a label."""
+    """labels.jsonl -> [(path of the pair's image, 0 or 1)] of the pairs that got a label."""
     *lines, _torn = read_plain(path, LARGEST_LOG).split(b"\n")  # a last line without its end was cut off by a crash
     pairs = []
     for number, line in enumerate(lines, start=1):
@@ -195,12 +195,12 @@ def read_labels(path, size=None):
     """Labelled pairs -> (first (M, H, W, 3) uint8, second, label (M,) in {0, 1}, source: who gave them).
 
     path: a labels.jsonl, a folder that has one, a pickle of the official repository, or a folder of these.
-    size: the side all pictures get while they are read, so that large ones need not fit into memory together.
+    size: the side all images get while they are read, so that large ones need not fit into memory together.
     """
     try:
         log = os.path.join(path, "labels.jsonl") if os.path.isdir(path) else path
         if os.path.lexists(log) and not log.endswith(".pkl") and not os.path.isdir(log):
-            parts = ((read_pair(picture)[None], np.array([label])) for picture, label in read_log(log))
+            parts = ((read_pair(image)[None], np.array([label])) for image, label in read_log(log))
             source = f"{labeler_of(log)}, kept in {log}"
         else:
             names = sorted(name for name in os.listdir(path) if name.endswith(".pkl")) if os.path.isdir(path) else [""]
@@ -217,7 +217,7 @@ def read_labels(path, size=None):
     if not sum(map(len, kept)):
         raise CachedLabelsError(f"{path}: there is no labels.jsonl and no .pkl with a label 0 or 1 in it")
     if len({half.shape[1:] for pair in halves for half in pair}) > 1:
-        raise CachedLabelsError(f"{path}: the pictures differ in size; give the size they shall get")
+        raise CachedLabelsError(f"{path}: the images differ in size; give the size they shall get")
     first, second = (np.concatenate(side) for side in zip(*halves))
     return first, second, np.concatenate(kept), source
 
@@ -234,7 +234,7 @@ def resize(images, size):
 
 # ---- python -m support.cached_labels PATH: what is in there? ----
 def contact_sheet(first, second, label, count=12, size=150):
-    """`count` pairs, spread over all, three in a row; the picture that was preferred has a green frame."""
+    """`count` pairs, spread over all, three in a row; the image that was preferred has a green frame."""
     tiles = []
     for i in np.unique(np.linspace(0, len(label) - 1, count).astype(int)):
         pair = [np.pad(resize(side[i : i + 1], size)[0], ((4, 4), (4, 4), (0, 0))) for side in (first, second)]
@@ -248,7 +248,7 @@ def contact_sheet(first, second, label, count=12, size=150):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("path", help="a labels.jsonl, a run folder, or a folder of official .pkl files")
-    parser.add_argument("--size", type=int, help="give all pictures this side, in pixels")
+    parser.add_argument("--size", type=int, help="give all images this side, in pixels")
     parser.add_argument("--out", default="contact_labels.png", help="the contact sheet to write")
     options = parser.parse_args(arguments)
     if options.size is not None and options.size < 1:
@@ -258,14 +258,14 @@ def main(arguments=None):
     except CachedLabelsError as error:
         print(f"cached_labels.py: {error}", file=sys.stderr)
         return 2
-    print(f"{len(label)} labels by {source}: {(label == 0).sum()} prefer the first picture, {label.sum()} the second; "
-          f"pictures of {first.shape[2]} x {first.shape[1]} pixels")
+    print(f"{len(label)} labels by {source}: {(label == 0).sum()} prefer the first image, {label.sum()} the second; "
+          f"images of {first.shape[2]} x {first.shape[1]} pixels")
     try:
         iio.imwrite(options.out, contact_sheet(first, second, label))
-    except OSError as error:  # no such folder, no such kind of picture
+    except OSError as error:  # no such folder, no such kind of image
         print(f"cached_labels.py: {options.out}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {min(12, len(label))} of them; the preferred picture has a green frame")
+    print(f"{options.out}: {min(12, len(label))} of them; the preferred image has a green frame")
     return 0
 
 

@@ -1,7 +1,7 @@
 """A stand-in for a vision-language model (VLM): a real HTTP server, but no VLM.
 
 It lets everything run without a key, a network or a GPU. On loopback it speaks the wire formats of
-OpenAI (chat completions), Gemini (generateContent) and Anthropic (messages), decodes the pictures
+OpenAI (chat completions), Gemini (generateContent) and Anthropic (messages), decodes the images
 it was sent, measures them with a few lines of numpy per goal (READERS), says in words what it
 measured, and decides from the words: the two stages of STEP 3. It never sees the simulator, and
 knows the goals of the built-in tasks only, where a line or a sentence ends in one; any other is an
@@ -87,7 +87,7 @@ def read_drawer(image):
         return float("nan")
     rows, columns = np.nonzero(handle)
     along = 0.8 * (columns.mean() + 0.5) / width + 0.6 * (rows.mean() + 0.5) / height
-    # Picture widths at even steps of the way: they look larger as they come nearer.
+    # Image widths at even steps of the way: they look larger as they come nearer.
     places = [0.5700, 0.6128, 0.6550, 0.6988, 0.7456, 0.7956, 0.8480, 0.9040, 0.9645, 1.0284]
     return float(np.interp(along, places, np.linspace(-15.6, 125.0, 10)).clip(0, 125))
 
@@ -95,7 +95,7 @@ def read_drawer(image):
 def read_ball(image):
     """(H, W, 3) uint8 -> distance of the ball from the middle of the goal, in ball widths.
 
-    The ball's black patches say where it is in the picture; from there a ray goes to the level of
+    The ball's black patches say where it is in the image; from there a ray goes to the level of
     its centre on the table, 2.6 cm up, or as far as a ball that looks so large is away, if that is
     clearly another level: the arm lifts it, or presses it down. (Not where it seems to be in the
     goal.) The camera is 55 cm from (0, 75, 3) cm, looks 45 degrees down and is 45 degrees wide;
@@ -121,7 +121,7 @@ def read_ball(image):
         across = 2 * np.sqrt((grey & (from_patches < 0.09 * width)).sum() / np.pi) / width
         size_reach = 5.05 / (across * 2 * np.tan(np.pi / 8))  # 5.05 cm: its rim looks brown
         lift = (reach - size_reach) * (half - up * half)  # cm above where it lies on the table
-        if 1.0 < abs(lift) < 8.0:  # more: it is cut off by the edge of the picture
+        if 1.0 < abs(lift) < 8.0:  # more: it is cut off by the edge of the image
             reach, y = size_reach, 75.0 - 55.0 * half + size_reach * (half + up * half)
     return float(np.hypot(reach * right, y - 85.0) / 5.2)
 
@@ -159,7 +159,7 @@ def read_cube(image):
 def read_cloth(image):
     """(H, W, 3) uint8 -> overlap of the cloth with where it should lie, percent.
 
-    Overlap is intersection over union. The flat cloth spans 0.145 to 0.855 of the picture both
+    Overlap is intersection over union. The flat cloth spans 0.145 to 0.855 of the image both
     ways; a perfect fold is the lower right half of that.
     """
     pixels = image.astype(np.float64)
@@ -173,7 +173,7 @@ def read_cloth(image):
 
 
 def read_rope(image):
-    """(H, W, 3) uint8 -> largest distance of two blue pixels, percent of the picture's width."""
+    """(H, W, 3) uint8 -> largest distance of two blue pixels, percent of the image's width."""
     pixels = image.astype(np.float64)
     red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
     rows, columns = np.nonzero((blue > 60) & (blue > 1.6 * red) & (blue > 1.3 * green))
@@ -199,9 +199,9 @@ def read_water(image):
     rows = np.flatnonzero(cup.sum(axis=1) > 0.05 * size)
     if len(columns) < 2 or len(rows) < 2:
         return float("nan")
-    middle = (columns[0] + columns[-1] + 1) / 2 / size  # in picture widths; the circle is at 0.878
+    middle = (columns[0] + columns[-1] + 1) / 2 / size  # in image widths; the circle is at 0.878
     water[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = False  # what is left is outside
-    # A picture width is 1.77 m there. 27 is set by eye: drops laid flat fill 1/16 to 1/22 of it.
+    # An image width is 1.77 m there. 27 is set by eye: drops laid flat fill 1/16 to 1/22 of it.
     return float(1.77 * abs(middle - 0.878) + 10 * min(1.0, 27 * water.mean()))
 
 
@@ -248,7 +248,7 @@ def read_rooms(image):
 Reader = namedtuple("Reader", "read says merit worst best margin")
 more, less = float, lambda value: -abs(value)  # which readings are better
 READERS = {
-    SIGHT: Reader(read_brightness, "the picture has a mean brightness of {value:.0f} of 255",
+    SIGHT: Reader(read_brightness, "the image has a mean brightness of {value:.0f} of 255",
                   more, 0, 255, 8),
     "to balance the brown pole on the black cart to be upright": Reader(
         read_pole, "the brown pole leans {value:+.1f} degrees from upright", less, -30, 0, 0.5),
@@ -264,7 +264,7 @@ READERS = {
         read_cloth, "the cloth and the triangle it should form overlap by {value:.1f} percent",
         more, 50, 95, 1),
     "to straighten the blue rope": Reader(
-        read_rope, "the blue rope reaches over {value:.1f} percent of the picture",
+        read_rope, "the blue rope reaches over {value:.1f} percent of the image",
         more, 25, 75, 2),
     "to move the container, which holds water, to be as close to the red circle as possible "
     "without causing too many water droplets to spill": Reader(
@@ -398,7 +398,7 @@ REACH = ("the red agent is on the green square",
 TAKE = ("the purple box is no longer there",
         ("purple(first_image)", "purple(images).sum(axis=(1, 2)) < 0.3 * len(ys)"))
 # goal: its sub-tasks in order; elsewhere each is a sentence, and the share done as computed from
-# what the goal's reader sees now (value) and in the first picture (first).
+# what the goal's reader sees now (value) and in the first image (first).
 SUBTASKS = {
     "to balance the brown pole on the black cart to be upright":
         [("the pole stands upright", "1 - abs(value) / (90 if abs(value) < 4.5 else 30)")],
@@ -481,7 +481,7 @@ def answer(parts, mistakes=0.0, unsure=0.0, seed=0):
 
 # ---- the wire formats: read(body) -> parts, write(...) -> body, fail(...) -> error body ----
 
-def picture(data, declared=None):
+def decode(data, declared=None):
     """base64 -> (H, W, 3) uint8; refuses what the real servers refuse."""
     raw = base64.b64decode(data, altchars=b"-_" if "-" in data or "_" in data else None)
     actual = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -498,7 +498,7 @@ def data_url(url):
     found = re.fullmatch(r"data:(image/\w+);base64,(.+)", url, re.DOTALL)
     if not found:
         raise BadQuestion("only data: URLs with base64 are taken, nothing is fetched")
-    return picture(found.group(2), found.group(1))
+    return decode(found.group(2), found.group(1))
 
 
 def read_messages(body, kind, read_image):
@@ -534,7 +534,7 @@ def read_gemini(body):
     parts = []
     for part in (part for turn in body["contents"] for part in turn["parts"]):
         blob = part.get("inline_data") or part.get("inlineData")  # both spellings are legal
-        parts.append(picture(blob["data"], blob.get("mime_type") or blob.get("mimeType"))
+        parts.append(decode(blob["data"], blob.get("mime_type") or blob.get("mimeType"))
                      if blob else part["text"])
     return parts
 
@@ -553,7 +553,7 @@ def write_gemini(text, end, tokens):
 def read_anthropic(body):
     if "max_tokens" not in body:
         raise BadQuestion("max_tokens: field required")
-    return read_messages(body, "image", lambda part: picture(
+    return read_messages(body, "image", lambda part: decode(
         part["source"]["data"], part["source"]["media_type"]))
 
 
@@ -713,7 +713,7 @@ class Server(ThreadingHTTPServer):
 class OfflineVLM:
     """The stand-in as an object: with OfflineVLM(mistakes=0.1) as url: ...
 
-    port: 0 picks a free one.  mistakes (on two pictures), unsure: shares of the questions.
+    port: 0 picks a free one.  mistakes (on two images), unsure: shares of the questions.
     latency: seconds.  faults: share of tries that meet a transient fault, or the name of one of
     FAULTS, which then meets the first try of every question.  key: what the caller's must be.
     requests: Counter, hash of the body -> times asked.  ValueError for what is out of its range.

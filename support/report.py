@@ -1,24 +1,27 @@
-r"""report.py: a run folder becomes one self-contained report.html (no script, no network).
+r"""A run folder becomes one self-contained report.html: no script, nothing from the network.
 
-STEPs: none of its own. It shows what STEPs 0 to 7 left in the run folder, above all whether the
-learned reward means what it should:
-    accuracy of the labels = share that agrees with true progress, by how far apart a pair is
-    meaning of the reward  = learned reward against true progress along an episode; Spearman's rank
-                             correlation of learned and true reward over fresh random episodes
+What this is: the last page of every run, and rank_correlation(), which train.py needs too. Which STEPs: none of its own. The
+page shows what STEPs 0 to 7 left in the run folder, above all whether the learned reward means what it should:
+    accuracy of the labels = share that agrees with true progress, by how far apart the two images of a pair are
+    meaning of the reward  = learned reward beside true progress along an episode, and Spearman's rank correlation of
+                             learned and true reward over fresh random episodes
 Every heading and chart names the labeler, so that no stand-in and no oracle passes for a VLM.
 
-Differs from the paper: 1. its figure of label accuracy has three parts (right, wrong, no
-preference), ours more: an unsure model, an answer nobody can parse and a failed call differ.
-2. reward and progress are scaled to [0, 1] over all recorded episodes, so that charts compare.
+Differs from the paper:
+  1. Its figure of label accuracy has three parts: right, wrong, no preference. Ours has more, for an unsure model, an
+     answer that nobody can parse and a call that failed are three different things.
+  2. Reward and progress are scaled to [0, 1] over all recorded episodes, so that charts can be compared.
 
-A run folder; a file that is missing, torn, absurd or huge costs its section, never the report:
-    config.json, summary.json   objects          metrics.csv   a row per evaluation
-    labels.jsonl   a line per pair asked         episodes.csv   kind, episode, t, learned_reward
-    pairs/000012.png, eval_before.gif, eval_after.gif   code_as_reward/ (programs, verification)
-Names: a table is {column: list of str}; a row is one object of labels.jsonl; an outcome is one of
-OUTCOMES. Needs numpy and matplotlib. Imports nothing from this repository.
+What is read of a run folder. A file that is missing, torn, absurd or huge costs its section, never the report:
+    config.json, summary.json   one object each      metrics.csv    a row per evaluation
+    labels.jsonl   a line per pair asked             episodes.csv   kind, episode, t, learned_reward, progress, true_reward
+    pairs/000012.png, eval_before.gif, eval_after.gif     code_as_reward/   programs and their verification
 
-To use it elsewhere: write the files you have, in that form, and call write_report:
+Shapes: a table is {column: list of str}; a row is one object of labels.jsonl; an outcome is one of OUTCOMES.
+Names: write_report, rank_correlation. Needs numpy. With matplotlib it draws charts; without it, their numbers are tables.
+Imports nothing of this project.
+
+To use it elsewhere, write the files that you have in that form, and call write_report:
     from pathlib import Path
     from support.report import write_report
     Path("my_run").mkdir(exist_ok=True)
@@ -33,6 +36,7 @@ import json
 import math
 import os
 import re
+import shlex
 import struct
 import sys
 import textwrap
@@ -50,9 +54,10 @@ OUTCOMES = {"right": BLUE, "wrong": "#c2452d", "tie": "#c9bfae", "not judged": G
             "unsure": GOLD, "unreadable": VIOLET, "no answer": "#9a9ea6"}
 FILES = ("config.json", "metrics.csv", "labels.jsonl", "episodes.csv", "summary.json")
 # Whoever filled the folder, the page stays one that a browser opens: bytes and lines read of a file,
-# bytes and pixels a side of a picture, characters of a text, rows of a table, points of a line.
-MOST_BYTES, MOST_LINES, MOST_PICTURE, MOST_SIDE = 64 * 2**20, 200_000, 16 * 2**20, 8192
+# bytes and pixels a side of an image, characters of a text, rows of a table, points of a line.
+MOST_BYTES, MOST_LINES, MOST_IMAGE, MOST_SIDE = 64 * 2**20, 200_000, 16 * 2**20, 8192
 MOST_CHARACTERS, MOST_ROWS, MOST_POINTS = 100_000, 200, 2000
+ROWS_FOR_A_CHART = 20  # of the table that stands in for a chart where there is no matplotlib
 # The browser itself forbids scripts and requests: even an unescaped answer could do nothing.
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -87,7 +92,7 @@ class Run:
     metrics: dict  # table
     episodes: dict  # table
     labels: list  # rows, one dict per pair asked
-    labeler: str  # who compared the pictures, on one line
+    labeler: str  # who compared the images, on one line
     cut: list  # names of files that are longer than what was read of them
 
 
@@ -142,6 +147,26 @@ def read_run(folder):
            and (len(raw) > MOST_BYTES or raw.count(b"\n") > MOST_LINES)]
     labeler = " ".join(words(config.get("labeler") or "not recorded").split())
     return Run(folder, config, summary, *tables, labels, labeler, cut)
+
+
+# ---- does the learned reward put states in the true order? ----
+def rank_correlation(x, y):
+    """Spearman's rank correlation of x (N,) and y (N,): 1 if both have the same order, -1 if the opposite one.
+
+        rho = correlation of rank(x) and rank(y);   equal values share the mean of the ranks that they take up
+
+    nan where one of the two never differs, holds a nan, or N < 2.  Example: (1, 2, 3), (10, 10, 30) -> 0.866.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"two lists of as many numbers are needed, not {x.shape} and {y.shape}")
+    if len(x) < 2 or np.isnan([x, y]).any() or (x == x[0]).all() or (y == y[0]).all():
+        return math.nan
+    ranks = []
+    for values in (x, y):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])  # of 10, 10, 30: ranks 1.5, 1.5, 3
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 # ---- numbers and words ----
@@ -253,23 +278,37 @@ def choose_pairs(rows, n=12):
     return sorted(picked, key=lambda row: list(OUTCOMES).index(outcome(row)))
 
 
-# ---- charts ----
-def chart(run, title, draw):
-    """Draw one chart, draw(axes) -> an SVG figure for the page; a line where it cannot be drawn."""
+# ---- charts, or tables where there is no matplotlib ----
+def matplotlib_or_none():
+    """matplotlib, if it is installed: nothing else here needs it, and a run must not end for want of a drawing."""
+    try:
+        import matplotlib
+        import matplotlib.figure  # not pyplot: no global state in a training process
+    except ImportError:
+        return None
+    return matplotlib
+
+
+def chart(run, title, draw, head, rows):
+    """One chart, draw(axes) -> an SVG figure for the page; a line where it cannot be drawn.
+
+    head: names of columns.  rows: the same numbers as lists of cells, which become a table where there is no matplotlib.
+    """
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # of numbers too large to draw, of letters a font lacks
-        return guarded(title, lambda: figure_of(run, title, draw))
+        return guarded(title, lambda: figure_of(run, title, draw) if matplotlib_or_none() else (
+            f"<figure><b>{safe(title)}</b>{html_table(rows, head)}"
+            f"<figcaption>labeler: {safe(run.labeler)}</figcaption></figure>"))
 
 
 def figure_of(run, title, draw):
-    import matplotlib
-    from matplotlib.figure import Figure  # not pyplot: no global state in a training process
+    matplotlib = matplotlib_or_none()
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9.5, "axes.grid": True,
              "text.parse_math": False,  # trap: "$" in a labeler's name is a dollar, not a formula
              "grid.color": "#dcd8d0", "axes.axisbelow": True, "axes.spines.top": False,
              "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.2, 3.2))  # inches; small: its text must be readable on a phone
+        figure = matplotlib.figure.Figure(figsize=(5.2, 3.2))  # inches; small: its text must be readable on a phone
         axes = figure.add_axes((0.13, 0.29, 0.77, 0.56))  # (left, bottom, width, height)
         draw(axes)
         axes.set_title(title, loc="left", fontsize=10.5, weight="bold", pad=19)
@@ -290,10 +329,15 @@ def thinned(known, most=MOST_POINTS):
     return rows[::max(1, math.ceil(len(rows) / most))]
 
 
+def few(rows):
+    """Row numbers (K,) -> at most ROWS_FOR_A_CHART of them, evenly, the first and the last among them."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, ROWS_FOR_A_CHART).astype(int))] if len(rows) else rows
+
+
 def curves(run, title, columns, percent=False):
     """Columns of metrics.csv, {column: (colour, words)}, against steps; '' if none is known."""
-    step = column(run.metrics, "step")
-    known = {name: np.isfinite(step) & np.isfinite(column(run.metrics, name)) for name in columns}
+    step, values = column(run.metrics, "step"), {name: column(run.metrics, name) for name in columns}
+    known = {name: np.isfinite(step) & np.isfinite(values[name]) for name in columns}
     known = {name: there for name, there in known.items() if there.any()}
     if not known:
         return ""
@@ -302,14 +346,17 @@ def curves(run, title, columns, percent=False):
         for dash, (name, there) in zip(("-", "--", ":", "-."), known.items()):
             colour, label = columns[name]
             there = thinned(there)
-            axes.plot(step[there], column(run.metrics, name)[there], dash, color=colour,
-                      label=label, marker="o", markersize=2)
+            axes.plot(step[there], values[name][there], dash, color=colour, label=label, marker="o",
+                      markersize=2)
         axes.set_xlabel("environment steps")
         axes.set_xlim(np.nanmin(step), np.nanmax(step) * 1.02 + 1)  # though a column begins late
         if percent:
             axes.set_ylim(-0.03, 1.05)
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
-    return chart(run, title, draw)
+
+    rows = few(np.flatnonzero(np.any(list(known.values()), axis=0)))
+    return chart(run, title, draw, ["environment steps", *(columns[name][1] for name in known)], [
+        [show(step[row]), *(show(values[name][row], percent) for name in known)] for row in rows])
 
 
 def outcome_chart(run):
@@ -332,8 +379,12 @@ def outcome_chart(run):
         axes.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
         axes.set_ylim(0, 1.1)
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel("difference in true progress of the two pictures")
-    return chart(run, "What became of the pairs (number of pairs on top)", draw)
+        axes.set_xlabel("difference in true progress of the two images")
+
+    names = [name for name in OUTCOMES if counts[name].any()]
+    return chart(run, "What became of the pairs (number of pairs on top)", draw, ["difference", "pairs", *names], [
+        [f"{edges[k]:.2g} to {edges[k + 1]:.2g}", int(n), *(int(counts[name][k]) for name in names)]
+        for k, n in enumerate(total)])
 
 
 def episode_charts(run):
@@ -357,7 +408,8 @@ def episode_charts(run):
                               color=colour, label=label)
                 axes.set_ylim(-0.05, 1.05)
                 axes.set_xlabel("step of the episode")
-            drawn.append(chart(run, f"Reward along an episode, {title}", draw))
+            drawn.append(chart(run, f"Reward along an episode, {title}", draw, ["step", "learned reward", "true progress"], [
+                map(show, (t[row], learned[row], progress[row])) for row in few(its)]))
     its = thinned((kind == "random") & np.isfinite(learned) & np.isfinite(true), 700)
 
     def scatter(axes):
@@ -366,21 +418,22 @@ def episode_charts(run):
         axes.set_ylabel("learned reward", labelpad=1)
     if len(its):
         rank = show(run.summary.get("spearman"))
-        drawn.append(chart(run, f"Learned against true reward (Spearman {rank})", scatter))
+        drawn.append(chart(run, f"Learned against true reward (Spearman {rank})", scatter, ["true reward", "learned reward"], [
+            map(show, (true[row], learned[row])) for row in few(its[np.argsort(true[its])])]))
     return drawn
 
 
 # ---- parts of the page ----
 def embed(raw, kind, alt, caption=""):
-    """The bytes of a picture or film as <figure>, all of it inside the page."""
+    """The bytes of an image or film as <figure>, all of it inside the page."""
     source = f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
     return (f'<figure><img src="{source}" alt="{safe(alt)}">'
             f"<figcaption>{safe(caption)}</figcaption></figure>")
 
 
-def picture(path, caption):
-    """A file with a picture or film as <figure>; one line where it is missing, empty, none, or huge."""
-    raw = read_bytes(path, MOST_PICTURE + 1)
+def image_file(path, caption):
+    """A file with an image or film as <figure>; one line where it is missing, empty, none, or huge."""
+    raw = read_bytes(path, MOST_IMAGE + 1)
     if not raw:
         return missing(f"No {path.name}.")
     if raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) >= 24:
@@ -388,9 +441,9 @@ def picture(path, caption):
     elif raw[:4] == b"GIF8" and len(raw) >= 10:
         kind, sides = "gif", struct.unpack("<HH", raw[6:10])
     else:  # not shown: a browser would not either, and a link may lead to any file of this machine
-        return missing(f"{path.name} is no picture.")
+        return missing(f"{path.name} is no image.")
     # trap: a few kilobytes can unpack to gigabytes; the first bytes tell before
-    if len(raw) > MOST_PICTURE or max(sides) > MOST_SIDE:
+    if len(raw) > MOST_IMAGE or max(sides) > MOST_SIDE:
         return missing(f"{path.name} is too large to be shown.")
     return embed(raw, kind, path.name, caption)
 
@@ -442,12 +495,16 @@ def opening(run):
             ("reward_accuracy", True, "of pairs the reward orders rightly"),
             ("pairs_asked", False, "pairs asked"), ("step", False, "environment steps"))
         if last(run.metrics, name) is not None)
-    films = "".join(picture(run.folder / f"eval_{when}.gif", f"the policy {when} learning")
+    no_charts = "" if matplotlib_or_none() else (
+        "There are tables in place of charts. For charts: pip install matplotlib, then "
+        f"python -m support.report {shlex.quote(str(run.folder))}")
+    films = "".join(image_file(run.folder / f"eval_{when}.gif", f"the policy {when} learning")
                     for when in ("before", "after"))
     return (f"<h1>{safe(run.config.get('goal') or 'Goal not recorded')}</h1>"
             f'<p class="note">{safe(", ".join(about))}</p>'
             + (missing(f"{ended}Not in the run folder: {absent}.") if absent else "")
             + (missing(f"Too long to be read to its end: {', '.join(run.cut)}.") if run.cut else "")
+            + (missing(no_charts) if no_charts else "")
             + f'<div class="grid tiles">{tiles}</div><p>{safe(run.summary.get("text"))}</p>'
             f'<div class="grid films">{films}</div>')
 
@@ -466,7 +523,7 @@ def labels_section(run):
         names = sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
         counts = [(name, found[name], show(found[name] / len(kinds), percent=True)) for name in names]
         body += html_table(counts, ("outcome", "pairs", "share")) + (
-            '<p class="note">right, wrong, tie (two pictures equally far from the goal) and not '
+            '<p class="note">right, wrong, tie (two images equally far from the goal) and not '
             "judged (truth not known) became labels, the others did not: unsure, it said -1; "
             "unreadable, its answer could not be parsed; no answer, the call failed; identical "
             "and limit, never sent.</p>")
@@ -490,7 +547,7 @@ def gallery(run):
         cost = ", ".join(f"{name} {words(row.get(name))}" for name in (
             "index", "step", "ends", "tokens_in", "tokens_out", "seconds", "cached"))
         cards += (f'<div class="card" style="border-color: {OUTCOMES[outcome(row)]}">'
-                  f"{picture(file_of(row), '' if 'score' in row else 'first picture left, second right')}"
+                  f"{image_file(file_of(row), '' if 'score' in row else 'first image left, second right')}"
                   f"<p><b>{outcome(row)}</b>: the answer is {label}, the truth {truth}, difference "
                   f'{show(difference(row))}</p>{said}<p class="note">{safe(cost)}</p></div>')
     return cards and (
@@ -499,7 +556,7 @@ def gallery(run):
 
 
 def programs_section(run):
-    """VLM-CaR: programs, verification, pictures they failed on; '' for every other run."""
+    """VLM-CaR: programs, verification, images they failed on; '' for every other run."""
     folder = run.folder / "code_as_reward"
     if not folder.is_dir():
         return ""
@@ -511,7 +568,7 @@ def programs_section(run):
     for path in [*sorted(folder.glob("programs/*.py")), *sorted(folder.glob("failed/*.py"))][:50]:
         body += (f"<details><summary>{safe(path.parent.name)}: {safe(path.name)}</summary>"
                  f"<pre>{safe(read_text(path))}</pre></details>")
-    failed = [picture(path, path.stem) for path in sorted(folder.glob("failed/*.png"))[:12]]
+    failed = [image_file(path, path.stem) for path in sorted(folder.glob("failed/*.png"))[:12]]
     return f'{body}<div class="grid tiles">{"".join(failed)}</div>'
 
 

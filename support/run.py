@@ -827,13 +827,4 @@ def write_episodes(run, policy, reward, random_episodes=5):
             if kind == "random":
                 seen.update({hash(image.tobytes()): pair for image, pair in zip(images, zip(learned, rewards))})
     differ = reward.looks and all(len(set(values)) > 1 for values in zip(*seen.values()))
-    return rank_correlation(*zip(*seen.values())) if differ else float("nan")
-
-
-def rank_correlation(x, y):
-    """Spearman's: the correlation of ranks, where equal values share the mean of their ranks. x, y: (N,) -> [-1, 1]"""
-    ranks = []
-    for values in (x, y):
-        _, which, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[which])
-    return float(np.corrcoef(ranks)[0, 1])
+    return report.rank_correlation(*zip(*seen.values())) if differ else float("nan")

@@ -12,7 +12,7 @@ from support import cached_labels
 
 
 def cached_file(path, labels=(0, 1, -1, 1), protocol=5, half=12):
-    """A file as the official repository writes it: the left half of picture i has brightness i, the right 100 + i."""
+    """A file as the official repository writes it: the left half of image i has brightness i, the right 100 + i."""
     left = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] * np.ones((1, half, half, 3), np.uint8)
     column, rest = np.array(labels, np.int64).reshape(-1, 1), np.zeros((len(labels), 1, 5))
     parts = [np.concatenate([left, left + 100], axis=2), 1 - column, column, rest, rest, rest[:, 0], rest[:, 0]]
@@ -32,7 +32,7 @@ def test_official_cached_labels_are_read_and_unsure_ones_dropped(tmp_path, proto
 
 
 def test_pickles_of_numpy_1_and_2_and_of_any_memory_order_are_read(tmp_path):
-    """numpy's modules were renamed in version 2; arrays may lie column by column: both must give the same pictures."""
+    """numpy's modules were renamed in version 2; arrays may lie column by column: both must give the same images."""
     path = cached_file(tmp_path / "a.pkl", protocol=3)
     new, old = path.read_bytes(), path.read_bytes().replace(b"numpy._core", b"numpy.core")
     parts = pickle.loads(new)
@@ -63,7 +63,7 @@ HOSTILE_FILES = {
     "forged length": lambda good: b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"x.",
     "forged slot": lambda good: b"\x80\x02Nr\xff\xff\xff\x7f.",
     "too few parts": lambda good: pickle.dumps([1, 2]),
-    "float pictures": lambda good: pickle.dumps([np.zeros((2, 4, 8, 3)), 0, np.zeros((2, 1), int)]),
+    "float images": lambda good: pickle.dumps([np.zeros((2, 4, 8, 3)), 0, np.zeros((2, 1), int)]),
     "too few labels": lambda good: pickle.dumps([np.zeros((2, 4, 8, 3), np.uint8), 0, np.zeros((1, 1), int)]),
 }
 
@@ -83,7 +83,7 @@ def test_hostile_pickles_end_in_one_clear_line(tmp_path, monkeypatch, kind):
 
 
 def small_log(folder, records, size=(10, 20)):
-    """A run folder's labels.jsonl; picture i has brightness i on the left half, 100 + i on the right."""
+    """A run folder's labels.jsonl; image i has brightness i on the left half, 100 + i on the right."""
     (folder / "pairs").mkdir(exist_ok=True)
     for record in records:
         image = np.full((*size, 3), record["index"], np.uint8)
@@ -94,8 +94,8 @@ def small_log(folder, records, size=(10, 20)):
     return folder / "labels.jsonl"
 
 
-def test_labels_of_a_run_are_read_with_their_pictures_and_their_labeler(tmp_path):
-    """Labels 0 and 1 must come with the halves of their own picture; a torn last line is dropped; who said so stays."""
+def test_labels_of_a_run_are_read_with_their_images_and_their_labeler(tmp_path):
+    """Labels 0 and 1 must come with the halves of their own image; a torn last line is dropped; who said so stays."""
     records = [{"index": i, "label": label} for i, label in ((3, 1), (0, 0), (1, -1), (2, -2))]
     log = small_log(tmp_path, records)
     with open(log, "a") as file:
@@ -118,23 +118,23 @@ def test_a_label_log_with_garbage_ends_in_one_clear_line(tmp_path, line):
         cached_labels.read_labels(str(log))
 
 
-def test_an_enormous_picture_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    """20,000 x 20,000 pixels must be refused from the header alone, and a picture that is none in one line."""
+def test_an_enormous_image_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    """20,000 x 20,000 pixels must be refused from the header alone, and an image that is none in one line."""
     log = small_log(tmp_path, [{"index": 0, "label": 1}])
-    picture = tmp_path / "pairs" / "000000.png"
-    good = picture.read_bytes()
+    pair = tmp_path / "pairs" / "000000.png"
+    good = pair.read_bytes()
     monkeypatch.setattr(cached_labels.iio, "imread", lambda *_, **__: pytest.fail("it was unpacked"))
-    picture.write_bytes(good[:16] + struct.pack(">II", 20_000, 20_000) + good[24:])
+    pair.write_bytes(good[:16] + struct.pack(">II", 20_000, 20_000) + good[24:])
     with pytest.raises(cached_labels.CachedLabelsError, match="20000 x 20000 pixels is too large"):
         cached_labels.read_labels(str(log))
     monkeypatch.undo()
-    for content in (good[:40], b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(30)):
-        picture.write_bytes(content)
+    for content in (good[:40], b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(30)):
+        pair.write_bytes(content)
         with pytest.raises(cached_labels.CachedLabelsError, match="000000.png"):
             cached_labels.read_labels(str(log))
 
 
-def test_resized_pictures_keep_their_means():
+def test_resized_images_keep_their_means():
     """Every new pixel must be the mean of those it covers: a black and white check becomes grey."""
     check = (np.indices((8, 8)).sum(0) % 2 * 255).astype(np.uint8)[None, ..., None].repeat(3, -1)
     assert cached_labels.resize(check, 8) is check

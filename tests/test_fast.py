@@ -1,23 +1,22 @@
 """Speed that must change nothing: bfloat16 and CUDA graphs."""
 import copy
+import functools
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
-
-from support import cuda_graph
 import reward_model
-from support import run
-from support import settings
 import sac
 import train
+from support import fast, run, settings
+from support.fast import FastRewardModel, FastSAC
+from support.report import rank_correlation
 from test_components import box, distance_after_learning, filled_batch, tiny
 
 
 class FakeGraph:
-    """What cuda_graph.Recorded asks of its users, on a CPU: the same shapes every time, results that get overwritten."""
+    """What fast.Recorded asks of its users, on a CPU: the same shapes every time, results that get overwritten."""
 
     def __init__(self, function, device, generator=None):
         self.function, self.shapes, self.outputs, self.calls = function, None, None, 0
@@ -36,7 +35,7 @@ class FakeGraph:
 
 def test_a_recorded_update_learns_the_same_and_whatever_replaces_a_tensor_records_anew():
     """record must change no number, and no replay may go on with critics, units or moments that are gone."""
-    plain, recorded = (sac.SAC(2, box(1), hidden=(32, 32), record=record) for record in (None, FakeGraph))
+    plain, recorded = (sac.SAC(2, box(1), hidden=(32, 32)), FastSAC(2, box(1), hidden=(32, 32), record=FakeGraph))
     other, before = sac.SAC(2, box(1), hidden=(32, 32), seed=1).state_dict(), None
     for change in (lambda agent: None, lambda agent: agent.reset_critic(),
                    lambda agent: agent.normalise_observations(np.eye(2)), lambda agent: agent.load_state_dict(other)):
@@ -54,7 +53,7 @@ def test_a_recorded_fit_learns_the_same_also_from_a_last_batch_that_is_smaller()
     images, angle = reward_model.demo_images(60, np.random.default_rng(0))
     data = reward_model.PreferenceDataset(40, images.shape[1:])  # 35 to fit: batches of 16, 16 and 3
     data.add(images[:40], images[20:], (abs(angle[20:]) < abs(angle[:40])).astype(int))
-    plain, recorded = (reward_model.RewardModel(images.shape[1:], record=record) for record in (None, FakeGraph))
+    plain, recorded = (reward_model.RewardModel(images.shape[1:]), FastRewardModel(images.shape[1:], record=FakeGraph))
     tensors = []
     for _ in range(2):
         assert plain.fit(data, epochs=2) == recorded.fit(data, epochs=2)
@@ -75,7 +74,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 def test_a_replayed_update_is_the_update(discrete):
     """On a GPU, forty recorded updates must give the weights of forty plain ones, to the bit; so must going on."""
     space = gymnasium.spaces.Discrete(3) if discrete else box(2)
-    agents = [sac.SAC(4, space, device="cuda", record=record) for record in (None, cuda_graph.Recorded)]
+    agents = [FastSAC(4, space, device="cuda", record=record) for record in (None, fast.Recorded)]
     rng, buffer = np.random.default_rng(0), sac.ReplayBuffer(500, (4,), () if discrete else (2,))
     for _ in range(500):
         buffer.add(rng.normal(size=4), rng.integers(3) if discrete else rng.uniform(-1, 1, 2), rng.normal(size=4),
@@ -90,7 +89,7 @@ def test_a_replayed_update_is_the_update(discrete):
             state = copy.deepcopy(agents[1].state_dict())
         results = [agent.update(batch) for agent in agents]
         assert {name: float(x) for name, x in results[0].items()} == {name: float(x) for name, x in results[1].items()}
-    went_on = sac.SAC(4, space, device="cuda", seed=5, record=cuda_graph.Recorded)
+    went_on = FastSAC(4, space, device="cuda", seed=5, record=fast.Recorded)
     went_on.load_state_dict(state)
     for batch in batches[20:]:
         went_on.update(batch)
@@ -107,8 +106,8 @@ def test_a_replayed_fit_is_the_fit(answers):
     images, angle = reward_model.demo_images(2 * answers, np.random.default_rng(0))
     data = reward_model.PreferenceDataset(answers, images.shape[1:])
     data.add(images[:answers], images[answers:], (abs(angle[answers:]) < abs(angle[:answers])).astype(int))
-    for record in (None, cuda_graph.Recorded):
-        model = reward_model.RewardModel(images.shape[1:], device="cuda", record=record)
+    for record in (None, fast.Recorded):
+        model = FastRewardModel(images.shape[1:], device="cuda", record=record)
         for _ in range(2):
             assert model.fit(data, epochs=40)["train_accuracy"] > 0.95 and model.accuracy(data, held_out=False) > 0.95
 
@@ -122,14 +121,14 @@ def test_a_function_that_draws_noise_draws_another_one_at_every_replay():
         weight.add_(x)
         return weight.sum(), torch.rand(1, device="cuda", generator=noise)
 
-    step = cuda_graph.Recorded(step, "cuda", noise)
+    step = fast.Recorded(step, "cuda", noise)
     sums, draws = zip(*([float(x) for x in step(torch.full((3,), float(n)))] for n in range(8)))
     assert sums == (0, 3, 9, 18, 30, 45, 63, 84) and len(set(draws)) == 8
 
 
 def test_in_half_the_bits_are_neither_observations_nor_values_nor_weights():
     """In bfloat16 only what is between the first layer and the last may be rounded."""
-    agent, kinds = sac.SAC(2, box(1), hidden=(32, 32), bfloat16=True), []
+    agent, kinds = FastSAC(2, box(1), hidden=(32, 32), bfloat16=True), []
     for layer in agent.critic.q1:
         if isinstance(layer, torch.nn.Linear):
             layer.register_forward_hook(lambda module, x, y: kinds.append(y.dtype))
@@ -139,16 +138,16 @@ def test_in_half_the_bits_are_neither_observations_nor_values_nor_weights():
     assert len(values.unique()) > 2 * len(values.bfloat16().unique())
     agent.reset_critic()
     agent.update(filled_batch(16))
-    assert agent.critic.q1.bfloat16 and agent.target.q2.bfloat16 and agent.actor.bfloat16
+    assert {type(net) for net in (agent.critic.q1, agent.target.q2, agent.actor)} == {fast.HalfMLP}
     assert {p.dtype for p in (*agent.actor.parameters(), *agent.critic.parameters())} == {torch.float32}
 
 
 def test_in_half_the_bits_the_order_is_learned_too_and_rewards_keep_all_their_bits():
-    """A fit in bfloat16 must order unseen pictures, and 500 pictures of a turning pole must not share a few rewards."""
+    """A fit in bfloat16 must order unseen images, and 500 images of a turning pole must not share a few rewards."""
     images, angle = reward_model.demo_images(160, np.random.default_rng(0))
     data = reward_model.PreferenceDataset(80, (64, 64, 3))
     data.add(images[:80], images[80:], (np.abs(angle[80:]) < np.abs(angle[:80])).astype(int))
-    model = reward_model.RewardModel((64, 64, 3), bfloat16=True)
+    model = FastRewardModel((64, 64, 3), bfloat16=True)
     kinds = []
     model.nets[0].convolutions[0].register_forward_hook(lambda module, x, y: kinds.extend([x[0].dtype, y.dtype]))
     model.member_rewards(images[:2])
@@ -156,19 +155,20 @@ def test_in_half_the_bits_the_order_is_learned_too_and_rewards_keep_all_their_bi
     model.fit(data, epochs=8)
     unseen, angle = reward_model.demo_images(500, np.random.default_rng(1))
     reward = model.predict(unseen)
-    assert spearmanr(reward, -np.abs(angle)).statistic > 0.8
+    assert rank_correlation(reward, -np.abs(angle)) > 0.8
     assert reward.dtype == np.float32 and len(np.unique(reward)) > 400  # rounded to 8 bits: at most 256 in an octave
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_half_the_bits_are_for_the_network_that_was_named(tmp_path, monkeypatch, unreported, half):
-    """--sac-bfloat16 must reach SAC and --reward-bfloat16 the reward model, each alone."""
-    made = {}
-    for kind in (sac.SAC, reward_model.RewardModel):
+@pytest.mark.parametrize("asked, half", [(0, False), (1, True)])
+def test_fast_reaches_both_networks_and_only_where_it_is_asked_for(tmp_path, monkeypatch, unreported, asked, half):
+    """--fast 1 must make both of the subclasses, in bfloat16 on a processor that has it; without it neither is used."""
+    made = []
+    monkeypatch.setattr(fast, "has_bfloat16", lambda: True)
+    for kind in (FastSAC, FastRewardModel):
         monkeypatch.setattr(kind, "__init__", lambda self, *given, real=kind.__init__, name=kind.__name__, **named: (
-            made.setdefault(name, named["bfloat16"]), real(self, *given, **named))[1])
-    train.train(tiny(tmp_path, total_steps=100, sac_bfloat16=half, reward_bfloat16=1 - half))
-    assert made == {"SAC": bool(half), "RewardModel": not half}
+            made.append((name, named["bfloat16"], named["record"])), real(self, *given, **named))[1])
+    train.train(tiny(tmp_path, total_steps=100, fast=asked))
+    assert sorted(made) == [("FastRewardModel", True, None), ("FastSAC", True, None)] * half
 
 
 @pytest.mark.parametrize("changes, device", [
@@ -181,6 +181,7 @@ def test_auto_takes_a_gpu_only_where_it_gains(monkeypatch, changes, device):
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-def test_in_half_the_bits_sac_learns_a_point_mass_too(discrete):
+def test_in_half_the_bits_sac_learns_a_point_mass_too(monkeypatch, discrete):
     """The lesson's point mass, in bfloat16."""
-    assert distance_after_learning(discrete, bfloat16=True) < 0.25
+    monkeypatch.setattr(sac, "SAC", functools.partial(FastSAC, bfloat16=True))
+    assert distance_after_learning(discrete) < 0.25

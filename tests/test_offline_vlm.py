@@ -103,7 +103,7 @@ def test_the_stand_in_labels_by_what_it_sees_and_says_what_it_saw(stages):
 
 
 def test_it_answers_minus_one_where_it_cannot_tell():
-    """A difference below the margin, and a picture without a pole, must be -1."""
+    """A difference below the margin, and an image without a pole, must be -1."""
     blank = np.full((200, 200, 3), 255, np.uint8)
     first = np.stack([draw_pole(10), draw_pole(10), blank])
     second = np.stack([draw_pole(-10.2), draw_pole(12), draw_pole(0)])
@@ -225,7 +225,7 @@ def test_the_stand_in_knows_the_goal_of_every_built_in_task():
 
 @pytest.mark.parametrize("goal", offline_vlm.READERS)
 def test_each_reader_stands_alone_and_its_words_say_what_it_read(goal):
-    """Its source must run with numpy only, blank pictures must not break it, and the sentence must be readable."""
+    """Its source must run with numpy only, blank images must not break it, and the sentence must be readable."""
     reader, alone = offline_vlm.READERS[goal], {"np": np}
     exec(inspect.getsource(reader.read), alone)
     for image in (np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 255, np.uint8), draw_pole(20)):

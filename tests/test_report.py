@@ -80,7 +80,7 @@ def full_report(tmp_path_factory):
 
 
 def test_report_is_one_file_that_loads_nothing(full_report):
-    """Every picture must be inside the page, and nothing may point outside it."""
+    """Every image must be inside the page, and nothing may point outside it."""
     page = full_report[1]
     sources = re.findall(r"<img[^>]* src=\"([^\"]*)", page)
     assert len(sources) == 22 and len(drawn(page)) == 8
@@ -95,7 +95,7 @@ def test_the_charts_of_a_report_draw_the_files_of_the_run(full_report, monkeypat
     """Every line, bar and dot must stand where metrics.csv, labels.jsonl and episodes.csv say."""
     from matplotlib.figure import Figure
 
-    def keep(run, title, draw):
+    def keep(run, title, draw, *table):
         kept[title] = Figure().add_axes((0, 0, 1, 1))
         draw(kept[title])
         return ""
@@ -126,6 +126,40 @@ def test_the_charts_of_a_report_draw_the_files_of_the_run(full_report, monkeypat
     dots, = (axes.lines[0] for title, axes in kept.items() if title.startswith("Learned against true"))
     assert np.array_equal(dots.get_xdata(), table["true_reward"][kind == "random"])
     assert np.array_equal(dots.get_ydata(), table["learned_reward"][kind == "random"])
+
+
+def test_without_matplotlib_every_chart_is_a_table_of_the_same_numbers(full_report, monkeypatch, tmp_path):
+    """No chart may be lost without a word: its numbers as a table, the labeler below it, and how to get charts."""
+    folder, page = full_report
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert report.matplotlib_or_none() is None
+    run = report.read_run(folder)
+    bare = report.write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert bare.count("pip install matplotlib, then python -m support.report") == 1
+    assert drawn(bare) == [] and bare.count('class="missing"') == 1 and "data:image/png" in bare and "data:image/gif" in bare
+    for alt, _ in drawn(page):
+        title, labeler = alt.split("; ")
+        assert f"<figure><b>{title}</b>" in bare and f"<figcaption>{labeler}</figcaption>" in bare
+    table = bare.split("<b>Return of the evaluation episodes</b>")[1].split("</table>")[0]
+    rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", table)]
+    assert rows[0] == ["environment steps", "true return"] and len(rows) == 18
+    assert rows[-1] == [report.show(run.metrics[name][-1]) for name in ("step", "eval_return")]
+    table = bare.split("<b>What became of the pairs")[1].split("</table>")[0]
+    assert sum(int(row.split("<td>")[2].split("<")[0]) for row in table.split("<tr>")[2:]) == 40  # every pair once
+
+
+def test_rank_correlation_is_that_of_scipy():
+    """With and without ties, in any order and unit; nan where there is no order at all."""
+    stats, rng = pytest.importorskip("scipy.stats"), np.random.default_rng(0)
+    for n in (2, 3, 10, 300):
+        for values in (rng.normal(size=(2, n)), rng.integers(0, 4, (2, n)), rng.integers(0, 2, (2, n)) * 1e-9 - 5):
+            expected = stats.spearmanr(*values).statistic if (values != values[:, :1]).any(1).all() else np.nan
+            assert report.rank_correlation(*values) == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    assert report.rank_correlation([1, 2, 3], [10, 10, 30]) == pytest.approx(0.8660254)
+    assert all(np.isnan(report.rank_correlation(*each)) for each in (
+        ([], []), ([1], [1]), ([1, 1], [1, 2]), ([1, np.nan, 3], [1, 2, 3])))
+    with pytest.raises(ValueError, match="as many numbers"):
+        report.rank_correlation([1, 2], [1, 2, 3])
 
 
 def test_a_table_that_cannot_be_read_costs_its_section_not_the_report(tmp_path):
@@ -223,7 +257,7 @@ def test_report_draws_a_labeler_with_dollars_and_markup(tmp_path):
 
 
 def test_report_shows_programs_with_their_verification_as_text(tmp_path):
-    """A VLM-CaR run must show programs, reasons and failing pictures, and no word of it as markup."""
+    """A VLM-CaR run must show programs, reasons and failing images, and no word of it as markup."""
     folder = tmp_path / "code_as_reward"
     for name in ("programs", "failed"):
         (folder / name).mkdir(parents=True)

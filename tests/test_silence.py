@@ -353,7 +353,7 @@ def test_no_run_folder_is_too_absurd_for_a_report(tmp_path, name):
     if name == "a mark first":
         assert "env: Marked" in page
     if name == "no pictures":
-        assert "000002.png is no picture" in page and "000001.png is too large" in page and "data:image/png" not in page
+        assert "000002.png is no image" in page and "000001.png is too large" in page and "data:image/png" not in page
         assert "root:x" not in page
 
 

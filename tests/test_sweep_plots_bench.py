@@ -1,7 +1,8 @@
-"""sweep.py, plots.py and bench.py: many runs, their tables and pictures, and speed."""
+"""sweep.py, plots.py and bench.py: many runs, their tables and plots, and speed."""
 import csv
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -10,23 +11,21 @@ import sys
 import threading
 import time
 
+import gymnasium
 import numpy as np
 import pytest
 from PIL import Image
 
-from tools import bench
-from tools import plots
 import reward_model
-from support import run
 from support import settings
-from tools import sweep
 from tasks import schedules
+from tools import ablations, bench, plots, sweep
 
 STUB = '''
 import csv, dataclasses, json, os, time
-from support import run
 from support import settings
-def train(config):
+RESET_UPDATES = 100
+def train(config, parts=None):
     if config.seed == 7:
         raise ValueError("seven does not\\nlearn")
     if config.seed == 8:
@@ -78,7 +77,65 @@ def test_every_run_of_every_sweep_is_one_that_train_accepts():
         jobs = sweep.plan(name)
         assert len({sweep.slug(job) for job in jobs}) == len(jobs) == len({job.key() for job in jobs})
         for job in jobs:
-            settings.resolve(settings.Config(env=job.task, seed=job.seed, **job.overrides))
+            assert job.overrides.get("ablation", "nothing") in ("nothing", *ablations.ABLATIONS)
+            settings.resolve(settings.Config(env=job.task, seed=job.seed, **job.fields()))
+
+
+def test_what_config_has_no_field_for_reaches_the_run_all_the_same():
+    """Wrong and unsure answers must go into the stand-in's name, no novelty must be as many random steps as exploration."""
+    def fields(**overrides):
+        return sweep.Job("DrawerOpen", "x", 0, overrides, ()).fields()
+
+    assert fields(vlm_mistakes=0.0, max_pairs=9) == {"max_pairs": 9}
+    assert fields(vlm_mistakes=0.2, vlm_unsure=0.4) == {"vlm": "offline:mistakes=0.2,unsure=0.4"}
+    assert fields(vlm_mistakes=0.2, labels="oracle") == {"labels": "oracle:mistakes=0.2"}
+    assert fields(seed_steps="explore_steps") == {"seed_steps": 2000}
+    assert fields(ablation="relabelling") == {}
+    with pytest.raises(ValueError, match="mistakes=0.2 is a flaw of the offline stand-in"):
+        fields(vlm_mistakes=0.2, vlm="openai/MODEL")  # weak_vlm --set vlm=openai/MODEL
+    assert sweep.parse_fields(["vlm_mistakes=0,0.5"]) == {"vlm_mistakes": [0.0, 0.5]}
+
+
+def test_a_run_without_one_part_goes_through_the_ablations(here, monkeypatch):
+    """Its row must say what was left out, and that of a whole run "nothing"."""
+    left_out = []
+    monkeypatch.setattr(ablations, "train_without", lambda name, config: left_out.append(name) or __import__("train").train(config))
+    sweep.sweep(sweep.plan_grid(["ablation=nothing,relabelling"]), "mine")
+    assert [row["ablation"] for row in result()] == ["nothing", "relabelling"] and left_out == ["relabelling"]
+
+
+def test_an_ablation_leaves_out_one_part_and_names_its_own_command(monkeypatch):
+    """Old rows must keep their reward, critics must stay; afterwards all must be as it was."""
+    import sac
+    import train
+    from support import fast, run
+
+    seen = []
+
+    def look(config, parts):
+        agent, buffer = parts.SAC(2, gymnasium.spaces.Box(-1, 1, (1,))), parts.ReplayBuffer(9, (2,), (1,), (8, 8, 3))
+        for step in range(3):
+            buffer.add(np.zeros(2), np.zeros(1), np.zeros(2), False, np.zeros((8, 8, 3), np.uint8), 0.0)
+            buffer.relabel(lambda images: np.full(len(images), step))
+        critic = agent.critic
+        agent.reset_critic()
+        seen.append((buffer.reward[:3].tolist(), agent.critic is critic, train.RESET_UPDATES, settings.PROGRAM[-1], type(agent)))
+
+    monkeypatch.setattr(train, "train", look)
+    before = getattr(settings, "PROGRAM", None), train.RESET_UPDATES
+    config = settings.Config()
+    ablations.train_without("relabelling", config)
+    ablations.train_without("critic-reset", config)
+    assert seen[0][:4] == ([0, 1, 2], False, 100, "relabelling")
+    assert seen[1][:4] == ([2, 2, 2], True, 0, "critic-reset")
+    assert (settings.PROGRAM, train.RESET_UPDATES) == before
+    parts = run.choose_parts(settings.resolve(config))
+    parts.SAC = functools.partial(fast.FastSAC, bfloat16=True)
+    monkeypatch.setattr(run, "choose_parts", lambda config: parts)
+    ablations.train_without("critic-reset", config)
+    assert seen[2][1] and issubclass(seen[2][-1], fast.FastSAC) and issubclass(seen[1][-1], sac.SAC)
+    with pytest.raises(ValueError, match="there are relabelling, critic-reset"):
+        ablations.train_without("novelty", config)
 
 
 def test_a_sweep_does_one_seed_of_everything_first():
@@ -125,7 +182,7 @@ def test_finished_runs_are_skipped_and_half_done_ones_resumed(here):
     times = os.path.getmtime(log.format(13))
     assert sweep.sweep(jobs, "mine") == 0 and os.path.getmtime(log.format(13)) == times
     os.makedirs("killed")  # before it had written its settings
-    assert sweep.settings(dataclasses.replace(jobs[0], folder="killed")).resume == "killed"
+    assert sweep.config_of(dataclasses.replace(jobs[0], folder="killed")).resume == "killed"
 
 
 def test_rows_of_earlier_calls_stay_and_a_changed_table_is_noticed(here, monkeypatch):
@@ -199,9 +256,9 @@ def test_a_setting_that_is_a_measure_too_has_one_column(here):
 
 def test_a_killed_sweep_leaves_no_run_behind(stub_train):
     """When the sweep is killed, its runs must end too: its successor would write beside them."""
-    command = "import sweep\nif __name__ == '__main__':\n    sweep.sweep(sweep.plan_grid(['seed=9']), 'mine')"
+    command = "from tools import sweep\nif __name__ == '__main__':\n    sweep.sweep(sweep.plan_grid(['seed=9']), 'mine')"
     open("go.py", "w").write(command)
-    paths = os.pathsep.join([os.path.abspath("stub"), os.path.dirname(sweep.__file__)])
+    paths = os.pathsep.join([os.path.abspath("stub"), str(sweep.HERE)])
     parent = subprocess.Popen([sys.executable, "go.py"], env={**os.environ, "PYTHONPATH": paths},
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     pid_file = "runs/sweeps/mine/CartPole-default-seed9/pid"
@@ -231,7 +288,7 @@ def test_the_same_sweep_runs_on_ray(stub_train, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "ray")
     pytest.importorskip("ray", reason="pip install -r tools/requirements-sweep.txt")
     monkeypatch.setattr(sweep, "HERE", tmp_path / "stub")  # Ray puts HERE first, and the stub must come before train.py
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(sweep.__file__), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(sweep.__file__).parents[1]), prepend=os.pathsep)
     assert sweep.sweep(sweep.plan_grid(["env=CartPole", "seed=7,8,0"]), "mine") == 2
     assert [(row["seed"], bool(row["error"])) for row in result()] == [("7", True), ("8", True), ("0", False)]
 
@@ -300,7 +357,7 @@ def test_the_interquartile_mean_and_its_interval_are_right():
     assert 0.8 < (many[1] - many[0]) / (2 * 1.96 * 1.09 / 200**0.5) < 1.2
 
 
-def test_a_results_file_becomes_pictures_that_name_the_labeler(here):
+def test_a_results_file_becomes_plots_that_name_the_labeler(here):
     """A number that varies must become the axis, and questions a session, which follow it, none; titles name who spoke."""
     jobs = [dataclasses.replace(job, overrides={**job.overrides, "pairs_per_session": job.overrides["max_pairs"] // 2},
                                 varied=("max_pairs", "pairs_per_session"))
@@ -357,16 +414,38 @@ def test_the_textbook_way_computes_and_learns_the_same():
 
 
 def test_measured_rows_replace_their_own_question_only(tmp_path):
-    """Measuring one section again must leave the other sections' lines of the CSV as they are."""
+    """Measuring one section again must leave the other sections' lines of the CSV as they are; older words are known."""
     old = [bench.Row("a", "s", [1.0]), bench.Row("b", "s", [2.0])]
     bench.write(tmp_path / "bench.csv", old)
     bench.write(tmp_path / "bench.csv", [bench.Row("b", "s", [3.0])])
     lines = (tmp_path / "bench.csv").read_text().splitlines()
     assert [line.split(",")[:2] for line in lines] == [["question", "ours"], ["a", "1"], ["b", "3"]]
+    bench.write(tmp_path / "bench.csv", [bench.Row("pricing and relabelling, Meta-World pictures", "s", [2.0])])
+    bench.write(tmp_path / "bench.csv", [bench.Row("reward prediction and relabelling, Meta-World images", "s", [4.0])])
+    assert [row["ours"] for row in sweep.read_csv(tmp_path / "bench.csv")] == ["1", "3", "4"]
+
+
+@pytest.mark.parametrize("flags, plain", [({}, True), ({"bfloat16": True}, False)])
+def test_ours_is_the_fast_variant_only_where_a_row_says_so(flags, plain):
+    """The plain row must be measured with sac.py and reward_model.py as they are copied out."""
+    from support import fast
+
+    agent = bench.our_sac(2, gymnasium.spaces.Box(-1, 1, (1,)), hidden=(8, 8), **flags)
+    model = bench.our_reward_model((47, 47, 3), ensemble_size=1, **flags)
+    assert isinstance(agent, fast.FastSAC) is isinstance(model, fast.FastRewardModel) is not plain
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (sweep.HERE / "tools").glob("[a-z]*.py")))
+def test_every_tool_answers_help_in_the_form_that_its_header_names(name):
+    """python -m tools.NAME --help must work, say how the tool is called, and agree with the header."""
+    done = subprocess.run([sys.executable, "-m", f"tools.{name}", "--help"], cwd=sweep.HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"python -m tools.{name}" in done.stdout
+    assert f"    python -m tools.{name}" in (sweep.HERE / f"tools/{name}.py").read_text().split('"""')[1]
 
 
 def test_opengl_is_chosen_before_any_section_imports_mujoco(monkeypatch, capsys):
-    """A section without pictures imports mujoco first; on a machine without a display that one must find EGL asked for."""
+    """A section without images imports mujoco first; on a machine without a display that one must find EGL asked for."""
     seen = []
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items()

@@ -3,12 +3,12 @@
     python -m tools.audit_vlm --env DrawerOpen --vlm openai/MODEL --usd-per-mtok 0.10,0.50
 
 What this is: a script that wires the components as train.py does. Which STEPs: 2, pick pairs of images, and 3, ask the
-VLM which image is closer to the goal, by the same code and with the same pictures as in training.
+VLM which image is closer to the goal, by the same code and with the same images as in training.
 
-Pictures come in equal parts from three kinds of episodes: random actions; half-trained; the task's scripted expert.
+Images come in equal parts from three kinds of episodes: random actions; half-trained; the task's scripted expert.
 Half-trained means: the expert, acting at random in 30, 50 or 70 % of the steps (it finds its way late and not always),
 or, with `--policy RUN_FOLDER`, the newest policy of a run of train.py. Pairs are spread evenly over BINS of their
-difference in true progress, as a share of the range of all pictures. Each is asked in both orders, and in both ways:
+difference in true progress, as a share of the range of all images. Each is asked in both orders, and in both ways:
 describe, then decide (two calls, the paper's), and all in one call.
 
 The verdict is about the pairs whose difference is above a tenth of the range, and the way that `--stages` names:
@@ -37,27 +37,23 @@ import time
 
 import numpy as np
 
-from support import run
-
-from support import settings
 import envs
+from support import settings
 from support.labeler import make_labeler
-from support.run import prepare, random_action
+from support.run import prepare, random_action, write_json
 
 BINS = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)  # edges; differences in progress as a share of the range
 CLEAR, ENOUGH_RIGHT, ENOUGH_LABELS = 0.1, 0.75, 0.5  # the rule of the verdict, see above
-PER_KIND, PER_EPISODE = 40, 10  # pictures of each kind of episode, and of one episode, evenly spaced in it
+PER_KIND, PER_EPISODE = 40, 10  # images of each kind of episode, and of one episode, evenly spaced in it
 NOISE = (0.3, 0.5, 0.7)  # share of random actions in "half-trained" episodes
-AUDIT_SEED = 3_000_000  # of the first episode; no picture that train.py learns from has it (--seed below 10)
+AUDIT_SEED = 3_000_000  # of the first episode; no image that train.py learns from has it (--seed below 10)
 KINDS = ("right", "wrong", "unsure", "unreadable", "no answer", "limit")  # what can come of a question
 WAYS = {2: "two stages", 1: "one call"}
 
 
-# ---- the pictures ----
+# ---- the images ----
 def policies(config, env, folder, rng):
     """{kind: function of the episode's number -> (obs -> action)} of those kinds that this task has."""
-    import envs
-
     def at_random(obs):
         return random_action(env.action_space, rng)
 
@@ -97,12 +93,12 @@ def trained_policy(folder, config, env):
 
 
 def collect(config, env, folder, rng):
-    """PER_KIND pictures of each kind of episode -> images (N, P, P, 3) uint8, true progress (N,), kind (N,) str."""
+    """PER_KIND images of each kind of episode -> images (N, P, P, 3) uint8, true progress (N,), kind (N,) str."""
     from tqdm import tqdm
 
     images, progress, kind_of, seed = [], [], [], AUDIT_SEED + 1000 * config.seed
     kinds = policies(config, env, folder, rng)
-    with tqdm(total=PER_KIND * len(kinds), desc="pictures", unit="picture") as bar:
+    with tqdm(total=PER_KIND * len(kinds), desc="images", unit="image") as bar:
         for kind, policy in kinds.items():
             kept = 0
             for episode in range(PER_KIND):
@@ -131,7 +127,7 @@ def draw_pairs(images, progress, count, rng):
 
     span = np.ptp(progress)
     if not span > 0:
-        raise settings.UserError(f"all {len(images)} pictures have the same progress: there is nothing to compare")
+        raise settings.UserError(f"all {len(images)} images have the same progress: there is nothing to compare")
     pairs = np.stack(np.triu_indices(len(images), 1), axis=1)  # (N (N - 1) / 2, 2)
     pairs = rng.permuted(rng.permutation(pairs), axis=1)  # in random order, and each turned round or not
     gap = np.abs(progress[pairs[:, 1]] - progress[pairs[:, 0]]) / span
@@ -214,14 +210,14 @@ def wilson(right, draws, z=1.96):
 def summary(records, price=None):
     """Some of the records -> one row of audit.csv: how many came to what, how right, how even, at what cost each.
 
-    first_share: of the labels, how many pick the first picture; one half, as every pair is asked in both orders.
-    consistent: of the pairs with a label in both orders, how many pick the same picture twice.
+    first_share: of the labels, how many pick the first image; one half, as every pair is asked in both orders.
+    consistent: of the pairs with a label in both orders, how many pick the same image twice.
     """
     came = [outcome(record) for record in records]
     asked = [record for record in records if record["kind"] != "limit"]
     labels = [record for record in records if record["kind"] == "label"]
     picked = {}
-    for record in labels:  # "" -> {pair: [0 or 1 for the pair's own first or second picture, once an order]}
+    for record in labels:  # "" -> {pair: [0 or 1 for the pair's own first or second image, once an order]}
         picked.setdefault(record["pair"], []).append(record["label"] ^ record["order"])
     twice = [picks for picks in picked.values() if len(picks) == 2]
     fresh = [record["seconds"] for record in asked if not record["cached"]]
@@ -265,7 +261,7 @@ def verdict(rows, stages):
     return f"good enough: {found}" if row["accuracy_low"] > ENOUGH_RIGHT else f"undecided, ask more --pairs: {found}"
 
 
-# ---- in words and pictures ----
+# ---- in words and images ----
 def percent(value):
     return "-" if np.isnan(value) else f"{100 * value:.0f} %"
 
@@ -274,7 +270,7 @@ def describe(rows, config, kinds):
     """The whole text of audit.txt."""
     who = settings.who_labels(config)
     text = [f"{config.env}: {config.goal}", f"labels from: {who}",
-            "pictures: " + ", ".join(f"{(kinds == kind).sum()} {kind}" for kind in dict.fromkeys(kinds))]
+            "images: " + ", ".join(f"{(kinds == kind).sum()} {kind}" for kind in dict.fromkeys(kinds))]
     for stages, way in WAYS.items():
         text += ["", f"{way}, by {who}",
                  "difference    questions  right  wrong  unsure  unreadable  no answer  accuracy  picks first"]
@@ -283,7 +279,7 @@ def describe(rows, config, kinds):
                      f"{row['wrong']:7d}{row['unsure']:8d}{row['unreadable']:12d}{row['no_answer']:11d}"
                      f"{percent(row['accuracy']):>10}{percent(row['first_share']):>13}"]
         everything = of(rows, stages, 0.0)
-        text += [f"the same picture in both orders: {percent(everything['consistent'])} of the pairs with two labels",
+        text += [f"the same image in both orders: {percent(everything['consistent'])} of the pairs with two labels",
                  *cost_lines(everything, stages, config)]
         if everything["limit"]:
             text += [f"{everything['limit']} questions were not asked: a limit was reached"]
@@ -311,9 +307,11 @@ def cost_lines(row, stages, config):
 
 
 def draw(path, rows, config):
-    """audit.png: what came of the questions in each bin, a panel for each way."""
-    import matplotlib
-
+    """audit.png: what came of the questions in each bin, a panel for each way -> its path, or a line why there is none."""
+    try:
+        import matplotlib
+    except ImportError:  # the answers are paid for: the tables must not end for want of a drawing
+        return "no audit.png, for it needs matplotlib: pip install matplotlib"
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -328,7 +326,7 @@ def draw(path, rows, config):
             panel.bar(names, part, bottom=base, color=colour, label=kind)
             base += np.nan_to_num(part)
         row = of(rows, stages, 0.0)
-        panel.set_title(f"{way}: picks the first picture {percent(row['first_share'])},\nthe same in both orders "
+        panel.set_title(f"{way}: picks the first image {percent(row['first_share'])},\nthe same in both orders "
                         f"{percent(row['consistent'])}", fontsize=10)
         panel.set_xlabel("difference in true progress, share of its range")
     panels[0].set_ylabel("share of the questions")
@@ -337,16 +335,16 @@ def draw(path, rows, config):
                     wrap=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+    return path
 
 
 # ---- the script ----
 def audit(config, pairs=100, policy=None):
-    """Draw, ask, sum up, write the folder -> {"verdict": one line, "rows": those of audit.csv, "text", "folder"}."""
+    """Draw, ask, sum up, write the folder -> {"verdict": one line, "rows": those of audit.csv, "text", "folder", "image"}."""
     if pairs < 1:
         raise settings.UserError(f"--pairs {pairs}: at least one pair")
-    if config.resume or config.labels_from or config.labels != "vlm" or config.reward != "preference":
-        raise settings.UserError("an audit asks a VLM to compare pictures: leave out --resume, --labels, --labels-from and "
-                            "--reward")
+    if config.resume or config.labels != "vlm" or config.reward != "preference":
+        raise settings.UserError("an audit asks a VLM to compare images: leave out --resume, --labels and --reward")
     if config.out is None:
         name = f"audit-{config.env}-{config.vlm}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = dataclasses.replace(config, out=os.path.join("runs", name.replace("/", "_").replace(":", "_")))
@@ -360,7 +358,7 @@ def audit(config, pairs=100, policy=None):
         images, progress, kinds = collect(config, env, policy, rng)
         chosen, gap = draw_pairs(images, progress, pairs, rng)
         os.makedirs(config.out)
-        run.write_json(os.path.join(config.out, "config.json"), {
+        write_json(os.path.join(config.out, "config.json"), {
             **dataclasses.asdict(config), "labeler": settings.who_labels(config), "pairs": len(chosen), "policy": policy})
         records = ask_all(config, labeler, images, progress, chosen, gap)
     finally:
@@ -375,8 +373,8 @@ def audit(config, pairs=100, policy=None):
         for row in rows:
             numbers = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             writer.writerow({"labeler": settings.who_labels(config), "env": config.env, **numbers})
-    draw(os.path.join(config.out, "audit.png"), rows, config)
-    return {"verdict": verdict(rows, config.stages), "rows": rows, "text": text, "folder": config.out}
+    image = draw(os.path.join(config.out, "audit.png"), rows, config)
+    return {"verdict": verdict(rows, config.stages), "rows": rows, "text": text, "folder": config.out, "image": image}
 
 
 def parse_args(arguments):
@@ -410,7 +408,7 @@ def main(arguments=None):
         print("audit_vlm.py: interrupted; all answers so far are kept: the same command with another --out goes on",
               file=sys.stderr)
         return 2
-    print(f"{result['text']}\n{os.path.join(result['folder'], 'audit.png')}")
+    print(f"{result['text']}\n{result['image']}")
     return 0
 
 

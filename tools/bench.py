@@ -2,7 +2,7 @@
 
     python -m tools.bench                   all but the learning curves; half an hour
     python -m tools.bench --quick           the same with little of each, within 3 minutes; writes no CSV
-    python -m tools.bench --device cuda     on a GPU, also with what cuda_graph.py records
+    python -m tools.bench --device cuda     on a GPU, also with recorded CUDA graphs
     PYTHONPATH=peers python -m tools.bench  after pip install --target peers --no-deps \
                                       -r tools/requirements-bench.txt: with Stable-Baselines3;
                                       with --only learning: what both have learned; hours
@@ -18,7 +18,7 @@ code's 64. Ours in bfloat16 (not the default), where this processor is faster in
 the row says so. On a GPU, what a recording gains; results/bench_cuda.csv.
 
 Differs from the paper: it reports no speeds.
-Shapes: pictures (N, size, size, 3) uint8.  Names: compare, Row, SECTIONS, Textbook, write.
+Shapes: images (N, size, size, 3) uint8.  Names: compare, Row, SECTIONS, Textbook, write.
 
 To use it elsewhere:
     from tools import bench
@@ -34,6 +34,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -49,8 +50,8 @@ HERE = Path(__file__).resolve().parents[1]
 COLUMNS = ("question", "ours", "theirs", "unit", "ratio_median", "ratio_min", "ratio_max", "runs",
            "target", "note")
 TEXTBOOK_SIZE = 200  # px, what the paper's reward networks see in CartPole
-BFLOAT16 = ", bfloat16"  # in the name of a row: --reward-bfloat16 1, which is not the default
-GRAPH = ", CUDA graph"  # likewise: --cuda-graph 1, on a GPU
+BFLOAT16 = ", bfloat16"  # in the name of a row: support/fast.py, --fast 1, which is not the default
+GRAPH = ", CUDA graph"  # likewise, on a GPU
 WORTH_WHILE = 1.2  # times as fast in matrix products: then bfloat16 is measured too
 BATCH = 256  # transitions in one update of both SACs
 OUR_BATCH = 16  # answers in one step of a fit: what reward_model.py takes
@@ -251,11 +252,28 @@ def half_bits(size, device):
 def variants_here(size, device):
     """{end of a row's name: what ours is given}: the default first, then what should be faster."""
     if device == "cuda":
-        from support import cuda_graph
+        from support import fast
 
-        return {"": {}, GRAPH: {"record": cuda_graph.Recorded}}
+        return {"": {}, GRAPH: {"record": fast.Recorded}}
     worth_while = half_bits(size, device).ratio() > WORTH_WHILE
     return {"": {}, BFLOAT16: {"bfloat16": True}} if worth_while else {"": {}}
+
+
+def our_sac(*args, **settings):
+    """sac.SAC or, where something is asked of it that only support/fast.py knows, FastSAC."""
+    import sac
+    from support import fast
+
+    return (fast.FastSAC if {"bfloat16", "record"} & set(settings) else sac.SAC)(*args, **settings)
+
+
+def our_reward_model(*args, **settings):
+    """The same for RewardModel."""
+    import reward_model
+    from support import fast
+
+    fits = {"bfloat16", "record"} & set(settings)
+    return (fast.FastRewardModel if fits else reward_model.RewardModel)(*args, **settings)
 
 
 # ---- sac: training steps per second (STEPs 1 and 6) ----
@@ -272,8 +290,7 @@ class OurLoop:
         self.env = gymnasium.wrappers.RescaleAction(env, *bounds)
         shape, space = self.env.observation_space.shape, self.env.action_space
         space.seed(seed)
-        self.agent = sac.SAC(shape[0], space, device=device, seed=seed, alpha=1.0,  # as SB3
-                             **flags)
+        self.agent = our_sac(shape[0], space, device=device, seed=seed, alpha=1.0, **flags)  # alpha as SB3
         self.buffer = sac.ReplayBuffer(capacity, shape, space.shape, seed=seed)
         self.first_random, self.obs = first_random, self.env.reset(seed=seed)[0]
 
@@ -420,9 +437,9 @@ def mean_return(loop, episodes=10):
     return total / episodes
 
 
-# ---- fit and price: the reward model (STEPs 4 and 5) ----
+# ---- fit and predict: the reward model (STEPs 4 and 5) ----
 class Textbook:
-    """The reward model as one writes it first. Pictures (N, 3, size, size) uint8."""
+    """The reward model as one writes it first. Images (N, 3, size, size) uint8."""
 
     def __init__(self, size, device, batch=OUR_BATCH, ensemble_size=3, seed=0):
         import torch
@@ -430,7 +447,7 @@ class Textbook:
         import reward_model
 
         torch.manual_seed(seed)
-        self.nets = [reward_model.RewardNet(size, size).to(device) for _ in range(members)]
+        self.nets = [reward_model.RewardNet(size, size).to(device) for _ in range(ensemble_size)]
         self.optimizers = [torch.optim.Adam(net.parameters(), lr=3e-4) for net in self.nets]
         self.device, self.rng, self.batch = device, np.random.default_rng(seed), batch
 
@@ -468,12 +485,12 @@ class Textbook:
         return np.concatenate(parts)
 
 
-def task_pictures(name, sizes, count, seed=0):
+def task_images(name, sizes, count, seed=0):
     """{size: (count, size, size, 3) uint8} and progress (count,), clumsy to expert."""
     import envs
 
     env, rng = envs.make(name, seed), np.random.default_rng(seed)
-    pictures, progress, done, expert = {s: [] for s in sizes}, [], True, envs.expert(env)
+    drawn, progress, done, expert = {s: [] for s in sizes}, [], True, envs.expert(env)
     while len(progress) < count:
         if done:
             obs, clumsy = env.reset(seed=len(progress))[0], rng.random()
@@ -482,13 +499,13 @@ def task_pictures(name, sizes, count, seed=0):
         done = terminated or truncated
         progress.append(info["progress"])
         for s in sizes:
-            pictures[s].append(env.image(s))
+            drawn[s].append(env.image(s))
     env.close()
-    return {s: np.stack(images) for s, images in pictures.items()}, np.array(progress)
+    return {s: np.stack(images) for s, images in drawn.items()}, np.array(progress)
 
 
 def answered_pairs(progress, count, rng):
-    """Pairs of different progress and which picture is better -> (M, 2), (M,) int64."""
+    """Pairs of different progress and which image is better -> (M, 2), (M,) int64."""
     pairs = rng.integers(0, len(progress), (10 * count, 2))
     pairs = pairs[progress[pairs[:, 0]] != progress[pairs[:, 1]]][:count]
     return pairs, (progress[pairs[:, 1]] > progress[pairs[:, 0]]).astype(np.int64)
@@ -511,7 +528,7 @@ def reward_fit(size, device):
 
     variants = variants_here(size, device)
     for name, small in (("CartPole", 64), ("DrawerOpen", 84)):
-        task = task_pictures(name, (small, TEXTBOOK_SIZE), size["pictures"])
+        task = task_images(name, (small, TEXTBOOK_SIZE), size["images"])
         for batch in size["fit_batches"]:
             for side, variant, flags, target in sides((small,), variants):
                 if side == TEXTBOOK_SIZE and (name, batch) != ("CartPole", OUR_BATCH):
@@ -520,29 +537,27 @@ def reward_fit(size, device):
                               {"device": device, "batch": batch, **flags})
     model = reward_model.RewardModel((64, 64, 3), device=device)
     net = model.nets[0]
-    x = reward_model.as_input(task_pictures("CartPole", (64,), 32)[0][64], model.device)
+    x = reward_model.as_input(task_images("CartPole", (64,), 32)[0][64], model.device)
 
     def forward_and_back():
         net(x).sum().backward()
         return float(next(net.parameters()).grad.sum())  # waits for the GPU, if it is one
 
     yield against_the_machine("reward network forward and back, against the machine",
-                              forward_and_back, size, device, len(x), "pictures")
+                              forward_and_back, size, device, len(x), "images")
 
 
 def fit_row(name, side, variant, target, task, size, flags):
-    """Ours on pictures of that side against the textbook way, on the same answers."""
-    import reward_model
-
-    pictures, progress = task
+    """Ours on images of that side against the textbook way, on the same answers."""
+    by_size, progress = task
     pairs, label = answered_pairs(progress, size["pairs"], np.random.default_rng(0))
-    large = channels_first(pictures[TEXTBOOK_SIZE])
+    large = channels_first(by_size[TEXTBOOK_SIZE])
     first, second = large[pairs[:, 0]], large[pairs[:, 1]]
     textbook = Textbook(TEXTBOOK_SIZE, flags["device"], flags["batch"])
     theirs, their_threads = best_threads(lambda: per_second(
         lambda: textbook.fit(first, second, label, 1), len(label)))
-    data = preference_data(pictures[side], pairs, label)
-    model = reward_model.RewardModel((side, side, 3), patience=0, **flags)
+    data = preference_data(by_size[side], pairs, label)
+    model = our_reward_model((side, side, 3), patience=0, **flags)
     epochs = size["fit_epochs"]  # after the last of them, fit() measures itself once
     once = lambda: model.fit(data, epochs, stop_accuracy=2.0)  # noqa: E731
     ours, threads = best_threads(lambda: per_second(once, epochs * len(data.rows())))
@@ -551,61 +566,57 @@ def fit_row(name, side, variant, target, task, size, flags):
                   size["runs"], target, "against the textbook way at 200 px; threads "
                   f"{threads} and {their_threads}", lambda: hot_spots(once, 2))
     if side != TEXTBOOK_SIZE and size["accuracy_epochs"]:
-        row.note += "; " + equal_accuracy(pictures, progress, side, size, flags)
+        row.note += "; " + equal_accuracy(by_size, progress, side, size, flags)
     return row
 
 
 def sides(small, variants):
-    """What the reward network is timed at: (picture size, end of the row's name, flags, target)."""
+    """What the reward network is timed at: (image size, end of the row's name, flags, target)."""
     yield TEXTBOOK_SIZE, *list(variants.items())[-1], ">= 1.5"
     for side in small:
         for variant, flags in variants.items():
             yield side, variant, flags, ">= 10"
 
 
-def equal_accuracy(pictures, progress, small, size, flags):
-    """Both ways fitted to the same answers; then pairs of pictures never seen.
+def equal_accuracy(by_size, progress, small, size, flags):
+    """Both ways fitted to the same answers; then pairs of images never seen.
 
     As many epochs at most: ours stops when it knows the answers, and fits seven eighths of them.
     """
-    import reward_model
-
     half, rng = len(progress) // 2, np.random.default_rng(1)
     pairs, label = answered_pairs(progress[:half], size["pairs"], rng)
     unseen, better = answered_pairs(progress[half:], 500, rng)
-    ours = reward_model.RewardModel((small, small, 3), **flags)
-    ours.fit(preference_data(pictures[small], pairs, label), size["accuracy_epochs"])
+    ours = our_reward_model((small, small, 3), **flags)
+    ours.fit(preference_data(by_size[small], pairs, label), size["accuracy_epochs"])
     theirs = Textbook(TEXTBOOK_SIZE, flags["device"], flags["batch"])
-    large = channels_first(pictures[TEXTBOOK_SIZE])
+    large = channels_first(by_size[TEXTBOOK_SIZE])
     theirs.fit(large[pairs[:, 0]], large[pairs[:, 1]], label, size["accuracy_epochs"])
     both = [model.predict(images[half:])[unseen] for model, images in
-            ((ours, pictures[small]), (theirs, large))]  # (P, 2) each
+            ((ours, by_size[small]), (theirs, large))]  # (P, 2) each
     right = [float(((r[:, 1] > r[:, 0]) == (better == 1)).mean()) for r in both]
     return f"unseen pairs in order: ours {right[0]:.1%}, theirs {right[1]:.1%}"
 
 
-def pricing(size, device):
-    import reward_model
-
-    pictures, _ = task_pictures("CartPole", (64, 84, TEXTBOOK_SIZE), size["priced"])
-    large = channels_first(pictures[TEXTBOOK_SIZE])
+def predicting(size, device):
+    by_size, _ = task_images("CartPole", (64, 84, TEXTBOOK_SIZE), size["predicted"])
+    large = channels_first(by_size[TEXTBOOK_SIZE])
     textbook = Textbook(TEXTBOOK_SIZE, device)
     theirs, their_threads = best_threads(
         lambda: per_second(lambda: textbook.predict(large), len(large), 0.3))
     variants = variants_here(size, device)
     variants.pop(GRAPH, None)  # only fits are recorded
     for side, variant, flags, target in sides((84, 64), variants):
-        images = pictures[side]
-        model = reward_model.RewardModel((side, side, 3), device=device, **flags)
+        images = by_size[side]
+        model = our_reward_model((side, side, 3), device=device, **flags)
         once = lambda: model.predict(images)  # noqa: E731
         ours, threads = best_threads(lambda: per_second(once, len(images), 0.3))
-        yield compare(f"pricing and relabelling, ours at {side} px{variant}", "pictures/s",
+        yield compare(f"reward prediction and relabelling, ours at {side} px{variant}", "images/s",
                       ours, theirs, size["runs"], target, "against the textbook way, 32 at a time, "
                       f"at 200 px; threads {threads} and {their_threads}",
                       lambda once=once: hot_spots(once, 2))
 
 
-# ---- pictures: Meta-World, drawn our way and as shipped ----
+# ---- images: Meta-World, drawn our way and as shipped ----
 @functools.cache
 def shipped():
     """Meta-World's own drawer, drawn by Meta-World, on as many threads as Mesa likes."""
@@ -624,7 +635,7 @@ def shipped():
     return env
 
 
-def shipped_pictures_per_second(seconds):
+def shipped_images_per_second(seconds):
     return per_second(shipped().render, 1, seconds)
 
 
@@ -637,12 +648,12 @@ def drawing(size, device):
     # trap: ours are drawn on one thread (choose_opengl), and a process has one setting for all it
     # draws. Theirs are faster on two: they get a process of their own.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-        apart.submit(shipped_pictures_per_second, 0.0).result()  # the first one is slow
+        apart.submit(shipped_images_per_second, 0.0).result()  # the first one is slow
         for side, target in ((300, ">= 20"), (84, ">= 60")):
             yield compare(
-                f"Meta-World pictures, {side} px", "pictures/s",
+                f"Meta-World images, {side} px", "images/s",
                 lambda side=side: per_second(lambda: ours.image(side), 1, seconds),
-                lambda: apart.submit(shipped_pictures_per_second, seconds).result(),
+                lambda: apart.submit(shipped_images_per_second, seconds).result(),
                 size["runs"], target, "against env.render() as shipped at 300 px, which draws "
                 "shadows, reflections and the robot, multisampled",
                 lambda side=side: python_spots(lambda: ours.image(side)))
@@ -656,8 +667,8 @@ def labelling(size, device):
     import vlm_query
 
     goal, rounds = envs.TASKS["CartPole"].goal, size["label_rounds"]
-    pictures, _ = task_pictures("CartPole", (TEXTBOOK_SIZE,), 200)
-    images, rng = pictures[TEXTBOOK_SIZE], np.random.default_rng(0)
+    by_size, _ = task_images("CartPole", (TEXTBOOK_SIZE,), 200)
+    images, rng = by_size[TEXTBOOK_SIZE], np.random.default_rng(0)
     with offline_vlm.OfflineVLM(latency=0.5) as url:
         vlm = vlm_query.VLM("offline", url=url, workers=8)
 
@@ -684,13 +695,13 @@ def programs(size, device):
         side, goal = 100, envs.TASKS[name].goal
         sentence = offline_vlm.SUBTASKS[goal][-1][0]
         program = code_as_reward.Program(offline_vlm.write_code(goal, sentence, wrong=False))
-        images = task_pictures(name, (side,), size["priced"])[0][side]
+        images = task_images(name, (side,), size["predicted"])[0][side]
         program(images, images[0])  # starts its process
         rates = [per_second(lambda: program(images, images[0]), len(images), size["seconds"])
                  for _ in range(size["runs"])]
         program.close()
-        yield Row(f"program of {name}, {side} px", "pictures/s", rates, target=">= 2000",
-                  note=f"the stand-in's, for '{sentence}', {len(images)} pictures a batch")
+        yield Row(f"program of {name}, {side} px", "images/s", rates, target=">= 2000",
+                  note=f"the stand-in's, for '{sentence}', {len(images)} images a batch")
 
 
 # ---- run: how long until CartPole is solved? ----
@@ -698,7 +709,7 @@ def whole_run(size, device):
     variants = {"": ("--device", "cpu")}
     if device == "cuda":  # a processor may be the better choice
         variants = {" on its processor": ("--device", "cpu"), "": ("--device", "cuda"),
-                    GRAPH: ("--device", "cuda", "--cuda-graph", 1)}
+                    GRAPH: ("--device", "cuda", "--fast", 1)}
     for variant, flags in variants.items():
         solved, total = whole_runs(size, *flags)
         yield Row("CartPole: until solved" + variant, "s", solved, target="<= 30",
@@ -729,7 +740,7 @@ def train_py(*flags):
         raise LeftOut(f"train.py {flags[0]} {flags[1]} ended with: {done.stdout.strip()[-200:]}")
 
 
-# ---- memory: a long run with pictures ----
+# ---- memory: a long run with images ----
 def memory(size, device):
     """A short run of DrawerOpen, and what 100,000 steps come to."""
     if not os.path.exists("/proc/self/status"):
@@ -820,7 +831,7 @@ def growth(size, device):
     with tempfile.TemporaryDirectory() as folder:
         buffers = {}
         for rows in (10_000, 50_000, 200_000):
-            # Files with holes: rows whose pictures nobody wrote need no disk.
+            # Files with holes: rows whose images nobody wrote need no disk.
             buffer = sac.ReplayBuffer(rows, (17,), (6,), shape, os.path.join(folder, str(rows)))
             buffer.obs[:], buffer.next_obs[:] = rng.normal(size=(2, rows, 17))
             buffer.reward[:], buffer.added = 0.0, rows
@@ -842,7 +853,7 @@ def growth(size, device):
             yield compare(f"1,000 steps with {rows:,} stored", "s",
                           lambda rows=rows: seconds_per_thousand(rows),
                           lambda: seconds_per_thousand(10_000), size["runs"], ">= 0.9",
-                          "against 10,000 stored; 84 px pictures, on disk")
+                          "against 10,000 stored; 84 px images, on disk")
         model = reward_model.RewardModel(shape, device=device)
         few, many = size["relabel_rows"]
         buffers = {rows: sac.ReplayBuffer(rows, (1,), (1,), shape) for rows in (few, many)}
@@ -859,12 +870,12 @@ def growth(size, device):
 def label_growth(size, device):
     import reward_model
 
-    pictures, progress = task_pictures("CartPole", (64,), 500)
+    by_size, progress = task_images("CartPole", (64,), 500)
     rng = np.random.default_rng(0)
 
     def fit_seconds(count):
         pairs, label = answered_pairs(progress, count, rng)
-        data = preference_data(pictures[64], pairs, label)
+        data = preference_data(by_size[64], pairs, label)
         model = reward_model.RewardModel((64, 64, 3), device=device, patience=0)
         return lambda: 1000 * seconds_of(lambda: model.fit(data, 1, stop_accuracy=2.0)) / count
 
@@ -877,18 +888,18 @@ def label_growth(size, device):
 
 
 SECTIONS = {"machine": machine, "sac": sac_speed, "learning": learning, "fit": reward_fit,
-            "price": pricing, "pictures": drawing, "labels": labelling,
+            "predict": predicting, "images": drawing, "labels": labelling,
             "programs": programs, "run": whole_run,
             "memory": memory, "start": starting, "growth": growth}
 LONG = ("learning",)  # only when named
-FULL = dict(runs=7, sac_steps=500, learn_steps=0, pictures=600, pairs=128, fit_epochs=10,
+FULL = dict(runs=7, sac_steps=500, learn_steps=0, images=600, pairs=128, fit_epochs=10,
             fit_batches=(OUR_BATCH, 64),  # 64: the official code's
-            accuracy_epochs=20, priced=512, seconds=0.5, label_rounds=4, whole_runs=5,
+            accuracy_epochs=20, predicted=512, seconds=0.5, label_rounds=4, whole_runs=5,
             memory_steps=4000,
             growth_steps=500, relabel_rows=(2_000, 20_000), label_counts=(500, 2000))
-QUICK = dict(runs=3, sac_steps=40, learn_steps=600, pictures=64, pairs=32, fit_epochs=5,
+QUICK = dict(runs=3, sac_steps=40, learn_steps=600, images=64, pairs=32, fit_epochs=5,
              fit_batches=(OUR_BATCH,),
-             accuracy_epochs=0, priced=64, seconds=0.2, label_rounds=1, whole_runs=1,
+             accuracy_epochs=0, predicted=64, seconds=0.2, label_rounds=1, whole_runs=1,
              memory_steps=500,
              growth_steps=40, relabel_rows=(200, 1_000), label_counts=(500,))
 # with --device cuda, instead of those of FULL
@@ -910,10 +921,12 @@ def show(row):
 
 def write(path, rows):
     """Rows measured now replace those of the same question; the others stay."""
+    old = {"pictures": "images", "pricing and": "reward prediction and"}  # words of older rows
     kept, path = {}, Path(path)
     if path.exists():
         with open(path, newline="") as file:
-            kept = {line[0]: line for line in list(csv.reader(file))[1:]}
+            for line in list(csv.reader(file))[1:]:
+                kept[re.sub("|".join(old), lambda found: old[found[0]], line[0])] = line
     kept.update({row.question: row.cells() for row in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
@@ -922,7 +935,7 @@ def write(path, rows):
 
 def main(arguments=None):
     usual = [name for name in SECTIONS if name not in LONG]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="little of each; writes no CSV")
     parser.add_argument("--only", default=",".join(usual), metavar="NAME,NAME",
                         help=f"which of {', '.join(SECTIONS)} (default: all but learning)")

@@ -69,7 +69,7 @@ def per_second(do, *args, seconds=0.5):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="draw_tasks", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.draw_tasks", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="contact_envs.png", help="the image, a row per task (default: %(default)s)")
     parser.add_argument("--csv", help="write task, size, images_per_s, steps_per_s there")
     parser.add_argument("--bounds", help="write there what random and expert episodes reach, and do nothing else")

@@ -26,10 +26,8 @@ import numpy as np
 
 import code_as_reward
 import envs
-from support import offline_vlm
-from support import run
-from support import settings
 import sac
+from support import offline_vlm, settings
 
 WRITER = "offline stand-in (not a VLM)"
 TASKS = tuple(envs.TASKS)
@@ -63,24 +61,24 @@ def play(env, reward, size, act, seed):
     return frames, np.array(true, bool), float(rewards.sum()), at_goal(successes)
 
 
-def sac_search(env, reward, settings, steps, seed):
+def sac_search(env, reward, config, steps, seed):
     """Each episode of SAC on the programs alone, from one start -> sum of Phi - 1, when at goal"""
     space, shape = env.action_space, env.observation_space.shape
-    agent = sac.SAC(shape[0], space, (settings.hidden,) * 2, settings.sac_lr, settings.discount)
+    agent = sac.SAC(shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount)
     buffer = sac.ReplayBuffer(steps + env.horizon, shape, space.shape)
     while buffer.added < steps:
-        (obs, _), frames, over = env.reset(seed=seed), [env.image(settings.reward_image_size)], False
+        (obs, _), frames, over = env.reset(seed=seed), [env.image(config.reward_image_size)], False
         successes = []
         while not over:
-            blind = buffer.added < settings.seed_steps
+            blind = buffer.added < config.seed_steps
             action = space.sample() if blind else agent.act(obs)
             last, (obs, _, terminated, truncated, info) = obs, env.step(action)
             buffer.add(last, action, obs, terminated, None, 0.0)
-            frames.append(env.image(settings.reward_image_size))
+            frames.append(env.image(config.reward_image_size))
             successes.append(bool(info["success"]))
             over = terminated or truncated
-            for _ in range(0 if blind else settings.updates):
-                agent.update(buffer.sample(settings.batch_size))
+            for _ in range(0 if blind else config.updates):
+                agent.update(buffer.sample(config.batch_size))
         frames = np.stack(frames)
         rewards = reward.episode_rewards(frames[1:], frames[0])
         buffer.set_rewards(rewards)
@@ -113,8 +111,8 @@ def examine(task, searched=200, episodes=10, seed=5_000_000, steps=None):
         f"{kind}_accuracy": np.mean([row[k] for row in rows]) for kind, rows in right.items()},
         "frames": sum(map(len, right.values()))} for k, name in enumerate(reward.subtasks)]
     _, _, target, reached = play(env, reward, size, lambda obs, t: expert(obs), seed)
-    settings = settings.resolve(settings.Config(env=task, device="cpu"))
-    steps, found = settings.total_steps if steps is None else steps, []
+    config = settings.resolve(settings.Config(env=task, device="cpu"))
+    steps, found = config.total_steps if steps is None else steps, []
     for number in range(searched):  # half of them keep the beginning of the best so far
         tried = plan()
         if number % 2:
@@ -123,7 +121,7 @@ def examine(task, searched=200, episodes=10, seed=5_000_000, steps=None):
         _, _, value, when = play(env, reward, size, lambda obs, t: tried[t], seed)
         found.append((value, when))
         best = max(best, (value, tried), key=lambda pair: pair[0])
-    learned = list(sac_search(env, reward, settings, steps, seed))
+    learned = list(sac_search(env, reward, config, steps, seed))
     reward.close()
     row = {"task": task, "expert_return": target, "expert_at_goal": reached}
     for name, tried in (("plan", found), ("sac", learned)):
@@ -166,7 +164,7 @@ def main(tasks, steps=None):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.hack_search", description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}")
     parser.add_argument("--steps", type=int, help="of SAC (default: the task's own)")
     main(**vars(parser.parse_args()))

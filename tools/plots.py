@@ -1,19 +1,19 @@
-"""Pictures of a sweep: results/NAME.csv -> results/NAME.png, and the learning curves beside it.
+"""Plots of a sweep: results/NAME.csv -> results/NAME.png, and the learning curves beside it.
 
-    python -m tools.plots results/NAME.csv [MEASURE]       python -m tools.plots RUN_FOLDER [RUN_FOLDER ...] PICTURE.png
+    python -m tools.plots results/NAME.csv [MEASURE]       python -m tools.plots RUN_FOLDER [RUN_FOLDER ...] IMAGE.png
 
-What this is: how the plots of the README were made. Which STEPs: none. The number that stands for a few seeds is the
+What this is: how the plots in results/ were made. Which STEPs: none. The number that stands for a few seeds is the
 interquartile mean with a 95 % bootstrap interval (Agarwal et al., NeurIPS 2021, arXiv 2108.13264):
     IQM(x_1 .. x_n) = mean of the x that are left without the n // 4 smallest and the n // 4 largest
     interval        = 2.5 % and 97.5 % quantile of the IQM of n seeds drawn from the n with replacement, 2000 times
 Three seeds leave nothing out: their IQM is the mean. One seed has no interval, and none is drawn.
-Which picture: a column that varies by number (max_pairs, vlm_mistakes, ...; three values or more) becomes the
+Which plot: a column that varies by number (max_pairs, vlm_mistakes, ...; three values or more) becomes the
 horizontal axis, what else varies becomes the lines; else (also where more than three columns vary) a setting is a dot.
 Learning curves are drawn for at most eight settings. Every title names the labeler, so that no stand-in and no oracle
 passes for a VLM.
 
 Shapes: values (n,) of n seeds, or (n, T) of n seeds at T steps.  Names: iqm, interval, plot.
-Needs numpy, scipy and matplotlib. Imports nothing from this repository.
+Needs numpy and matplotlib. Imports nothing of this project.
 
 To use it elsewhere:
     import numpy as np
@@ -21,8 +21,9 @@ To use it elsewhere:
     values = np.array([0.9, 1.0, 0.8, 0.95, 0.1])  # (n,) one number a seed
     low, high = plots.interval(values)
     print(f"{plots.iqm(values):.2f} [{low:.2f}, {high:.2f}]")
-    # plots.plot("results/few_questions.csv") -> the paths of the pictures it drew
+    # plots.plot("results/few_questions.csv") -> the paths of the plots it drew
 """
+import argparse
 import csv
 import json
 import re
@@ -30,7 +31,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 # Mid-tones that read on white and on black paper alike, in an order in which neighbours differ without colour vision.
 COLOURS = ("#3b8ad0", "#dd7a2b", "#2f9e77", "#b06fc4", "#c9535b", "#a58a2a", "#4aa3ad", "#8a7f78")
@@ -45,7 +45,9 @@ MOST_LINES = 8
 # ---- the numbers ----
 def iqm(values, axis=0):
     """Interquartile mean over the seeds: the mean without a quarter of them at each end.  (n, ...) -> (...)"""
-    return stats.trim_mean(values, 0.25, axis=axis)
+    values = np.sort(np.moveaxis(np.asarray(values, float), axis, 0), axis=0)
+    quarter = len(values) // 4
+    return values[quarter : len(values) - quarter].mean(0)
 
 
 def interval(values, draws=2000, seed=0):
@@ -104,7 +106,7 @@ def others_at_rest(rows, x, axes):
 
 
 def labelers(rows):
-    """Who compared the pictures, on one line: the share of wrong labels is on an axis or in a name already."""
+    """Who compared the images, on one line: the share of wrong labels is on an axis or in a name already."""
     names = dict.fromkeys(
         (row["method"], re.sub(r", wrong on purpose in \S+?%", "", row["labeler"])) for row in rows)
     names = [pair for pair in names if pair[1] and not pair[1].startswith("nobody")]
@@ -119,7 +121,7 @@ def spread(rows):
     return f"(IQM and 95 % bootstrap interval of {seeds})"
 
 
-# ---- the pictures ----
+# ---- the plots ----
 def canvas(columns, rows, title, labeler):
     """A transparent figure with columns x rows panels -> (figure, axes (rows, columns))."""
     from matplotlib.figure import Figure
@@ -240,7 +242,7 @@ def words(name):
 
 
 def plot(path, measure="eval_success"):
-    """Draw a results file -> the paths of the pictures. Rows with an error are left out."""
+    """Draw a results file -> the paths of the plots. Rows with an error are left out."""
     path = Path(path)
     table = read(path)
     if not table or not {"setting", "error", measure} <= set(table[0]):
@@ -316,13 +318,19 @@ def draw_alignment(folders, path):
 
 
 def main(arguments):
+    parser = argparse.ArgumentParser(prog="python -m tools.plots", description=(__doc__ or "").partition("\n")[0],
+                                     usage="%(prog)s results/NAME.csv [MEASURE] | RUN_FOLDER [RUN_FOLDER ...] IMAGE.png")
+    parser.add_argument("arguments", nargs="*", metavar="TABLE or FOLDER ...",
+                        help="a table of sweep.py, and which of its columns to draw (default: eval_success); or run folders "
+                        "and the image to write: one run in a row, or of several the reward along the expert's episode")
+    arguments = parser.parse_args(arguments).arguments
     if len(arguments) > 1 and all(map(Path.is_dir, map(Path, arguments[:-1]))):
         # several folders: their rewards along the expert's episode
         print(draw_run(*arguments) if len(arguments) == 2 else draw_alignment(arguments[:-1], arguments[-1]))
     elif 1 <= len(arguments) <= 2:
         print("\n".join(plot(*arguments)))
     else:
-        raise ValueError("give a table of sweep.py, or run folders and the name of a picture; see the top of plots.py")
+        raise ValueError("give a table of sweep.py, or run folders and the name of an image; see the top of plots.py")
 
 
 if __name__ == "__main__":

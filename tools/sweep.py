@@ -5,9 +5,9 @@
     python -m tools.sweep --grid env=CartPole max_pairs=10,20,50 seed=0,1,2 --name my_sweep
     python -m tools.sweep tasks --address auto                         the same on a cluster, as many at a time as it has CPUs
     python -m tools.sweep tasks --set vlm=openai/MODEL --name tasks_openai        the same with a real VLM
-    python -m tools.sweep --plot results/few_questions.csv             its pictures, beside it
+    python -m tools.sweep --plot results/few_questions.csv             its plots, beside it
 
-What this is: how every table of the README was made. Which STEPs: all, through train.py. Two runs at a time, on Ray
+What this is: how every table of results/README.md was made. Which STEPs: all, through train.py. Two runs at a time, on Ray
 if it is installed (pip install -r tools/requirements-sweep.txt), else as processes; each run in a fresh process of its own,
 so that none can take another down. Stop it whenever you like: the same command goes on, skipping finished runs and
 resuming half-done ones from their checkpoints. A run that fails is a row with an `error`, and is tried again next time.
@@ -16,8 +16,8 @@ It leaves: results/NAME.csv, a row per finished run, and results/NAME_curves.csv
 rows of earlier calls stay, unless a newer run of the same task, method, setting and seed takes their place.
 runs/sweeps/NAME/TASK-SETTING-seedN/ is the run folder; train.log in it (beside it while it runs) is what it printed.
 
-Names: a setting is {field of Config: value}; a Job is a setting of a task with a seed. SWEEPS, plan, sweep, run_one.
-Shapes: none.
+Shapes: none.  Names: a setting is {field of Config, or one of PSEUDO: value}; a Job is a setting of a task with a seed.
+SWEEPS, plan, sweep, run_one.
 
 To use it elsewhere:
     from tools import sweep
@@ -97,9 +97,9 @@ SWEEPS = {
     }),
     "what_matters": Sweep("What does each part contribute? One change at a time.", TWO, {
         "default": {},
-        "no relabelling": {"without": "relabelling"},
-        "no novelty exploration": {"without": "novelty"},
-        "no critic reset": {"without": "critic-reset"},
+        "no relabelling": {"ablation": "relabelling"},
+        "no novelty exploration": {"seed_steps": "explore_steps"},
+        "no critic reset": {"ablation": "critic-reset"},
         "one member": {"ensemble_size": 1},
         "one stage": {"stages": 1},
         "64 px": {"reward_image_size": 64},
@@ -108,11 +108,14 @@ SWEEPS = {
         "64 answers a step": {"reward_batch": 64},
         "one epoch a session": {"reward_epochs": 1},
         "fit to convergence": {"reward_epochs": 200},
-        "bfloat16": {"reward_bfloat16": 1, "sac_bfloat16": 1},
+        "bfloat16": {"fast": 1},  # on a processor that has it
     }),
 }
+# Settings of a sweep that Config has no field for: wrong and unsure answers are part of the stand-in's name, and what is
+# left out is done by tools/ablations.py. Each is a column of the table, with this value where a setting says nothing.
+PSEUDO = {"vlm_mistakes": 0.0, "vlm_unsure": 0.0, "ablation": "nothing"}
 SMALL = ("config.json", "summary.json", "metrics.csv", "timing.csv", "labels.jsonl", "episodes.csv", "report.html",
-         "train.log")  # what comes back from another machine; pictures and checkpoints stay there
+         "train.log")  # what comes back from another machine; images and checkpoints stay there
 KEY = ("task", "method", "setting", "seed")  # what makes two rows the same run
 MEASURES = ("steps", "pairs_asked", "labels", "label_accuracy", "reward_accuracy", "spearman", "spearman_expert",
             "eval_return", "eval_success", "eval_success_any", "eval_success_frames", "success_last_third",
@@ -123,7 +126,7 @@ CURVES = (*KEY, "step", "eval_return", "eval_success", "pairs_asked")
 # ---- from a sweep to its runs ----
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run. overrides: the fields of Config that differ from the task's own.  varied: fields that get a column."""
+    """One run. overrides: what differs from the task's own settings.  varied: fields that get a column."""
 
     task: str
     setting: str
@@ -136,6 +139,23 @@ class Job:
         """preference (RL-VLM-F), oracle (the same with true labels), or the reward that takes its place."""
         reward = self.overrides.get("reward", "preference")
         return "oracle" if reward == "preference" and self.overrides.get("labels") == "oracle" else reward
+
+    def fields(self):
+        """The overrides as fields of Config."""
+        fields = {name: value for name, value in self.overrides.items() if name not in PSEUDO}
+        flaws = {name: self.overrides.get(f"vlm_{name}") for name in ("mistakes", "unsure")}
+        flaws = ",".join(f"{name}={share:g}" for name, share in flaws.items() if share)
+        if flaws:
+            if fields.get("vlm", "offline") != "offline":
+                raise ValueError(f"{flaws} is a flaw of the offline stand-in, and --set says vlm={fields['vlm']}")
+            fields["labels" if fields.get("labels") == "oracle" else "vlm"] = (
+                "oracle:" if fields.get("labels") == "oracle" else "offline:") + flaws
+        if fields.get("seed_steps") == "explore_steps":  # as many random steps as there is exploration: none is left for novelty
+            from support import settings
+
+            rest = {name: value for name, value in fields.items() if name != "seed_steps"}
+            fields["seed_steps"] = settings.resolve(settings.Config(env=self.task, **rest)).explore_steps
+        return fields
 
     def key(self):
         """What is equal for two rows of the same run: KEY, as it is in the CSV."""
@@ -163,17 +183,23 @@ def parse_fields(words, split=True):
 
     split=False: each is one value, commas and all.
     """
-    from support import run
     from support import settings
+
+    facts = getattr(settings, "FACTS", ())  # of a task: they have no flag of their own, but --set name=value
+
+    def value_of(name, text):
+        if name in PSEUDO:
+            return type(PSEUDO[name])(text)
+        flag = [f"--set={name}={text}"] if name in facts else [f"--{name.replace('_', '-')}={text}"]
+        return getattr(settings.parse_args(flag), name)
 
     fields = {}
     for word in words:
         name, equals, values = word.partition("=")
         if not equals:
             raise ValueError(f"{word}: write field=value or field=value,value")
-        name, flag = name.replace("-", "_"), "--" + name.replace("_", "-")
-        fields[name] = [getattr(settings.parse_args([f"{flag}={value}"]), name)
-                        for value in (values.split(",") if split else [values])]
+        name = name.replace("-", "_")
+        fields[name] = [value_of(name, value) for value in (values.split(",") if split else [values])]
     return fields
 
 
@@ -200,10 +226,9 @@ def only(jobs, words):
 def stored(job):
     """(config, summary) of the job's folder, {} where there is none; ValueError if another run is in it."""
     import envs
-    from support import run
     from support import settings
 
-    config, summary = ({}, {})
+    config, summary = {}, {}
     with contextlib.suppress(FileNotFoundError):
         config = json.loads(Path(job.folder, "config.json").read_text())
         summary = json.loads(Path(job.folder, "summary.json").read_text())
@@ -211,24 +236,33 @@ def stored(job):
     # one under the new names
     ours = job.task in envs.TASKS and job.overrides.get("schedule") != "paper"
     preset = settings.schedule(job.task, "ours") if ours else {}
-    for field, value in {**preset, **job.overrides}.items() if config else ():
+    for field, value in {**preset, **job.fields()}.items() if config else ():
         if config.get(field) != value:
             raise ValueError(f"{job.folder} holds a run with {field}={config.get(field)}, not {value}: remove it, or "
                              "choose another --name")
     return config, summary
 
 
-def settings(job):
+def config_of(job):
     """The Config that starts the job, or goes on with it where it was begun."""
-    from support import run
     from support import settings
 
-    if stored(job)[0]:
-        ours = {"env": job.task, **job.overrides}  # a sweep's runs are no stranger's
-        return settings.resumed({"resume": job.folder, **{name: ours[name] for name in settings.NAMED_AGAIN if name in ours}})
+    fields = {"env": job.task, **job.fields()}
+    if stored(job)[0]:  # these must be named again where a run may be a stranger's; a sweep's runs are its own
+        again = {name: fields[name] for name in settings.NAMED_AGAIN if name in fields}
+        return settings.resumed({"resume": job.folder, **again})
     # trap: a run killed before it wrote its settings has left a folder that a fresh run would refuse
     resume = job.folder if os.path.exists(job.folder) else None
-    return settings.Config(env=job.task, seed=job.seed, out=job.folder, resume=resume, **job.overrides)
+    return settings.Config(seed=job.seed, out=job.folder, resume=resume, **fields)
+
+
+def train_job(job):
+    """Train it, all of the algorithm or without the part that its setting leaves out."""
+    import train
+    from tools import ablations
+
+    left_out = job.overrides.get("ablation", "nothing")
+    train.train(config_of(job)) if left_out == "nothing" else ablations.train_without(left_out, config_of(job))
 
 
 def run_one(job):
@@ -246,9 +280,7 @@ def run_one(job):
             return "another sweep is at work on this run", {}
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                import train
-
-                train.train(settings(job))
+                train_job(job)
                 error = "" if stored(job)[1].get("finished") else "interrupted"
             except Exception as problem:  # whatever it is, the other runs go on; the log has the traceback
                 traceback.print_exc()
@@ -364,10 +396,10 @@ def cell(value):
 
 def aligned(path):
     """episodes.csv of a run -> rank correlation of learned reward and progress along the expert's episode, or NaN."""
-    from scipy.stats import spearmanr
+    from support.report import rank_correlation
 
     rows = [(float(row["learned_reward"]), float(row["progress"])) for row in read_csv(path) if row["kind"] == "expert"]
-    return float(spearmanr(*zip(*rows)).statistic) if len(rows) > 2 else float("nan")
+    return rank_correlation(*zip(*rows)) if len(rows) > 2 else float("nan")
 
 
 class Table:
@@ -387,7 +419,8 @@ class Table:
         if not error:
             config, summary = stored(job)
             # a field that this run did not change has the task's own value in config.json
-            row.update((field, config.get(field)) for field in job.varied)
+            row.update((field, job.overrides.get(field, PSEUDO.get(field)) if field in PSEUDO else config.get(field))
+                       for field in job.varied)
             row.update(summary, pairs_asked=summary["asked"], reward_accuracy=metrics[-1]["reward_accuracy"],
                        spearman_expert=aligned(Path(job.folder, "episodes.csv")), command=config["command"])
         self.rows[key] = {name: cell(row.get(name)) for name in (*KEY, *job.varied, *MEASURES)}
@@ -437,7 +470,7 @@ def parse(arguments):
     parser.add_argument("--set", nargs="+", metavar="FIELD=V", help="settings that all runs share")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time on this machine (default: 2)")
     parser.add_argument("--address", help="of a Ray cluster, such as auto or ray://HOST:10001")
-    parser.add_argument("--plot", metavar="CSV", help="draw the pictures of a results file, and run nothing")
+    parser.add_argument("--plot", metavar="CSV", help="draw the plots of a results file, and run nothing")
     return parser.parse_args(arguments)
 
 
@@ -448,7 +481,6 @@ def overview():
 
 
 def main(arguments=None):
-    from support import run
     from support import settings
 
     args = parse(arguments)
