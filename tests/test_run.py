@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import envs
-from support import settings
+from support import run, settings
+from support.labeler import make_labeler
 import sac
 import train
 from test_components import Odd, tiny
@@ -20,7 +21,7 @@ def test_a_stand_in_by_another_name_is_no_vlm(tmp_path):
     """One that runs already, as offline/NAME, must be named as what it is in banner and folder."""
     config = settings.Config(env="CartPole", vlm="offline/x", vlm_url="http://localhost:1/v1")
     assert settings.who_labels(config) == "offline stand-in (not a VLM)"
-    assert "offline_stand-in" in train.prepare(config)[0].out
+    assert "offline_stand-in" in run.prepare(config)[0].out
 
 
 @pytest.mark.usefixtures("unreported")
@@ -69,7 +70,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 def test_disk_is_not_asked_for_where_no_picture_is_stored(tmp_path, monkeypatch):
     """A full disk must stop a run that stores pictures before it starts, and no run with the true reward."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=20_000))  # observations and actions
-    train.check_disk(settings.resolve(tiny(tmp_path, reward="true")), envs.make("CartPole"))
+    run.check_disk(settings.resolve(tiny(tmp_path, reward="true")), envs.make("CartPole"))
     with pytest.raises(settings.UserError, match="of disk"):
         train.train(tiny(tmp_path, reward="score"))
 
@@ -77,11 +78,11 @@ def test_disk_is_not_asked_for_where_no_picture_is_stored(tmp_path, monkeypatch)
 def test_a_raised_limit_lets_the_questions_go_on(tmp_path):
     """A run that had reached --max-calls must ask again when it is resumed with more, and with as many must not."""
     for more, asks in ((6, False), (60, True)):
-        labeler = train.Labeler(settings.resolve(tiny(tmp_path, max_calls=more)))
+        labeler = make_labeler(settings.resolve(tiny(tmp_path, max_calls=more)))
         try:
             labeler.load_state_dict({"counts": labeler.counts, "exhausted": True,
                                      "vlm": {**labeler.vlm.state_dict(), "calls": 6}})
-            assert labeler.may_ask() == asks
+            assert bool(labeler.room(6)) == asks
         finally:
             labeler.close()
 
@@ -120,10 +121,10 @@ def test_candidates_need_disk_too(tmp_path, monkeypatch):
     candidates = 3 * config.image_buffer * (config.reward_image_size**2 + config.vlm_image_size**2)
     free, env = types.SimpleNamespace(free=steps + candidates + pairs), envs.make("CartPole")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    train.check_disk(config, env)
+    run.check_disk(config, env)
     free.free -= 1
-    with pytest.raises(settings.UserError, match="50 candidates need"):
-        train.check_disk(config, env)
+    with pytest.raises(settings.UserError, match="50 images to ask about need"):
+        run.check_disk(config, env)
 
 
 @pytest.mark.usefixtures("unreported")
@@ -166,7 +167,7 @@ def test_kept_answers_all_fit_where_a_run_goes_on(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("unreported")
 def test_a_damaged_run_folder_is_one_line(tmp_path, monkeypatch):
     """Whatever is wrong with config, summary or checkpoint, --resume must say so, in one line."""
-    monkeypatch.setattr(train, "finish", lambda *_: 1 / 0)
+    monkeypatch.setattr(run.Run, "finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.train(tiny(tmp_path, reward="true"))
     folder = tmp_path / "run"
@@ -183,7 +184,7 @@ def test_a_damaged_run_folder_is_one_line(tmp_path, monkeypatch):
 def test_rows_after_the_checkpoint_are_written_once(tmp_path, monkeypatch):
     """A kill after an evaluation and before the next checkpoint must not leave its row twice in metrics.csv."""
     train.train(tiny(tmp_path, "whole", reward="true"))
-    monkeypatch.setattr(train, "finish", lambda *_: 1 / 0)
+    monkeypatch.setattr(run.Run, "finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.train(tiny(tmp_path, "cut", reward="true"))
     monkeypatch.undo()
