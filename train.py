@@ -104,39 +104,33 @@ def train(config, parts=None):
         with run.steps() as steps:
             for step in steps:
                 # ---- STEP 0: explore without any reward ----
-                # Random actions come first, then SAC on the novelty of states. (Not in the paper's box; its code does it,
-                # as PEBBLE did.) Good questions need images of many kinds, and a policy that has not moved about shows
-                # only one. STEP 0 ends when r_psi has been fitted for the first time: before that, nothing is wanted.
+                # Random actions first, then SAC on the novelty of states: good questions need images of many kinds.
+                # (Not in the paper's box; its code does it, as PEBBLE did.) It ends when r_psi has been fitted once.
                 at_random = step < config.seed_steps
                 exploring = at_random or step < config.explore_steps or not at.has_reward
                 if step == config.seed_steps:
                     normalise_observations(pi, B, env, config)
                 if not at_random:
                     action = pi.act(obs)  # (A,) in [-1, 1], or an int where actions are Discrete
-                elif t % config.hold == 0:
-                    # A random action is held for `hold` steps: where each step moves little, actions that change at
-                    # every step cancel out, and nothing is ever reached.
+                elif t % config.hold == 0:  # held for `hold` steps, or small random moves would cancel out
                     action = random_action(env.action_space, rng)
 
                 # ---- STEP 1: act, and store the transition with the image seen after it ----
                 next_obs, true_reward, terminated, truncated, info = env.step(action)
                 image = env.image(config.reward_image_size)  # (S, S, 3) uint8: what r_psi will see
-                # trap: the reward of this transition is that of the image *after* the action. It has none yet: r_psi may
-                # not exist, and B is rewarded in one batch when the episode ends. SAC samples only rows with a reward.
+                # trap: the reward belongs to the image *after* the action. It is set when the episode ends, in one batch;
+                # until then SAC does not sample this row.
                 B.add(obs, action, next_obs, terminated, image, true_reward)
-                # Only a share of the images may be asked about, because each has to be drawn again at the VLM's size, and
-                # neighbours in time look alike anyway.
+                # Only a share is offered: each image is drawn again at the VLM's size, and neighbours in time look alike.
                 if rng.random() < share:
                     I.offer(env.image(config.vlm_image_size), image, info["progress"], rng)
                 obs, t, episode_over = next_obs, t + 1, terminated or truncated
 
-                # A query session comes every `feedback_every` steps, but waits for the end of an episode: then every
-                # transition in B can be rewarded, and a checkpoint right after it has nothing half done to store.
+                # A query session waits for the end of an episode: then nothing is half done in B, or in a checkpoint.
                 due = step + 1 >= config.explore_steps + at.sessions * config.feedback_every
                 pairs_left = labeler.room(config.pairs_per_session)
                 if episode_over and due and pairs_left and len(I) > 1:
                     # ---- STEP 2: pick pairs of images ----
-                    # Uniformly, as in the paper, unless --sampler names a way that looks at what r_psi knows already.
                     model = r_psi if at.has_reward else None
                     pairs = sample_pairs(I.small[: len(I)], pairs_left, rng, config.sampler, model)  # (M, 2)
 
@@ -157,7 +151,7 @@ def train(config, parts=None):
                         B.relabel(r_psi.predict)
                         at.has_reward = True
                 elif episode_over and at.has_reward:
-                    # Between two sessions only the episode that has just ended needs rewards, from the same r_psi.
+                    # Between two sessions only the episode that has just ended needs rewards.
                     B.relabel(r_psi.predict, only_new=True)
 
                 # ---- STEP 6: improve the policy with SAC on the learned reward ----
