@@ -26,9 +26,9 @@ What this is: the algorithm of RL-VLM-F (Wang et al., arXiv 2402.03681), STEP by
 | 6 | improve the policy with SAC on the learned reward | sac.py: SAC.update |
 | 7 | evaluate with the true reward, which the learner never sees | train.py: evaluate |
 
-Two loops stand side by side. train() is RL-VLM-F. train_on_given_reward() is the same without STEPs 2 to 5, for a reward
-that asks nobody while the policy learns: VLM-CaR's programs (code_as_reward.py), CLIP, the true reward, the sparse one.
-Everything around them (settings, run folder, who answers) is in support/, and is no part of the method.
+Two loops stand side by side. train() is RL-VLM-F. train_on_given_reward() is the same without STEPs 2 to 5, for a
+reward that asks nobody while the policy learns: VLM-CaR's programs (code_as_reward.py), CLIP, the true reward, the
+sparse one. Everything around them (settings, run folder, who answers) is in support/, and is no part of the method.
 
 Differs from the paper:
   1. A query session, new rewards and a checkpoint come where an episode ends: nothing half done has to be saved.
@@ -59,7 +59,8 @@ from envs import BadEnvironment, rollout
 from reward_model import ImageBuffer, sample_pairs
 from sac import novelty_batch, stored_array
 from support.given_rewards import LearnedReward, programs_reward
-from support.run import EVAL_SEED, TRIAL_SEED, BestPolicy, choose_parts, looks_at_images, most_pairs, random_action, started
+from support.run import (EVAL_SEED, TRIAL_SEED, BestPolicy, choose_parts, looks_at_images, most_pairs, random_action,
+                         started)
 from vlm_query import VLMError
 
 RESET_UPDATES = 100  # updates of the fresh critics at once, as in the official code
@@ -118,10 +119,10 @@ def train(config, parts=None):
                 # ---- STEP 1: act, and store the transition with the image seen after it ----
                 next_obs, true_reward, terminated, truncated, info = env.step(action)
                 image = env.image(config.reward_image_size)  # (S, S, 3) uint8: what r_psi will see
-                # trap: the reward belongs to the image *after* the action. It is set when the episode ends, in one batch;
-                # until then SAC does not sample this row.
+                # trap: the reward belongs to the image *after* the action. It is set when the episode ends, in one
+                # batch; until then SAC does not sample this row.
                 B.add(obs, action, next_obs, terminated, image, true_reward)
-                # Only a share is offered: each image is drawn again at the VLM's size, and neighbours in time look alike.
+                # Only a share is offered: each image is drawn again, large, and neighbours in time look alike.
                 if rng.random() < share:
                     I.offer(env.image(config.vlm_image_size), image, info["progress"], rng)
                 obs, t, episode_over = next_obs, t + 1, terminated or truncated
@@ -159,7 +160,8 @@ def train(config, parts=None):
                     forget_novelty(pi, B, config.batch_size)
                     at.explored = True
                 for _ in range(0 if at_random else config.updates):
-                    losses = pi.update(novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size))
+                    batch = novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size)
+                    losses = pi.update(batch)
 
                 # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
                 at.step = step + 1
@@ -224,7 +226,8 @@ def train_on_given_reward(config, parts=None):
                     forget_novelty(pi, B, config.batch_size)
                     at.explored = True
                 for _ in range(0 if at_random else config.updates):
-                    losses = pi.update(novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size))
+                    batch = novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size)
+                    losses = pi.update(batch)
 
                 # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
                 at.step = step + 1
@@ -243,7 +246,7 @@ def train_on_given_reward(config, parts=None):
 
 # ---- what both loops use ----
 def new_episode(env, seed, at):
-    """Begin a training episode -> obs (O,). Each has a seed of its own, so that a resumed run need not know the last one."""
+    """Begin a training episode -> obs (O,). Each has its own seed, so a resumed run need not know the one before."""
     # trap: some environments hand their seed to numpy's older generators, which take 32 bits
     return env.reset(seed=(seed * 100_000 + at.episodes) % 2**32)[0]
 
@@ -282,8 +285,8 @@ def evaluate(policy, env, episodes, seed):
     """Play episodes with the policy -> dict of means over them.
 
     policy: obs (O,) -> action.  seed: of the first episode; the same seeds at every evaluation, and none of training.
-    eval_return: sum of true rewards.  eval_success: success at the last step; eval_success_any: at any step (Meta-World's
-    own convention); eval_success_frames: share of steps with success.  eval_progress: at the last step.
+    eval_return: sum of true rewards.  eval_success: success at the last step; eval_success_any: at any step
+    (Meta-World's own convention); eval_success_frames: share of steps with success.  eval_progress: at the last step.
     An environment that never says whether it succeeded gets no successes, in place of zeros.
     """
     rows = []
@@ -303,7 +306,8 @@ def make_learner(run, parts):
     pi = parts.SAC(obs_shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount, device=config.device,
                    seed=config.seed)
     image_shape = (config.reward_image_size, config.reward_image_size, 3) if looks_at_images(config) else None
-    return pi, parts.ReplayBuffer(config.total_steps, obs_shape, space.shape, image_shape, run.path("buffer"), config.seed)
+    B = parts.ReplayBuffer(config.total_steps, obs_shape, space.shape, image_shape, run.path("buffer"), config.seed)
+    return pi, B
 
 
 def make_reward_model(run, parts):
@@ -319,11 +323,12 @@ def make_reward_model(run, parts):
 
 
 def best_policy(run, pi, reward):
-    return BestPolicy(pi, run.eval_env, reward, run.config.best_policy, run.seed(TRIAL_SEED), run.config.reward_image_size)
+    return BestPolicy(pi, run.eval_env, reward, run.config.best_policy, run.seed(TRIAL_SEED),
+                      run.config.reward_image_size)
 
 
 def begin(run, at, rng, pi, **parts):
-    """Everything as it was at the checkpoint, with --resume; otherwise a film and an evaluation of the untrained policy."""
+    """With --resume, everything as it was at the checkpoint; otherwise, a film and an evaluation before training."""
     if not run.begin(at, rng, pi=pi, **parts):
         run.film("eval_before.gif", pi.best_action)
         run.log(evaluate(pi.best_action, run.eval_env, run.config.eval_episodes, run.seed(EVAL_SEED)), {}, 0)

@@ -1,7 +1,7 @@
 r"""A run folder becomes one self-contained report.html: no script, nothing from the network.
 
-What this is: the last page of every run, and rank_correlation(), which train.py needs too. Which STEPs: none of its own. The
-page shows what STEPs 0 to 7 left in the run folder, above all whether the learned reward means what it should:
+What this is: the last page of every run, and rank_correlation(), which train.py needs too. Which STEPs: none of its
+own. The page shows what STEPs 0 to 7 left in the run folder, above all whether the learned reward means what it should:
     accuracy of the labels = share that agrees with true progress, by how far apart the two images of a pair are
     meaning of the reward  = learned reward beside true progress along an episode, and Spearman's rank correlation of
                              learned and true reward over fresh random episodes
@@ -14,12 +14,12 @@ Differs from the paper:
 
 What is read of a run folder. A file that is missing, torn, absurd or huge costs its section, never the report:
     config.json, summary.json   one object each      metrics.csv    a row per evaluation
-    labels.jsonl   a line per pair asked             episodes.csv   kind, episode, t, learned_reward, progress, true_reward
-    pairs/000012.png, eval_before.gif, eval_after.gif     code_as_reward/   programs and their verification
+    labels.jsonl   a line per pair asked             episodes.csv   kind, episode, t, learned_reward, progress,
+    true_reward pairs/000012.png, eval_before.gif, eval_after.gif     code_as_reward/   programs and their verification
 
 Shapes: a table is {column: list of str}; a row is one object of labels.jsonl; an outcome is one of OUTCOMES.
-Names: write_report, rank_correlation. Needs numpy. With matplotlib it draws charts; without it, their numbers are tables.
-Imports nothing of this project.
+Names: write_report, rank_correlation. Needs numpy. With matplotlib it draws charts; without it, their numbers are
+tables. Imports nothing of this project.
 
 To use it elsewhere, write the files that you have in that form, and call write_report:
     from pathlib import Path
@@ -292,7 +292,8 @@ def matplotlib_or_none():
 def chart(run, title, draw, head, rows):
     """One chart, draw(axes) -> an SVG figure for the page; a line where it cannot be drawn.
 
-    head: names of columns.  rows: the same numbers as lists of cells, which become a table where there is no matplotlib.
+    head: names of columns.  rows: the same numbers as lists of cells, which become a table where there is no
+    matplotlib.
     """
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # of numbers too large to draw, of letters a font lacks

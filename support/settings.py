@@ -369,7 +369,7 @@ def help_text(every=False):
         for name, text in fields.items():
             flag, default = " ".join(words(name, "")).strip(), FIELDS[name].default
             lines += [f"  {flag:<{wide}}  {text}" + ("" if default is None else f" (default: {default})")]
-    return lines + ["", f"  {'--set name=value':<{wide}}  any field of Config in support/settings.py, such as horizon=100",
+    return lines + ["", f"  {'--set name=value':<{wide}}  any field of Config (settings.py), such as horizon=100",
                     f"  {'--help-all':<{wide}}  all settings"]
 
 
