@@ -1,8 +1,8 @@
 """Soft Actor-Critic (SAC), and a replay buffer whose rewards can be written again.
 
 What this is: SAC on state vectors (Haarnoja et al., arXiv 1801.01290 and 1812.05905; for discrete actions
-Christodoulou, 1910.07207), and a ring of transitions that keeps the image seen after each action, so that every new reward model can
-give all of them a new reward.
+Christodoulou, 1910.07207), and a ring of transitions that keeps the image seen after each action, so that every new
+reward model can give all of them a new reward.
 Which STEPs: 0 explore without any reward, 1 act and store, 5 relabel, 6 improve the policy. SAC's three losses:
 
     target   y = r + discount * (1 - terminated) * (min_i Q'_i(s', a') - alpha * log pi(a'|s'))        a' ~ pi(s')
