@@ -110,8 +110,8 @@ class CartPole(gymnasium.Env):
 
     GRAVITY, CART_MASS, POLE_MASS, HALF_POLE = 9.8, 1.0, 0.1, 0.5  # m/s^2, kg, kg, m
     FORCE, SECONDS = 10.0, 0.02  # N at full action; length of a step
-    # The largest |state|. Cart and pole stop here and the episode goes on: as in the paper, nothing terminates. An
-    # episode that ended when the pole falls would tell the policy about the goal by its length alone. And a learned
+    # The largest |state|, as in the official code. Cart and pole stop here and the episode goes on: nothing terminates.
+    # An episode that ended when the pole falls would tell the policy about the goal by its length alone. And a learned
     # reward has no natural zero: where it happens to be negative everywhere, a policy that may end an episode learns to
     # end it quickly.
     LIMIT = np.array([0.8 * 2.4, np.inf, math.radians(30), np.inf])
@@ -152,7 +152,8 @@ class CartPole(gymnasium.Env):
     def derivative(cls, state, force):
         """state (4,), force N -> d state / dt (4,), by the header's equations.
 
-        Gymnasium's CartPole has the same: https://coneural.org/florian/papers/05_cart_pole.pdf
+        Gymnasium's CartPole has the same: https://coneural.org/florian/papers/05_cart_pole.pdf. The 4/3 is that of the
+        inertia of a rod which turns about its end, 4/3 m l^2.
         Worked example: from upright and at rest, 10 N to the right give temp = 10 / 1.1 = 9.09. The pole falls to the
         left with a'' = -9.09 / (0.5 (4/3 - 0.1 / 1.1)) = -14.6 rad/s^2, and the cart speeds up by 9.8 m/s^2.
         """
@@ -293,9 +294,9 @@ class TaskEnv(gymnasium.Wrapper):
             total += reward
             if terminated or truncated:
                 break
-        # The rewards of repeated steps are summed. Progress is that of the last one, because that is what the image
-        # shows. The time limit may fall on a step that ends the episode by itself (FoldCloth's only step): terminated
-        # wins, for there is no future whose value could count.
+        # The rewards of repeated steps are summed. Progress is that of the last of them, because the image shows that
+        # one. The time limit may fall on a step that ends the episode by itself (FoldCloth's only step). Then terminated
+        # wins: there is no future to bootstrap from.
         return self._observation(obs), total, terminated, truncated and not terminated, self._complete(info, reward)
 
     def image(self, size=300):
