@@ -275,3 +275,32 @@ def test_a_ready_reward_waits_for_the_first_episode_to_end(tmp_path):
     """No row has a reward before that: the run must go on exploring, not fail."""
     rows = train.train(tiny(tmp_path, reward="true", seed_steps=10, explore_steps=10))
     assert rows[-1]["step"] == 300
+
+
+@pytest.mark.usefixtures("unreported")
+def test_both_loops_learn_the_same_from_the_same_reward(tmp_path, monkeypatch):
+    """Brightness as a "fitted" reward model in train(), and as a given reward in the other loop: the same rows of SAC."""
+    class Bright:
+        def __init__(self, *_, **__):
+            pass
+
+        def fit(self, *_):
+            return {}
+
+        def predict(self, images):
+            return images.mean((1, 2, 3)).astype(np.float32) / 255
+
+        def state_dict(self):
+            return {}
+
+    # One random action alone, for in train() the same generator also draws which images are offered to I.
+    same = dict(seed_steps=1, explore_steps=100, total_steps=260)
+    config = settings.resolve(tiny(tmp_path, "asked", labels="oracle", **same))
+    parts = run.choose_parts(config)
+    parts.RewardModel = Bright
+    asked = train.train(tiny(tmp_path, "asked", labels="oracle", **same), parts)
+    monkeypatch.setattr(given_rewards, "known_reward", lambda config: given_rewards.LearnedReward(Bright().predict))
+    given = train.train(tiny(tmp_path, "given", reward="clip", **same))
+    names = ("step", "eval_return", "eval_progress", "critic_loss", "q_mean", "alpha")
+    assert [[row.get(name) for name in names] for row in asked] == [[row.get(name) for name in names] for row in given]
+    assert given[-1]["critic_loss"] > 0 and asked[-1]["labels"] > 0
