@@ -1,24 +1,27 @@
 """A reward learned from preferences: which of two images is closer to the goal?
 
-What this is: r_psi, an ensemble of small CNNs r(image) -> (-1, 1). It is fitted to answers "the first image" (0) or "the
-second image" (1) with the Bradley-Terry model. Also here: I, the images that may be asked about, and which pairs to ask.
-Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
+What this is: r_psi, an ensemble of small CNNs r(image) -> (-1, 1). It is fitted to answers "the first image" (0) or
+"the second image" (1) with the Bradley-Terry model. Also here: I, the images that may be asked about, and which pairs
+to ask. Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
 
-    P[second is better] = exp(beta r1) / (exp(beta r0) + exp(beta r1)),      loss = mean of -log P[the image that was picked]
+    P[second is better] = exp(beta r1) / (exp(beta r0) + exp(beta r1)),      loss = mean of -log P[the image that was
+    picked]
 
 Differs from the paper (RL-VLM-F, arXiv 2402.03681); support/baselines.py: PaperRewardModel does without 1 and 3 to 5:
-  1. One answer in eight is held out. A fit ends when the loss on these has not fallen for more than three epochs, and goes
-     back to the best epoch: real answers are partly wrong, and a network can learn wrong answers by heart.
-  2. The networks see images of 64 to 100 pixels, the VLM 200 to 308. A step of a fit takes 16 answers (official code: 64).
-  3. Rewards are multiplied by beta = 10 in P. With beta = 1, P cannot leave [0.12, 0.88], because rewards are in (-1, 1):
-     the loss can then only fall by pushing rewards to -1 and 1, and all images near the goal get the same reward.
+  1. One answer in eight is held out. A fit ends when the loss on these has not fallen for more than three epochs, and
+     goes back to the best epoch: real answers are partly wrong, and a network can learn wrong answers by heart.
+  2. The networks see images of 64 to 100 pixels, the VLM 200 to 308. A step of a fit takes 16 answers (official code:
+  64).
+  3. Rewards are multiplied by beta = 10 in P. With beta = 1, P cannot leave [0.12, 0.88], because rewards are in (-1,
+     1): the loss can then only fall by pushing rewards to -1 and 1, and all images near the goal get the same reward.
   4. There is a normalisation after each convolution, and every fit begins with fresh networks (1910.08475): a network
      that goes on from the last fit remembers the few answers of the beginning too well.
   5. predict() is standardised: mean 0 and deviation 1 over the fitted images (1706.03741).
   6. A fit may move images at random (random_shift; 2004.13649) or flip them left to right (random_flip). One CNN serves
      all tasks (official code: ResNet-18 for rope, water and cloth), and pairs are drawn from images of the whole run.
 
-Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8. Needs numpy and torch only.
+Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8. Needs numpy and torch
+only.
 Names: ImageBuffer, sample_pairs, PreferenceDataset, preference_loss, RewardNet, RewardModel (fit, predict).
 
 To use it elsewhere:
@@ -52,7 +55,8 @@ class ImageBuffer:
 
     A run sees more images than it can keep at the VLM's size, so a random sample of them must do. An image that was
     offered before is not offered again: otherwise a pole that lies still would soon be half of all pairs.
-    large (C, P, P, 3) what the VLM will see; small (C, S, S, 3) what the reward model sees; progress (C,) true progress,
+    large (C, P, P, 3) what the VLM will see; small (C, S, S, 3) what the reward model sees; progress (C,) true
+    progress,
     which only the books read (how many labels are right), and the oracle.
     """
 
@@ -96,8 +100,8 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
       uniform       any two images that are not equal, all equally likely (the paper's).
       disagreement  of ten times as many pairs, those on which the members' P[second is better] spreads most.
       entropy       of ten times as many pairs, those on which the ensemble's P[second is better] is closest to 1/2.
-      best          every other pair from the fifth of the images with the highest predicted reward: what a policy does at
-                    the end depends on the order near the goal.
+      best          every other pair from the fifth of the images with the highest predicted reward: what a policy does
+                    at the end depends on the order near the goal.
       diverse       one image of each pair from a set that covers all there is to see (k-center), the other any: rare
                     images are asked about as often as frequent ones.
     model: RewardModel. best, disagreement and entropy need one; uniform stands in for them while there is none.
@@ -116,7 +120,8 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
     worth = np.zeros(tries)
     if how in ("disagreement", "entropy"):
         rewards = model.member_rewards(images)  # (members, N)
-        p_second = 1 / (1 + np.exp(model.beta * (rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]])))  # (members, tries)
+        # P[second is better], (members, tries)
+        p_second = 1 / (1 + np.exp(model.beta * (rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]])))
         worth = p_second.std(0) if how == "disagreement" else -np.abs(p_second.mean(0) - 0.5)
     same = np.array([np.array_equal(images[a], images[b]) for a, b in pairs])
     worth[same] = -np.inf  # two equal images teach nothing: they are taken only when there is nothing else
@@ -126,7 +131,8 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
 def uniform_pairs(n, n_pairs, rng):
     """(M, 2) numbers below n, never two equal ones in a pair."""
     first = rng.integers(0, n, n_pairs)
-    # trap: a step of 1 to n - 1 around the ring reaches every other image, also the last one, and never the image itself
+    # trap: a step of 1 to n - 1 around the ring reaches every other image, also the last one, and never the image
+    # itself
     second = (first + rng.integers(1, n, n_pairs)) % n
     return np.stack([first, second], axis=1)
 
@@ -251,7 +257,8 @@ class RewardNet(nn.Module):
         # goal then keep their differences, and only a logit far beyond 10 is bent.
         self.beta = beta
         for out, kernel, stride in LAYERS:
-            # One group: over all channels and pixels of one image, so the reward of an image does not depend on its batch.
+            # One group: over all channels and pixels of one image, so the reward of an image does not depend on its
+            # batch.
             norm = nn.GroupNorm(1, out) if normalise else nn.Identity()
             parts += [nn.Conv2d(channels, out, kernel, stride), norm, nn.ReLU(inplace=True)]
             height, width, channels = (height - kernel) // stride + 1, (width - kernel) // stride + 1, out
@@ -273,8 +280,8 @@ class RewardModel:
     order in which they see the answers, and how images are augmented.
     batch: answers in one step of a fit.  patience: a fit ends when the loss on the held-out answers has not fallen for
     more epochs than that; 0: the held-out answers have no say.
-    random_shift: pixels by which a fit moves an image at most.  random_flip: a fit flips half of the images left to right.
-    Use it only where the goal knows no left and right; an image is then worth what its mirror image is worth.
+    random_shift: pixels by which a fit moves an image at most.  random_flip: a fit flips half of the images left to
+    right. Use it only where the goal knows no left and right; an image is then worth what its mirror image is worth.
     """
 
     beta, normalise = BETA, True  # of its networks; a subclass may change them
@@ -313,7 +320,8 @@ class RewardModel:
         Stops after an epoch in which the accuracy exceeded stop_accuracy, as in the official code: to go on would only
         push apart what is ordered already. Stops also when the held-out answers say so ("Differs" 1); fewer than four
         held-out answers have no say.
-        train_accuracy: of single members, while they learn, on augmented images; heldout_accuracy: of the fitted ensemble.
+        train_accuracy: of single members, while they learn, on augmented images; heldout_accuracy: of the fitted
+        ensemble.
         Raises ValueError if there is nothing to fit.
         """
         if epochs < 1:
@@ -464,7 +472,9 @@ def random_flip(images, rng):
 
 # ---- demo: python reward_model.py ----
 def demo_images(n, rng, size=64):
-    """Images of a dark pole, its foot in the middle, within 45 degrees of upright -> (n, size, size, 3) uint8, angles (n,)."""
+    """Images of a dark pole, its foot in the middle, within 45 degrees of upright -> (n, size, size, 3) uint8, angles
+    (n,).
+    """
     angle = rng.uniform(-45, 45, n)  # degrees
     y, x = np.mgrid[0:size, 0:size] / size - np.array([0.75, 0.5])[:, None, None]  # the foot is the origin
     radians = np.radians(angle)[:, None, None]

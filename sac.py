@@ -1,8 +1,8 @@
 """Soft Actor-Critic (SAC), and a replay buffer whose rewards can be written again.
 
-What this is: SAC on state vectors (Haarnoja et al., arXiv 1801.01290 and 1812.05905; for discrete actions Christodoulou,
-1910.07207), and a ring of transitions that keeps the image seen after each action, so that every new reward model can
-give all of them a new reward.
+What this is: SAC on state vectors (Haarnoja et al., arXiv 1801.01290 and 1812.05905; for discrete actions
+Christodoulou, 1910.07207), and a ring of transitions that keeps the image seen after each action, so that every new
+reward model can give all of them a new reward.
 Which STEPs: 0 explore without any reward, 1 act and store, 5 relabel, 6 improve the policy. SAC's three losses:
 
     target   y = r + discount * (1 - terminated) * (min_i Q'_i(s', a') - alpha * log pi(a'|s'))        a' ~ pi(s')
@@ -93,8 +93,8 @@ class ReplayBuffer:
             finite = np.isfinite(array[row])
             if not finite.all():
                 entry = np.argmin(finite)  # the first entry that is not finite
-                raise ValueError(f"transition {self.added}: entry {entry} of {name} is {np.ravel(value)[entry]}; all must "
-                                 "be finite in float32")
+                raise ValueError(f"transition {self.added}: entry {entry} of {name} is {np.ravel(value)[entry]}; "
+                                 "all must be finite in float32")
         # trap: a time limit is no termination. After a termination there is no next state, so its value is 0; after a
         # time limit the world goes on, and the target keeps the value of the next state.
         self.terminated[row] = terminated
@@ -117,7 +117,7 @@ class ReplayBuffer:
         """
         rewards = np.asarray(rewards, np.float32)
         if rewards.shape != (self.unrewarded,) or not np.isfinite(rewards).all():
-            raise ValueError(f"{self.unrewarded} rows wait for a reward each, all finite, not {rewards.shape}: {rewards}")
+            raise ValueError(f"{self.unrewarded} rows wait for a finite reward each, not {rewards.shape}: {rewards}")
         self.reward[self.newest(self.unrewarded)] = rewards
         self.unrewarded = 0
 
@@ -130,7 +130,7 @@ class ReplayBuffer:
         must not learn from old rewards: an early reward model is wrong, and its mistakes would stay in the buffer.
         """
         rows = self.newest(self.unrewarded if only_new else len(self))
-        # trap: after the ring has wrapped, the stored rows are not [0 : cursor]. So walk over all rows from the oldest on.
+        # trap: after the ring has wrapped, the stored rows are not [0 : cursor]. So walk over all, oldest first.
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
             self.reward[part] = reward_fn(self.image[part])  # (chunk, H, W, 3) -> (chunk,)
@@ -207,11 +207,11 @@ def novelty_bonus(obs, all_obs, k=5):
 
         bonus(s) = || s - (k-th nearest stored state) ||
 
-    Why a distance is an entropy: where the k nearest of N states lie within a distance d, the density of states is about
-    k / (N * volume(d)), so -log(density) grows with log d. Its mean over the states is the entropy of what was visited
-    (a k-nearest-neighbour particle estimate), and a policy that seeks far neighbours raises it (PEBBLE, arXiv 2106.05091).
-    Like PEBBLE and the official code, we take the distance itself and not its logarithm, and k = 5: the nearest one alone
-    would make a state look familiar as soon as it has been visited once.
+    Why a distance is an entropy: where the k nearest of N states lie within a distance d, the density of states is
+    about k / (N * volume(d)), so -log(density) grows with log d. Its mean over the states is the entropy of what was
+    visited (a k-nearest-neighbour particle estimate), and a policy that seeks far neighbours raises it (PEBBLE, arXiv
+    2106.05091). Like PEBBLE and the official code, we take the distance itself and not its logarithm, and k = 5: the
+    nearest one alone would make a state look familiar as soon as it has been visited once.
     obs: (B, O), all_obs: (N, O) -> (B,). A stored state counts as its own nearest neighbour.
     Example: obs 0, stored states 1, 2, 5 and k = 2 -> 2.
     """
@@ -334,8 +334,8 @@ class SAC:
     def normalise_observations(self, obs, floor=0.01):
         """From now on the networks see (observation - mean) / std, both over obs (N, O).
 
-        Positions are in metres, so pushing a cube changes them by about 0.01. A network hardly notices that; dividing by
-        the standard deviation makes it visible.
+        Positions are in metres, so pushing a cube changes them by about 0.01. A network hardly notices that; dividing
+        by the standard deviation makes it visible.
         floor: the least std. What has not moved yet must not be blown up without bound when it does.
         """
         obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
@@ -376,8 +376,8 @@ class SAC:
     def best_action(self, obs):
         """The action for evaluation: the policy's best guess; where actions are Discrete, one drawn from the policy.
 
-        Greedy discrete policies can loop (left, right, left, ...) in states where two actions are almost equally likely.
-        So we sample during evaluation too.
+        Greedy discrete policies can loop (left, right, left, ...) in states where two actions are almost equally
+        likely. So we sample during evaluation too.
         """
         return self.act(obs, explore=self.discrete)
 
@@ -389,7 +389,8 @@ class SAC:
             q = critic(obs).amin(0)  # (B, n)
             entropy = -(action_or_probs * log_probs).sum(-1)
             return (action_or_probs * q).sum(-1) + alpha * entropy, entropy
-        return critic(obs, action_or_probs).amin(0) - alpha * log_probs, -log_probs  # one draw stands for the expectation
+        # Box: one draw stands for the expectation
+        return critic(obs, action_or_probs).amin(0) - alpha * log_probs, -log_probs
 
     def update(self, batch):
         """One gradient step for critics, actor and temperature, from a batch of ReplayBuffer.sample().
@@ -399,7 +400,7 @@ class SAC:
         reward, terminated = batch["reward"], batch["terminated"]
         # trap: (B, 1) minus (B,) would silently become (B, B)
         if reward.ndim != 1 or terminated.shape != reward.shape:
-            raise ValueError(f"reward and terminated must be (B,), not {tuple(reward.shape)}, {tuple(terminated.shape)}")
+            raise ValueError(f"reward, terminated must be (B,), not {tuple(reward.shape)}, {tuple(terminated.shape)}")
         return self._step(batch["obs"], batch["action"], reward, batch["next_obs"], terminated)
 
     def _step(self, *tensors):

@@ -571,11 +571,11 @@ def test_a_second_run_asks_nothing(tmp_path):
     """With the cache of the first run, every answer must be there, also for a stand-in on another port."""
     first, second, right = grays(6)
     with OfflineVLM() as url:
-        before = label_pairs(quick(url, cache=tmp_path).ask, first, second, BRIGHT)[0]
+        before = label_pairs(quick(url, cache=tmp_path), first, second, BRIGHT)[0]
     server = OfflineVLM()
     with server as url:
         vlm = quick(url, cache=tmp_path)
-        labels, counts = label_pairs(vlm.ask, first, second, BRIGHT)
+        labels, counts = label_pairs(vlm, first, second, BRIGHT)
     assert server.requests.total() == 0 and counts["cached"] == 6 and vlm.cached_calls == vlm.calls == 12
     assert (labels == right).all() and (labels == before).all()
 
@@ -598,7 +598,7 @@ def test_an_answer_is_on_disk_and_in_the_log_before_its_label_is_used(tmp_path, 
     monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (real(a, b), events.append("file")))
     log = LabelLog(tmp_path / "labels.jsonl")
     with OfflineVLM() as url:
-        label_pairs(quick(url, cache=tmp_path / "c").ask, gray(1), gray(200), BRIGHT, log=lambda record: (log.append(record), events.append(1)))
+        label_pairs(quick(url, cache=tmp_path / "c"), gray(1), gray(200), BRIGHT, log=lambda record: (log.append(record), events.append(1)))
     assert events == ["sync", "file", "sync", "file", "sync", 1]
     record, = LabelLog.read(tmp_path / "labels.jsonl")
     assert record["label"] == 1 and len(record["answers"]) == 2 and "Image 1:" in record["answers"][0]
@@ -612,7 +612,7 @@ def test_a_limit_cuts_at_the_same_pair_for_any_number_of_threads(workers, tmp_pa
     with server as url:
         for repeat in range(2):
             vlm = quick(url, cache=tmp_path, max_calls=23)
-            labels, counts = label_pairs(vlm.ask, first, second, BRIGHT, workers=workers)
+            labels, counts = label_pairs(vlm, first, second, BRIGHT, workers=workers)
             assert counts["limit"] == 19 and list(labels) == [*right[:11]] + [-2] * 19
         assert server.requests.total() == 22 and vlm.calls == 22
         vlm.ask(["The goal is " + BRIGHT])
@@ -679,7 +679,7 @@ def test_cartpole_success_begins_below_five_degrees():
         assert pole._info()["success"] == success and pole._info()["progress"] == pytest.approx(-abs(degrees))
 
 
-def test_the_cartpole_picture_shows_the_angle_and_not_the_position():
+def test_the_cartpole_image_shows_the_angle_and_not_the_position():
     """The cart must stay in the middle; the tip must be where the angle says, at every size."""
     pole = envs.CartPole()
     pole.reset(seed=0)
@@ -696,7 +696,7 @@ def test_the_cartpole_picture_shows_the_angle_and_not_the_position():
 
 
 def rollout(env, seed, steps=6):
-    """Observations, rewards, infos and the last picture of a few random steps: all that an episode consists of."""
+    """Observations, rewards, infos and the last image of a few random steps: all that an episode consists of."""
     rng = np.random.default_rng(seed)
     obs, info = env.reset(seed=seed)
     seen = [obs, [info["success"], info["progress"]]]
@@ -709,11 +709,11 @@ def rollout(env, seed, steps=6):
 def test_a_seed_determines_cartpoles_episode_whatever_came_before():
     """A resumed run must see the very episodes of one that never stopped: numbers and pixels, also in a fresh object."""
     env = envs.make("CartPole")
-    first_numbers, first_picture = rollout(env, seed=5)
+    first_numbers, first_image = rollout(env, seed=5)
     rollout(env, seed=6, steps=20)
     for again in (env, envs.make("CartPole")):
-        numbers, picture = rollout(again, seed=5)
-        assert np.array_equal(numbers, first_numbers) and np.array_equal(picture, first_picture)
+        numbers, image = rollout(again, seed=5)
+        assert np.array_equal(numbers, first_numbers) and np.array_equal(image, first_image)
 
 
 def test_cartpoles_expert_reaches_the_goal_and_random_actions_do_not():
@@ -732,7 +732,7 @@ def test_cartpoles_expert_reaches_the_goal_and_random_actions_do_not():
 
 
 class Odd(gymnasium.Env):
-    """A foreign environment: 2-D float64 observations, an action range of its own, oblong pictures."""
+    """A foreign environment: 2-D float64 observations, an action range of its own, oblong images."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
 
@@ -750,9 +750,9 @@ class Odd(gymnasium.Env):
         return np.zeros((2, 3)), 7.0, False, False, {"is_success": True}
 
     def render(self):
-        picture = np.zeros((40, 100, 3), np.uint8)
-        picture[:, 30:70] = 200
-        return picture
+        image = np.zeros((40, 100, 3), np.uint8)
+        image[:, 30:70] = 200
+        return image
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -763,7 +763,7 @@ def odd_id():
 
 
 def test_any_gymnasium_id_gets_the_same_face():
-    """Flat float32 observations, actions in [-1, 1], square pictures of all of it, reward as progress, its own limit."""
+    """Flat float32 observations, actions in [-1, 1], square images of all of it, reward as progress, its own limit."""
     env = envs.make("Odd-v0", goal="to be odd")
     obs, _ = env.reset(seed=0)
     assert obs.shape == (6,) and obs.dtype == np.float32 and env.goal == "to be odd" and env.horizon == 9
@@ -857,8 +857,8 @@ def test_the_whole_algorithm_runs_every_step(tmp_path, monkeypatch):
 def unreported(monkeypatch):
     """Leaves out report and pictures, which test_the_whole_algorithm_runs_every_step has, to save their seconds."""
     monkeypatch.setattr(report, "write_report", lambda folder: Path(folder, "report.html").touch())
-    monkeypatch.setattr(train, "write_gif", lambda *_: None)
-    monkeypatch.setattr(train, "write_episodes", lambda *_: 0.0)
+    monkeypatch.setattr(run.Run, "film", lambda *_: None)
+    monkeypatch.setattr(run, "write_episodes", lambda *_: 0.0)
 
 
 @pytest.mark.usefixtures("unreported")
@@ -895,7 +895,7 @@ def test_critics_start_afresh_once_there_is_a_reward_and_only_then(tmp_path, mon
     assert events == ["fresh critics", "relabel all", "fresh critics", "relabel all"]
 
 
-# ---- code_as_reward.py, part 1: describe the sub-tasks, write a program for each, verify, pay (C1 to C4) ----
+# ---- code_as_reward.py, part 1: sub-tasks, a program for each, verification, the reward (STEPs C1 to C4) ----
 DEF = "def progress(images, first_image):\n    "
 BLACK = np.zeros((3, 16, 16, 3), np.uint8)
 
@@ -909,6 +909,21 @@ class Script:
     def __call__(self, parts):
         self.asked.append(parts)
         return types.SimpleNamespace(text=self.answers.pop(0))
+
+
+CAR_STEPS = ("describe the sub-tasks", "write one program per sub-task", "verify each program, and send failures back",
+             "the share of sub-tasks done, minus one, is the reward")
+
+
+def test_the_steps_of_vlm_car_have_one_title_each_and_stand_in_the_papers_order():
+    """Header and banners of code_as_reward.py must name C1 to C4 alike and in order; learn_programs shows C1 to C3."""
+    text = (ROOT / "code_as_reward.py").read_text()
+    header, body = text.split('"""', 2)[1:]
+    for number, title in enumerate(CAR_STEPS, start=1):
+        assert f"  C{number}  {title}" in header and f"# ---- STEP C{number}: {title} ----" in body
+    assert re.findall(r"# ---- STEP (C\d):", body) == ["C1", "C2", "C3", "C4"]
+    assert re.findall(r"# STEP (C\d):", inspect.getsource(learn_programs)) == ["C1", "C2", "C3"]
+    assert body.index("# ==== Part 1: VLM-CaR ====") < body.index("STEP C1") < body.index("# ==== Part 2: the sandbox ====")
 
 
 def test_answers_are_read_for_sub_tasks_and_code():
@@ -930,15 +945,15 @@ def test_answers_are_read_for_sub_tasks_and_code():
 
 
 def square(columns):
-    """A white square at these columns of a black picture: (T,) -> (T, 32, 32, 3); 24 is the right edge."""
-    pictures = np.zeros((len(columns), 32, 32, 3), np.uint8)
-    for picture, column in zip(pictures, columns):
-        picture[12:20, int(column):int(column) + 8] = 255
-    return pictures
+    """A white square at these columns of a black image: (T,) -> (T, 32, 32, 3); 24 is the right edge."""
+    images = np.zeros((len(columns), 32, 32, 3), np.uint8)
+    for image, column in zip(images, columns):
+        image[12:20, int(column):int(column) + 8] = 255
+    return images
 
 
-def place(pictures):
-    return pictures.any(axis=(1, 3)).argmax(axis=1) / 24  # (N,) 0 at the left edge, 1 at the right
+def place(images):
+    return images.any(axis=(1, 3)).argmax(axis=1) / 24  # (N,) 0 at the left edge, 1 at the right
 
 
 EXPERT = [square(np.minimum(24, start + 3 * np.arange(12))) for start in range(10)]
@@ -965,7 +980,7 @@ CHECKS = {  # what is wrong with a program: (the program, the field of the repor
 
 @pytest.mark.parametrize("fault", CHECKS)
 def test_each_fault_of_a_program_is_found_by_its_check(fault):
-    """A wrong program must fail, by the check that is there for its fault, with pictures of it."""
+    """A wrong program must fail, by the check that is there for its fault, with images of it."""
     program, field = CHECKS[fault]
     report = verify(program, EXPERT, RANDOM, OTHER)
     limit = {"hit_rate": 0.95, "regressions": 0.05}.get(field, 0.1)
@@ -985,11 +1000,11 @@ GOOD = "```python\nimport numpy as np\n" + DEF + "return images.any(axis=(1, 3))
 BAD = "```python\n" + DEF + "return images.max(axis=(1, 2, 3)) / 255\n```"
 
 
-def test_a_wrong_program_goes_back_with_reasons_and_pictures_and_the_next_one_passes(tmp_path):
-    """The repair loop must show the VLM its program, the reasons and the pictures, and keep the files."""
+def test_a_wrong_program_goes_back_with_reasons_and_images_and_the_next_one_passes(tmp_path):
+    """The repair loop must show the VLM its program, the reasons and the images, and keep the files."""
     ask, saved = Script("1. the square is at the right edge", BAD, GOOD), []
     reward, reports = learn_programs(ask, EXPERT[0][0], EXPERT[0][-1], "to move it", EXPERT, RANDOM,
-                                     folder=tmp_path, save_picture=lambda path, image: saved.append(path))
+                                     folder=tmp_path, save_image=lambda path, image: saved.append(path))
     reward.close()
     text = " ".join(part for part in ask.asked[2] if isinstance(part, str))
     assert "images.max" in text and reports[0].reasons[0] in text
@@ -1002,7 +1017,7 @@ def test_a_wrong_program_goes_back_with_reasons_and_pictures_and_the_next_one_pa
 
 
 def test_sub_tasks_count_in_order_once_and_the_last_is_not_held():
-    """(s + p_s) / K by hand: an event stays done, order is kept, the goal is paid only while it lasts."""
+    """(s + p_s) / K by hand: an event stays done, order is kept, the goal counts only while it lasts."""
     progress = np.array([[0, 1, 0], [1, 0, 0], [0, 0.5, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0.5]], float)
     assert stages(progress).tolist() == [0, 1, 1, 2, 2, 2]
     assert np.allclose(potential(progress), np.array([0, 1, 1.5, 2, 3, 2.5]) / 3)
@@ -1011,17 +1026,17 @@ def test_sub_tasks_count_in_order_once_and_the_last_is_not_held():
 def test_the_reward_is_never_positive_and_starts_afresh_with_every_episode():
     """Phi - 1 must lie in [-1, 0], and an episode must not know the one before."""
     source = DEF + "return images[:, 0, 0, 0] / 255"
-    pictures = np.zeros((3, 8, 8, 3), np.uint8)
-    pictures[:, 0, 0, 0] = (0, 255, 51)
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    images[:, 0, 0, 0] = (0, 255, 51)
     with ProgramReward([source, source]) as reward:
-        first = reward.episode_rewards(pictures, pictures[0])
-        again = reward.episode_rewards(pictures, pictures[0])
+        first = reward.episode_rewards(images, images[0])
+        again = reward.episode_rewards(images, images[0])
         assert np.allclose(first, [-1, 0, -0.4]) and np.array_equal(first, again)
-        assert np.allclose(reward.predict(pictures), first)
-        assert reward.episode_rewards(pictures, pictures[0], failed_end=True)[-1] == pytest.approx(-99.4)
-        change = reward.episode_rewards(pictures, pictures[0], discount=0.9, differences=True)  # 0.9 Phi' - Phi
+        assert np.allclose(reward.predict(images), first)
+        assert reward.episode_rewards(images, images[0], failed_end=True)[-1] == pytest.approx(-99.4)
+        change = reward.episode_rewards(images, images[0], discount=0.9, differences=True)  # 0.9 Phi' - Phi
         assert np.allclose(change, [0, 0.9, 0.54 - 1])
-        assert reward.predict(pictures[:0]).shape == (0,)
+        assert reward.predict(images[:0]).shape == (0,)
 
 
 def test_standing_short_of_the_goal_circling_and_dawdling_earn_less_than_arriving():
@@ -1075,11 +1090,11 @@ def test_nothing_a_program_stores_survives_the_batch():
     program.close()
 
 
-def test_programs_of_one_picture_and_of_a_batch_are_both_run():
+def test_programs_of_one_image_and_of_a_batch_are_both_run():
     """The first argument's name, image or images, must decide how a program is called."""
-    pictures = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.full((1, 8, 8, 3), 20, np.uint8)
+    images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.full((1, 8, 8, 3), 20, np.uint8)
     each = "def progress(image, first_image):\n    return image.mean() / 255"
     batch = "def progress(images, first_image):\n    return images.mean(axis=(1, 2, 3)) / 255"
     with ProgramReward([each, batch]) as reward:
-        one, other = reward.progress(pictures, pictures[0]).T
+        one, other = reward.progress(images, images[0]).T
     assert np.allclose(one, other) and np.allclose(one, np.arange(4) * 20 / 255)

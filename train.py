@@ -26,9 +26,9 @@ What this is: the algorithm of RL-VLM-F (Wang et al., arXiv 2402.03681), STEP by
 | 6 | improve the policy with SAC on the learned reward | sac.py: SAC.update |
 | 7 | evaluate with the true reward, which the learner never sees | train.py: evaluate |
 
-Two loops stand side by side. train() is RL-VLM-F. train_on_given_reward() is the same without STEPs 2 to 5, for a reward
-that asks nobody while the policy learns: VLM-CaR's programs (code_as_reward.py), CLIP, the true reward, the sparse one.
-Everything around them (settings, run folder, who answers) is in support/, and is no part of the method.
+Two loops stand side by side. train() is RL-VLM-F. train_on_given_reward() is the same without STEPs 2 to 5, for a
+reward that asks nobody while the policy learns: VLM-CaR's programs (code_as_reward.py), CLIP, the true reward, the
+sparse one. Everything around them (settings, run folder, who answers) is in support/, and is no part of the method.
 
 Differs from the paper:
   1. A query session, new rewards and a checkpoint come where an episode ends: nothing half done has to be saved.
@@ -49,8 +49,7 @@ from support.settings import Config, UserError  # noqa: F401  (Config is for tho
 
 if __name__ == "__main__":
     interrupts.handle()
-    if {"-h", "--help", "--help-all"} & set(sys.argv):
-        settings.parse_args(sys.argv[1:])  # answers, and ends, before the imports below, which take seconds
+    settings.answer_help(sys.argv[1:])  # and ends, before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -60,7 +59,8 @@ from envs import BadEnvironment, rollout
 from reward_model import ImageBuffer, sample_pairs
 from sac import novelty_batch, stored_array
 from support.given_rewards import LearnedReward, programs_reward
-from support.run import EVAL_SEED, TRIAL_SEED, BestPolicy, choose_parts, looks_at_images, most_pairs, random_action, started
+from support.run import (EVAL_SEED, TRIAL_SEED, BestPolicy, choose_parts, looks_at_images, most_pairs, random_action,
+                         started)
 from vlm_query import VLMError
 
 RESET_UPDATES = 100  # updates of the fresh critics at once, as in the official code
@@ -98,31 +98,36 @@ def train(config, parts=None):
         r_psi, D = make_reward_model(run, parts)
         best = best_policy(run, pi, LearnedReward(r_psi.predict))
         begin(run, at, rng, pi=pi, B=B, I=I, r_psi=r_psi, D=D, labeler=labeler, best=best)
-        share = max(0.1, config.image_buffer / config.total_steps)  # of the images that are offered to I
-        obs, t, losses = new_episode(env, config.seed, at), 0, {}  # t: steps of this episode
+        # Share of the images that are offered to I: as many as there is room for in a run, but at least one in ten.
+        share = max(0.1, config.image_buffer / config.total_steps)
+        obs, t, losses = new_episode(env, config.seed, at), 0, {}  # t: steps taken in this episode
 
         with run.steps() as steps:
             for step in steps:
                 # ---- STEP 0: explore without any reward ----
-                # Random actions first, then SAC on the novelty of states. It ends when r_psi has been fitted for the
-                # first time: until then nothing is wanted, and good questions need images of many kinds.
+                # Random actions first, then SAC on the novelty of states: good questions need images of many kinds.
+                # (Not in the paper's box; its code does it, as PEBBLE did.) It ends when r_psi has been fitted once.
                 at_random = step < config.seed_steps
                 exploring = at_random or step < config.explore_steps or not at.has_reward
                 if step == config.seed_steps:
                     normalise_observations(pi, B, env, config)
                 if not at_random:
-                    action = pi.act(obs)  # (A,) in [-1, 1], or an int
-                elif t % config.hold == 0:  # a random action is held for some steps, or it would get nowhere
+                    action = pi.act(obs)  # (A,) in [-1, 1], or an int where actions are Discrete
+                elif t % config.hold == 0:  # held for `hold` steps, or small random moves would cancel out
                     action = random_action(env.action_space, rng)
 
                 # ---- STEP 1: act, and store the transition with the image seen after it ----
                 next_obs, true_reward, terminated, truncated, info = env.step(action)
-                image = env.image(config.reward_image_size)  # (S, S, 3) uint8, for r_psi
-                B.add(obs, action, next_obs, terminated, image, true_reward)  # without a reward, for now
-                if rng.random() < share:  # only a share: to draw each image again, large, would take too long
+                image = env.image(config.reward_image_size)  # (S, S, 3) uint8: what r_psi will see
+                # trap: the reward belongs to the image *after* the action. It is set when the episode ends, in one
+                # batch; until then SAC does not sample this row.
+                B.add(obs, action, next_obs, terminated, image, true_reward)
+                # Only a share is offered: each image is drawn again, large, and neighbours in time look alike.
+                if rng.random() < share:
                     I.offer(env.image(config.vlm_image_size), image, info["progress"], rng)
                 obs, t, episode_over = next_obs, t + 1, terminated or truncated
 
+                # A query session waits for the end of an episode: then nothing is half done in B, or in a checkpoint.
                 due = step + 1 >= config.explore_steps + at.sessions * config.feedback_every
                 pairs_left = labeler.room(config.pairs_per_session)
                 if episode_over and due and pairs_left and len(I) > 1:
@@ -131,27 +136,32 @@ def train(config, parts=None):
                     pairs = sample_pairs(I.small[: len(I)], pairs_left, rng, config.sampler, model)  # (M, 2)
 
                     # ---- STEP 3: ask the VLM which image is closer to the goal ----
-                    first, second, y = labeler(I, pairs, step + 1, rng)  # (L, S, S, 3) twice, (L,): what got a label
+                    # "Unsure", "unreadable" and "no answer" are no labels: L of the M pairs are left.
+                    first, second, y = labeler(I, pairs, step + 1, rng)  # (L, S, S, 3) twice, (L,) 0 or 1
                     D.add(first, second, y)
                     at.sessions += 1
 
                     if len(y):
                         # ---- STEP 4: fit the reward model to the answers ----
+                        # To all answers so far, with fresh networks: minimise over D  -log softmax(beta r_psi)[y].
                         at.fit = r_psi.fit(D, config.reward_epochs)
                         at.fit["reward_accuracy"] = order_accuracy(r_psi, I, rng)
 
                         # ---- STEP 5: relabel every stored transition with the new reward ----
+                        # All of B, also what older reward models have rewarded: their mistakes must not stay.
                         B.relabel(r_psi.predict)
                         at.has_reward = True
-                elif episode_over and at.has_reward:  # between two sessions: the episode that has just ended
+                elif episode_over and at.has_reward:
+                    # Between two sessions only the episode that has just ended needs rewards.
                     B.relabel(r_psi.predict, only_new=True)
 
                 # ---- STEP 6: improve the policy with SAC on the learned reward ----
-                if not exploring and not at.explored:  # the first time
+                if not exploring and not at.explored:  # once, after the first fit; see forget_novelty
                     forget_novelty(pi, B, config.batch_size)
                     at.explored = True
                 for _ in range(0 if at_random else config.updates):
-                    losses = pi.update(novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size))
+                    batch = novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size)
+                    losses = pi.update(batch)
 
                 # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
                 at.step = step + 1
@@ -159,10 +169,10 @@ def train(config, parts=None):
                     best.offer(pi, at.has_reward)
                     run.log(evaluate(best.best_action, run.eval_env, config.eval_episodes, run.seed(EVAL_SEED)), losses,
                             at.episodes + episode_over)
-                run.warn(episode_over)
+                run.warn(episode_over)  # a run that cannot learn says so
                 if episode_over:
                     at.episodes += 1
-                    run.checkpoint()
+                    run.checkpoint()  # if there was a query session or an evaluation since the last one
                     obs, t = new_episode(env, config.seed, at), 0
         return run.finish(best.best_action, best.reward)
 
@@ -216,7 +226,8 @@ def train_on_given_reward(config, parts=None):
                     forget_novelty(pi, B, config.batch_size)
                     at.explored = True
                 for _ in range(0 if at_random else config.updates):
-                    losses = pi.update(novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size))
+                    batch = novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size)
+                    losses = pi.update(batch)
 
                 # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
                 at.step = step + 1
@@ -235,7 +246,7 @@ def train_on_given_reward(config, parts=None):
 
 # ---- what both loops use ----
 def new_episode(env, seed, at):
-    """Begin a training episode -> obs (O,). Each has a seed of its own, so that a resumed run need not know the last one."""
+    """Begin a training episode -> obs (O,). Each has its own seed, so a resumed run need not know the one before."""
     # trap: some environments hand their seed to numpy's older generators, which take 32 bits
     return env.reset(seed=(seed * 100_000 + at.episodes) % 2**32)[0]
 
@@ -250,7 +261,11 @@ def normalise_observations(pi, B, env, config):
 
 
 def forget_novelty(pi, B, batch_size):
-    """Fresh critics: so far they have learned what is novel, not what is wanted. Then let them catch up."""
+    """Fresh critics: so far they have learned what is novel, not what is wanted. Then let them catch up.
+
+    The paper's box does not have this; its code does, with the same number of updates. See SAC.reset_critic for why the
+    actor is kept, and why it is done only once.
+    """
     pi.reset_critic()
     for _ in range(RESET_UPDATES):
         pi.update(B.sample(batch_size))
@@ -270,8 +285,8 @@ def evaluate(policy, env, episodes, seed):
     """Play episodes with the policy -> dict of means over them.
 
     policy: obs (O,) -> action.  seed: of the first episode; the same seeds at every evaluation, and none of training.
-    eval_return: sum of true rewards.  eval_success: success at the last step; eval_success_any: at any step (Meta-World's
-    own convention); eval_success_frames: share of steps with success.  eval_progress: at the last step.
+    eval_return: sum of true rewards.  eval_success: success at the last step; eval_success_any: at any step
+    (Meta-World's own convention); eval_success_frames: share of steps with success.  eval_progress: at the last step.
     An environment that never says whether it succeeded gets no successes, in place of zeros.
     """
     rows = []
@@ -291,7 +306,8 @@ def make_learner(run, parts):
     pi = parts.SAC(obs_shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount, device=config.device,
                    seed=config.seed)
     image_shape = (config.reward_image_size, config.reward_image_size, 3) if looks_at_images(config) else None
-    return pi, parts.ReplayBuffer(config.total_steps, obs_shape, space.shape, image_shape, run.path("buffer"), config.seed)
+    B = parts.ReplayBuffer(config.total_steps, obs_shape, space.shape, image_shape, run.path("buffer"), config.seed)
+    return pi, B
 
 
 def make_reward_model(run, parts):
@@ -307,11 +323,12 @@ def make_reward_model(run, parts):
 
 
 def best_policy(run, pi, reward):
-    return BestPolicy(pi, run.eval_env, reward, run.config.best_policy, run.seed(TRIAL_SEED), run.config.reward_image_size)
+    return BestPolicy(pi, run.eval_env, reward, run.config.best_policy, run.seed(TRIAL_SEED),
+                      run.config.reward_image_size)
 
 
 def begin(run, at, rng, pi, **parts):
-    """Everything as it was at the checkpoint, with --resume; otherwise a film and an evaluation of the untrained policy."""
+    """With --resume, everything as it was at the checkpoint; otherwise, a film and an evaluation before training."""
     if not run.begin(at, rng, pi=pi, **parts):
         run.film("eval_before.gif", pi.best_action)
         run.log(evaluate(pi.best_action, run.eval_env, run.config.eval_episodes, run.seed(EVAL_SEED)), {}, 0)

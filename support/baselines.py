@@ -3,8 +3,9 @@
 What this is:
   VLM Score   (`--reward score`) the VLM is shown one image, not two, and writes a number. The same ensemble of CNNs is
               fitted to the numbers:  loss = mean of (r - (2 score - 1))^2,   r in (-1, 1), score in [0, 1]
-  CLIP        (`--reward clip`) a frozen CLIP says how well an image fits a sentence; nobody is asked and nothing is fitted.
-              With alpha > 0 it is VLM-RM's goal-baseline regularisation (Rocamonde et al., arXiv 2310.12921). With x, g
+  CLIP        (`--reward clip`) a frozen CLIP says how well an image fits a sentence; nobody is asked and nothing is
+              fitted. With alpha > 0 it is VLM-RM's goal-baseline regularisation (Rocamonde et al., arXiv 2310.12921).
+              With x, g
               and b the embeddings, of unit length, of the image, of the goal ("the drawer is open") and of a baseline
               ("a drawer"):
                   CLIP score:  r = <x, g>                      VLM-RM:  r = 1 - |P(x - g)|^2 / 2
@@ -16,7 +17,8 @@ Which STEPs: 4 fit the reward model to the answers; CLIP stands in place of STEP
 
 Differs from the paper:
   1. VLM Score: networks and epochs are those of RL-VLM-F here; a fit also ends at a mean loss below 0.01.
-  2. RL-VLM-F scales its CLIP score by 2 r - 1; where nothing terminates, as in its tasks, the best policy is that of both.
+  2. RL-VLM-F scales its CLIP score by 2 r - 1; where nothing terminates, as in its tasks, the best policy is that of
+  both.
   3. The default is a small CLIP that two CPU cores can run; VLM-RM found that larger ones judge much better.
 
 Shapes: M or N images (N, H, W, 3) uint8; scores (M,) in [0, 1]; embeddings (N, D) float32 of unit length; rewards (N,).

@@ -2,9 +2,9 @@
 
 What this is: `--fast 1`. The files that are read and copied, sac.py and reward_model.py, know nothing of it.
   bfloat16   half the bits in the layers that take the time. It pays only on a processor with AVX512-BF16 or AMX.
-  Recorded   for networks this small, Python needs longer to launch the kernels of an update than a GPU to run them. A CUDA
-             graph remembers the launches, with all addresses, and repeats them at once. The numbers are the same. On an
-             H100, SAC then updates 13 times as often (results/bench_cuda.csv).
+  Recorded   for networks this small, Python needs longer to launch the kernels of an update than a GPU to run them. A
+             CUDA graph remembers the launches, with all addresses, and repeats them at once. The numbers are the same.
+             On an H100, SAC then updates 13 times as often (results/bench_cuda.csv).
 Which STEPs: 4 fit the reward model, 6 improve the policy.
 Differs from the paper: it names no such thing.
 Shapes: those of sac.py and reward_model.py.  Names: FastSAC, FastRewardModel, Recorded, has_bfloat16.
@@ -21,7 +21,9 @@ from sac import MLP, SAC
 
 
 def has_bfloat16():
-    """Does this processor multiply bfloat16 numbers? Elsewhere they are slower than float32. Linux says so; others: no."""
+    """Does this processor multiply bfloat16 numbers? Elsewhere they are slower than float32. Linux says so; others:
+    no.
+    """
     try:
         with open("/proc/cpuinfo") as file:
             return any(flag in file.read() for flag in ("avx512_bf16", "amx_bf16"))
@@ -33,8 +35,8 @@ class Recorded:
     """function(*tensors) -> tensors, recorded as a CUDA graph at the fourth call and replayed from then on.
 
     The first three calls are made as usual: optimisers make their moments, libraries their plans.
-    Tensors may come from anywhere; they are copied to where the recording reads them. What a call returns is overwritten
-    by the next one.  generator: the random numbers that the function draws.
+    Tensors may come from anywhere; they are copied to where the recording reads them. What a call returns is
+    overwritten by the next one.  generator: the random numbers that the function draws.
     trap: whatever *replaces* a tensor that the function uses, instead of writing to it (new weights, an optimiser that
     was loaded), is not seen by a replay: make a new Recorded then.
     trap: a replay repeats kernels, not Python: numbers (a learning rate), ifs, prints and what numpy draws stay as they
@@ -84,8 +86,8 @@ class HalfMLP(MLP):
     """An MLP whose layers but the first and the last compute in bfloat16; the weights keep all their bits."""
 
     def forward(self, x):
-        # trap: with eight significant bits, a pendulum 3 degrees from upright has the cosine of one that is upright, and
-        # a value of 100 moves in steps of a half. So observations and values stay in float32.
+        # trap: with eight significant bits, a pendulum 3 degrees from upright has the cosine of one that is upright,
+        # and a value of 100 moves in steps of a half. So observations and values stay in float32.
         first, *hidden, last = self
         x = first(x)
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -109,8 +111,8 @@ class FastSAC(SAC):
         return adam(parameters, self.lr, self.device)
 
     def _record_anew(self):
-        # trap: a replay works on the tensors it was recorded with. Whatever replaces one (critics, the mean and deviation
-        # of observations, an optimiser that was loaded) must come through here.
+        # trap: a replay works on the tensors it was recorded with. Whatever replaces one (critics, the mean and
+        # deviation of observations, an optimiser that was loaded) must come through here.
         self._recorded = self.record and self.record(super()._step, self.device, self.rng)
 
     def _step(self, *tensors):

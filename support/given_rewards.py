@@ -1,8 +1,8 @@
 """Rewards that ask nobody while the policy learns: VLM-CaR's programs, CLIP, the true reward, the sparse one.
 
-What this is: what train_on_given_reward() of train.py pays, in one form: a reward says what each step of an episode that
-has ended is worth. LearnedReward puts r_psi into the same form, for those who judge whole episodes (support/run.py).
-Which STEPs: C1 to C3 are called here (code_as_reward.py does them), C4 is ProgramsReward.
+What this is: what train_on_given_reward() of train.py pays, in one form: a reward says what each step of an episode
+that has ended is worth. LearnedReward puts r_psi into the same form, for those who judge whole episodes
+(support/run.py). Which STEPs: C1 to C3 are called here (code_as_reward.py does them), C4 is ProgramsReward.
 Differs from the paper: see code_as_reward.py and support/baselines.py.
 Shapes: T steps of an episode, images (T, S, S, 3) uint8 seen after each action, rewards (T,).
 Names: Reward, LearnedReward, TrueReward, SparseReward, ProgramsReward, known_reward, programs_reward.
@@ -93,7 +93,8 @@ def programs_reward(config, folder, env, vlm, seed):
     With `--labels FOLDER` nobody is asked. folder: where programs are kept; a resumed run finds them there.
     env: for the episodes on which programs are verified.  seed: of the episode that the VLM is shown.
     """
-    kept = settings.kept_folder(config) or (folder if os.path.exists(os.path.join(folder, "programs", "complete")) else None)
+    own = folder if os.path.exists(os.path.join(folder, "programs", "complete")) else None
+    kept = settings.kept_folder(config) or own
     programs = read_programs(kept) if kept else learn_programs(config, folder, env, vlm, seed)
     return ProgramsReward(programs, config.discount, config.potential == "difference", config.horizon)
 
@@ -117,7 +118,7 @@ def learn_programs(config, folder, env, vlm, seed):
         programs, reports = code_as_reward.learn_programs(
             ask, start_image, goal_image, config.goal, episodes["expert_episodes"], episodes["random_episodes"], others,
             episodes["success"], config.rounds, go_on=config.unverified == "skip", folder=folder,
-            save_picture=imageio.imwrite)
+            save_image=imageio.imwrite)
     except code_as_reward.CodeAsRewardError as error:
         # trap: a run that goes on would read the same answers from the cache, and fail as before; what passed stays
         for parts in error.questions:

@@ -1,12 +1,14 @@
 """Who answers: a VLM over HTTP, the offline stand-in, the oracle, or answers that were kept; and the books of it.
 
-What this is: STEP 3 of train.py, all but the question itself, which is in vlm_query.py. Every answer goes into the log of
+What this is: STEP 3 of train.py, all but the question itself, which is in vlm_query.py. Every answer goes into the log
+of
 the run (labels.jsonl) and every pair into its folder (pairs/) before anything is learned from it.
 Which STEPs: 3 ask the VLM which image is closer to the goal.
 Differs from the paper: an oracle and a stand-in can answer in place of a VLM; every banner says who did.
 Shapes: M pairs asked, L pairs that got a label, S and P pixels.  Names: Labeler, ScoreLabeler, make_labeler.
 
-To use it elsewhere: support/run.py shows how a labeler is made; the header of vlm_query.py shows how to ask without one.
+To use it elsewhere: support/run.py shows how a labeler is made; the header of vlm_query.py shows how to ask without
+one.
 """
 import json
 import os
@@ -24,9 +26,11 @@ UNCERTAIN = ("asked", "unsure", "unreadable", "no_answer", "identical")  # count
 class Labeler:
     """labeler(images, pairs, step, rng) -> the pairs that got a label: first, second (L, S, S, 3) uint8, y (L,) 0 or 1.
 
-    vlm: a vlm_query.VLM, or None: the oracle answers, from true progress.  mistakes: share of wrong answers of the oracle.
+    vlm: a vlm_query.VLM, or None: the oracle answers, from true progress.  mistakes: share of wrong answers of the
+    oracle.
     kept: (first, second, label) of answers that are there already; all of them are given at the first call.
-    log: the LabelLog of the run, and folder: where images of pairs are written; the run hands them over when it has them.
+    log: the LabelLog of the run, and folder: where images of pairs are written; the run hands them over when it has
+    them.
     counts: asked, labels, unsure, unreadable, no_answer, identical, and `right` of `judged` labels by true progress.
     """
 
@@ -62,7 +66,7 @@ class Labeler:
                 log({"pair": pair, "label": int(label), "kind": "label" if label >= 0 else "unsure", "answers": []})
             counts = {"asked": len(labels), "unsure": int((labels == -1).sum())}
         else:
-            labels, counts = vlm_query.label_pairs(self.vlm.ask, first, second, self.goal, self.stages, self.workers, log)
+            labels, counts = vlm_query.label_pairs(self.vlm, first, second, self.goal, self.stages, self.workers, log)
         self.count(counts, labels=labels >= 0, judged=(labels >= 0) & (true_labels >= 0), right=labels == true_labels)
         usable = labels >= 0
         return images.small[pairs[usable, 0]], images.small[pairs[usable, 1]], labels[usable]
@@ -125,7 +129,7 @@ class ScoreLabeler(Labeler):
             number = record.pop("image")
             self.write(number, large[number], {"step": step, **record, "progress": [float(progress[number])]})
 
-        scores, counts = vlm_query.score_images(self.vlm.ask, large, self.goal, self.stages, self.workers, log)
+        scores, counts = vlm_query.score_images(self.vlm, large, self.goal, self.stages, self.workers, log)
         known = np.isfinite(scores)
         # right: the share of neighbours in this batch whose scores are in the true order
         order = np.diff(scores[known]) * np.diff(progress[known])  # (L - 1,), above 0: the true order

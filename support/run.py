@@ -1,7 +1,7 @@
 """The folder that a run leaves behind: what was set, measured and paid for, and how a run goes on.
 
-What this is: everything around the loops of train.py that is neither the algorithm nor a setting. One class, Run, owns the
-run folder.
+What this is: everything around the loops of train.py that is neither the algorithm nor a setting. One class, Run, owns
+the run folder.
 Which STEPs: none.
 
 The run folder:
@@ -62,8 +62,8 @@ from reward_model import PreferenceDataset, RewardModel
 from sac import SAC, ReplayBuffer, StoredArrayError, stored_array
 from support import baselines, fast, given_rewards, interrupts, report
 from support.labeler import make_labeler
-from support.settings import (MAY_CHANGE, MAY_MOVE, UserError, command_line, kept_folder, labels_kind, resolve,
-                              resume_command, say, vlm_name, who_labels)
+from support.settings import (UserError, command_line, kept_folder, labels_kind, must_stay, resolve, resume_command,
+                              say, vlm_name, who_labels)
 
 # No training episode has these seeds (--seed below 10).
 EVAL_SEED, FRESH_SEED, TRIAL_SEED = 1_000_000, 2_000_000, 3_000_000
@@ -203,9 +203,8 @@ class Run:
             if not (right and all("step" in row and "eval_return" in row for row in state["rows"])
                     and state["rows"] and len(times) in (0, len(state["rows"]))):
                 raise ValueError("its rows")
-            now = dataclasses.asdict(self.config)
-            changed = [name for name in now if name in kept and name not in MAY_CHANGE + MAY_MOVE
-                       and now[name] != kept[name]]
+            now, kept = must_stay(dataclasses.asdict(self.config)), must_stay(kept)
+            changed = [name for name in now if name in kept and now[name] != kept[name]]
         except Exception as error:  # an older version's, or changed by hand
             raise UserError(unusable(self.folder, error)) from None
         if changed:
@@ -307,11 +306,12 @@ class Run:
     def warn(self, episode_over, programs=None):
         """Print each doubt about the run when it first shows: after a query session, an evaluation, at step 1."""
         at, before = self.at, self.at.doubts
-        if at.sessions == self.watched and at.step % self.config.eval_every and at.step not in (1, self.config.total_steps):
+        nothing_new = at.sessions == self.watched and at.step % self.config.eval_every
+        if nothing_new and at.step not in (1, self.config.total_steps):
             return
         self.watched = at.sessions
-        found = doubts(self.config, at, self.labeler, self.parts.get("I"), self.parts["B"], self.parts.get("D"), programs,
-                       at.episodes + episode_over)
+        I, B, D = map(self.parts.get, "IBD")
+        found = doubts(self.config, at, self.labeler, I, B, D, programs, at.episodes + episode_over)
         for cause in found:
             if cause not in before:
                 tqdm.write(f"warning: {found[cause]}", file=sys.stderr)  # print() would tear the progress bar
@@ -348,7 +348,8 @@ class Run:
         imageio.mimsave(self.path(name), list(images), duration=4000 / max(len(images), 4), loop=0)
 
     def finish(self, policy, reward, programs=None):
-        """Watch the policy once more, write summary.json and the report, print the closing words -> rows of metrics.csv.
+        """Watch the policy once more, write summary.json and the report, print the closing words -> rows of
+        metrics.csv.
 
         policy: obs -> action.  reward: given_rewards.Reward.
         """
@@ -361,8 +362,8 @@ class Run:
         vlm = {key: labeler.vlm and getattr(labeler.vlm, key) for key in ("calls", "tokens_in", "tokens_out", "usd")}
         write_json(self.path("summary.json"), {
             "text": text, "finished": self.finished, "labeler": who_labels(self.config), "steps": at.step,
-            "seconds": self.seconds(), "solved_step": solved[0], "seconds_until_solved": solved[1], "spearman": spearman,
-            "label_accuracy": labeler.accuracy(), **labeler.counts, **vlm,
+            "seconds": self.seconds(), "solved_step": solved[0], "seconds_until_solved": solved[1],
+            "spearman": spearman, "label_accuracy": labeler.accuracy(), **labeler.counts, **vlm,
             "success_last_third": sum(third) / len(third) if third else None,
             **{key: value for key, value in self.rows[-1].items() if key.startswith("eval_")}})
         report.write_report(self.folder)
@@ -492,7 +493,7 @@ def check_disk(config, env):
         pixels = (config.total_steps + config.image_buffer) * config.reward_image_size**2
         needed += 3 * (pixels + config.image_buffer * config.vlm_image_size**2)
     if config.reward in ("preference", "score") and not kept_folder(config):
-        needed += most_pairs(config) * 2 * config.vlm_image_size**2  # of every pair a PNG, about a third of its six bytes
+        needed += most_pairs(config) * 2 * config.vlm_image_size**2  # of every pair a PNG, a third of its six bytes
     free = shutil.disk_usage(place).free + there
     if needed > free:  # trap: the file is sparse at first; a disk that fills up later kills the run without a word
         raise UserError(f"the {config.total_steps:,} steps and {config.image_buffer:,} images to ask about need "
@@ -502,7 +503,8 @@ def check_disk(config, env):
 
 # ---- what a run is made of ----
 def choose_parts(config):
-    """The classes a run is made of: SAC, ReplayBuffer, RewardModel, PreferenceDataset, or variants that settings ask for.
+    """The classes a run is made of: SAC, ReplayBuffer, RewardModel, PreferenceDataset, or variants that settings ask
+    for.
 
     -> a namespace with these names. Who wants other classes (tools/ablations.py) hands train() one of these, changed.
     """
@@ -523,12 +525,14 @@ def choose_parts(config):
 
 
 class BestPolicy:
-    """Whom STEP 7 evaluates: the newest policy or, with episodes > 0, the best so far by the reward that is learned from.
+    """Whom STEP 7 evaluates: the newest policy or, with episodes > 0, the best so far by the reward that is learned
+    from.
 
-    SAC finds a good policy and loses it again. So each policy is tried on a few episodes, and the images of the best one
-    are judged again by every new reward (checkpoints of TD7, arXiv 2306.02451). The environment's own words count only as
-    far as they are what is learned from: with --reward true, sparse and, beside the programs, code. These episodes are
-    not counted as steps.
+    SAC finds a good policy and loses it again. So each policy is tried on a few episodes, and the images of the best
+    one
+    are judged again by every new reward (checkpoints of TD7, arXiv 2306.02451). The environment's own words count only
+    as far as they are what is learned from: with --reward true, sparse and, beside the programs, code. These episodes
+    are not counted as steps.
     """
 
     def __init__(self, pi, env, reward, episodes, seed, size):
@@ -550,7 +554,8 @@ class BestPolicy:
             self.keep(pi)
 
     def keep(self, pi):
-        # A shallow copy will do: acting needs the actor, copied here, and obs_mean and obs_std, which are never written to.
+        # A shallow copy will do: acting needs the actor, copied here, and obs_mean and obs_std, which are never
+        # written to.
         self.pi = copy.copy(pi)
         self.pi.actor = copy.deepcopy(pi.actor)
 
@@ -661,8 +666,8 @@ FAINT = 8  # of 255; pictures whose channels differ by less look the same (vlm_q
 def doubts(config, at, labeler, pool, buffer, data, programs, episodes):
     """Why this run learns nothing, or nothing of its goal, as far as it shows by now -> {cause: sentence}.
 
-    pool: I.  data: D (both None where no images are compared).  programs: VLM-CaR's, or None.  episodes: that have ended.
-    Only what chance or a slow beginning cannot explain: a wrong alarm teaches users to
+    pool: I.  data: D (both None where no images are compared).  programs: VLM-CaR's, or None.  episodes: that have
+    ended. Only what chance or a slow beginning cannot explain: a wrong alarm teaches users to
     read past the right one.
     """
     step, steps, counts, found = at.step, config.total_steps, labeler.counts, {}
@@ -828,13 +833,4 @@ def write_episodes(run, policy, reward, random_episodes=5):
             if kind == "random":
                 seen.update({hash(image.tobytes()): pair for image, pair in zip(images, zip(learned, rewards))})
     differ = reward.looks and all(len(set(values)) > 1 for values in zip(*seen.values()))
-    return rank_correlation(*zip(*seen.values())) if differ else float("nan")
-
-
-def rank_correlation(x, y):
-    """Spearman's: the correlation of ranks, where equal values share the mean of their ranks. x, y: (N,) -> [-1, 1]"""
-    ranks = []
-    for values in (x, y):
-        _, which, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[which])
-    return float(np.corrcoef(ranks)[0, 1])
+    return report.rank_correlation(*zip(*seen.values())) if differ else float("nan")

@@ -44,16 +44,20 @@ OPEN_RENDERERS = weakref.WeakSet()
 
 
 class OpenGLMissing(RuntimeError):
-    """Raised by the image functions alone: the physics never needs OpenGL."""
+    """There is no OpenGL, and an image was asked for. Stepping never raises this."""
 
 
 def close_open_renderers():
+    """Called when Python ends: open_renderer() says why."""
     for renderer in list(OPEN_RENDERERS):
         renderer.close()
 
 
 def load_mujoco():
-    """Import mujoco late (a cheap `import deformables`), able to draw without a screen."""
+    """-> the module mujoco, which can draw without a screen.
+
+    It is imported when a task is made, so that importing this file stays quick.
+    """
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco reads it once, while it is imported
     try:
@@ -98,24 +102,35 @@ def point_masses(points, radius, mass, damping, look):
 def edges(name, pairs, stiffness=0, damping=0, look='group="5"'):
     """pairs (K, 2) of particle numbers -> 1-D flex: K springs, or rods if an <equality> names it.
 
-    Springs are explicit: sqrt(8 * stiffness / mass) * timestep must stay well under 2.
+    MuJoCo computes the force of a spring at the start of a timestep and holds it. So stiff springs
+    explode: sqrt(8 * stiffness / mass) * timestep must stay well under 2.
     """
     n = pairs.max() + 1
-    # contype and conaffinity both 0 crash MuJoCo 3.3.0's compiler; 8 and 0 touch nothing either.
+    # Edges must touch nothing; the spheres do. trap: contype and conaffinity both 0 would say so,
+    # but crash MuJoCo 3.3.0's compiler. With 8 and 0 nothing touches either.
     return (f'<flex name="{name}" dim="1" body="{" ".join(f"p{i}" for i in range(n))}" {look} '
             f'element="{" ".join(map(str, pairs.ravel()))}"><contact contype="8" conaffinity="0"/>'
             f'<edge stiffness="{stiffness}" damping="{damping}"/></flex>')
 
 
-# A hand is a body without mass or shape that goes where it is put; a grip ties it to one particle,
-# and is off until SoftBodyEnv.grip() says to which.
+# A hand is a body without mass or shape that goes where it is put. A grip ties a hand to one
+# particle; it does nothing until SoftBodyEnv.grip() says to which.
 HAND = '<body name="hand{0}" mocap="true"/>'
 GRIP = '<connect active="false" body1="hand{0}" body2="p0" anchor="0 0 0"/>'
 
 
 # ---- What the three tasks share ----
 class SoftBodyEnv(gymnasium.Env):
-    """A task adds rest (N, 3), mjcf(), begin(), move(), observe(), score() and show_goal()."""
+    """What the three tasks have in common. Each task adds:
+
+    rest         (N, 3) where the particles are in the model, metres; the state is a displacement.
+    mjcf()       -> the model, in MuJoCo's XML.
+    begin()      bring the state to the start of an episode; only self.np_random may be random.
+    move(action) one step of ours, which is many steps of the physics.
+    observe()    -> the observation, (O,) float32.
+    score()      -> true reward, success, progress, {more for info}.
+    show_goal()  bring the state to the goal, for goal_image().
+    """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
     goal, horizon, horizon_terminates = "", 1, False
@@ -165,6 +180,7 @@ class SoftBodyEnv(gymnasium.Env):
         return self.rest + self.data.qpos[: self.rest.size].reshape(-1, 3)
 
     def place(self, points):
+        """Put the particles at points (N, 3), metres."""
         self.data.qpos[: self.rest.size] = (points - self.rest).ravel()
 
     def grip(self, hand, particle):
@@ -185,7 +201,8 @@ class SoftBodyEnv(gymnasium.Env):
             raise ValueError(f"an image's size is 16 to 2048 pixels, got {size}")
         if size not in self.renderers:
             self.renderers[size] = self.open_renderer(size)
-        # mj_step leaves positions one sub-step behind qpos; these two alone bring them up to date.
+        # After mj_step, what is drawn is one step of the physics behind qpos. These two functions
+        # bring it up to date; a whole mj_forward would do more than is needed.
         self.mujoco.mj_kinematics(self.model, self.data)
         self.mujoco.mj_flex(self.model, self.data)
         self.renderers[size].update_scene(self.data, camera="view", scene_option=self.look)
@@ -194,7 +211,7 @@ class SoftBodyEnv(gymnasium.Env):
     def open_renderer(self, size):
         mujoco, view = self.mujoco, self.model.vis.global_
         view.offwidth = view.offheight = size
-        # What a renderer that could not be made is asked for when it is thrown away.
+        # trap: Python closes a renderer even if its making failed, and close() reads these two.
         mujoco.Renderer._gl_context = mujoco.Renderer._mjr_context = None
         try:
             renderer = mujoco.Renderer(self.model, size, size)
@@ -222,6 +239,7 @@ class SoftBodyEnv(gymnasium.Env):
             self.data.qpos[:] = before
 
     def paint(self, image):
+        """What a task draws over the image; nothing, here."""
         return image
 
     def render(self):
@@ -236,8 +254,9 @@ class SoftBodyEnv(gymnasium.Env):
 class FoldCloth(SoftBodyEnv):
     """A hand holds the top left corner; the action says where to put it, in units of 15 cm.
 
-    The goal is where the expert's own action leads, as in the original. So the expert's 0.00
-    proves nothing; that a place a few millimetres off succeeds too does (a test).
+    The goal is where the expert's own action leads, as in the original, so the expert's distance
+    of 0.00 proves nothing. What shows that the task can be learned is that a place a few
+    millimetres off succeeds too (tests/test_deformables.py).
     """
 
     goal = "to fold the cloth diagonally from top left corner to bottom right corner"
@@ -357,12 +376,13 @@ class StraightenRope(SoftBodyEnv):
         return SCENE.format(
             # 5 ms is twice as fast, but then the ends lag 2 cm behind and the rope stretches.
             name="rope", option='timestep=".0025" iterations="40" integrator="implicitfast"',
-            # trap: nearby, hands held high make a crumpled rope look as long as a straight one.
+            # trap: from nearby, hands held high are closer to the camera and look farther apart: a
+            # crumpled rope would look as long as a straight one. So the camera is far away.
             camera='pos="0 0 3.4" fovy="11.8"', floor='friction=".8"',
             # Seen: the flex, a ball at each joint. Hidden: the smaller spheres of the physics.
             bodies=HAND.format(0) + HAND.format(1) + rope.replace("</body>", ball),
             more="<deformable>" + edges("links", apart(1), look=f'radius=".011" {blue}')
-            # Weaker bending, and it is no rope but a zigzag.
+            # With weaker springs against bending, the rope folds into a zigzag.
             + edges("bend2", apart(2), 60, 0.1) + edges("bend4", apart(4), 30) + "</deformable>"
             f"<contact>{overlap}</contact><equality>" + GRIP.format(0) + GRIP.format(1) +
             '<flex flex="links" solref=".005 1" solimp=".99 .99 .001"/></equality>')
@@ -370,7 +390,8 @@ class StraightenRope(SoftBodyEnv):
     def begin(self):
         number = int(self.np_random.integers(self.STATES))
         if number not in self.states:
-            # Its own generator: start 7 is the same rope whichever starts were drawn before.
+            # Each start has a generator of its own: start 7 is the same rope whichever starts were
+            # drawn before.
             self.states[number] = self.crumple(np.random.default_rng(number))
             self.mujoco.mj_resetData(self.model, self.data)
         self.place(self.states[number])
@@ -449,7 +470,7 @@ class PassWater(SoftBodyEnv):
         grid = np.stack(np.meshgrid(layer, layer, heights, indexing="ij"), axis=-1).reshape(-1, 3)
         # trap: a perfect grid of drops stays in columns, 9 cm too high; a few mm of disorder help.
         self.rest = grid + rng.uniform(-0.004, 0.004, grid.shape)
-        self.radii = self.RADIUS * rng.uniform(0.9, 1.1, self.DROPS)  # equal ones crystallise
+        self.radii = self.RADIUS * rng.uniform(0.9, 1.1, self.DROPS)  # equal drops would crystallise
         self.cup = self.rest.size  # where the cup's x is in qpos and qvel
         super().__init__(1, 7, render_mode)
         self.walls = [self.model.geom(f"wall{i}").id for i in range(5)]
@@ -457,9 +478,11 @@ class PassWater(SoftBodyEnv):
         self.model.geom_sameframe[self.walls] = 0
 
     def mjcf(self):
-        # Heavy and first in priority: the cup pushes the water, the water never moves the cup.
+        # The walls are heavy, and first in priority, which means that their contact parameters hold
+        # and not the water's: the cup pushes the water, but the water never moves the cup.
         wall = 'mass="1000" condim="1" priority="1" solref=".02 1" rgba=".55 .6 .65 .35"'
-        # Compiled to reach beyond any cup: MuJoCo looks for contacts within these bounds for ever.
+        # The walls are compiled larger than those of any cup, because MuJoCo looks for contacts
+        # only within the bounds that a geom had when it was compiled.
         walls = "".join(f'<geom name="wall{i}" type="box" size=".2 .2 {self.TALL}" {wall}/>'
                         for i in range(5))
         # Soft and without friction (stiffness 300, damping 4): the nearest spheres come to liquid.
@@ -499,7 +522,8 @@ class PassWater(SoftBodyEnv):
         """10 ms, during which the cup goes `way` metres, whatever the water does."""
         qpos, qvel = self.data.qpos, self.data.qvel
         x = float(np.clip(qpos[self.cup] + way, self.LOW, self.HIGH))
-        # A driven joint has a velocity for the water to feel; a mocap body has none.
+        # The cup is a joint that we drive: it has a velocity, which the water feels. A mocap body,
+        # as the hands are, has none.
         qvel[self.cup] = (x - qpos[self.cup]) / self.model.opt.timestep
         self.simulate()
         qpos[self.cup], qvel[self.cup] = x, 0
@@ -516,6 +540,7 @@ class PassWater(SoftBodyEnv):
         return float(1 - inside.mean())
 
     def observe(self):
+        """-> (7,): the cup's x, width, depth, height; the highest drop, m; shares inside, outside."""
         out = self.spilled()
         top = self.particles()[:, 2].max()
         return np.array([self.data.qpos[self.cup], *self.size, top, 1 - out, out], np.float32)

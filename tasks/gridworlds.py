@@ -110,6 +110,7 @@ class KeyAndDoor(gymnasium.Env):
         return self.inner.grid.get(column, row)
 
     def _observe(self):
+        """-> (O,) float32: the parts that the class's docstring names, in that order."""
         width, height, places = self.inner.width, self.inner.height, self._places()
         door, front = self._door(), self.inner.grid.get(*self.inner.front_pos)
         parts = []
@@ -126,13 +127,17 @@ class KeyAndDoor(gymnasium.Env):
         return np.concatenate(parts).astype(np.float32)
 
     def _info(self):
+        """-> success, progress, subtasks, as the class's docstring says."""
         places = self._places()
         done = [self.key_taken, self._door().is_open] + ([self.success] if self.target else [])
-        # An open door stays passed wherever the key lies; a key dropped before that does not.
+        # Once the door is open, it does not matter where the key lies. Before that, a key that was
+        # dropped has to be fetched again.
         stage = 3 if self.success and self.target else 2 if done[1] else int(self._carries("key"))
         way = [places[0], places[min(1 + stage, 3)]]
-        if (way[0][0] - places[2][0]) * (way[1][0] - places[2][0]) < 0:  # in different rooms:
-            way.insert(1, places[2])  # through the door
+        # The wall stands in the door's column. Left and right of it are different rooms, and the way
+        # from one to the other leads through the door.
+        if (way[0][0] - places[2][0]) * (way[1][0] - places[2][0]) < 0:
+            way.insert(1, places[2])
         distance = sum(abs(b[0] - a[0]) + abs(b[1] - a[1]) for a, b in zip(way, way[1:]))
         longest = 2 * (self.inner.width + self.inner.height)
         near = 0.0 if stage == len(done) else 1 - distance / longest
@@ -143,7 +148,7 @@ class KeyAndDoor(gymnasium.Env):
         """The grid from above, as many whole pixels a cell as fit, centred in a black square."""
         grid = self.inner.grid
         tile = max(1, size // max(grid.width, grid.height))
-        # (rows, columns, 3); MiniGrid keeps its tiles
+        # (rows, columns, 3). MiniGrid keeps the tiles that it has drawn, so this is fast.
         drawn = grid.render(tile, self.inner.agent_pos, self.inner.agent_dir)
         image = np.zeros((size, size, 3), np.uint8)
         top, left = (size - drawn.shape[0]) // 2, (size - drawn.shape[1]) // 2
@@ -162,7 +167,7 @@ class KeyAndDoor(gymnasium.Env):
             if door.is_locked and not key_in_hand:
                 return self._approach(key, self.PICKUP)
             return self._approach(door_at, self.TOGGLE)
-        # one hand: the key must go before the box can be taken
+        # The agent has one hand: it must drop the key before it can take the box.
         if self.target == "box" and key_in_hand:
             return self.DROP if self.inner.grid.get(*self.inner.front_pos) is None else self.RIGHT
         return self._approach(target, self.FORWARD if self.target == "goal" else self.PICKUP)
@@ -171,7 +176,7 @@ class KeyAndDoor(gymnasium.Env):
         """Breadth-first over (column, row, direction) until `cell` is in front; there, `then`."""
         grid, ahead = self.inner.grid, ((1, 0), (0, 1), (-1, 0), (0, -1))
         start = (*(int(v) for v in self.inner.agent_pos), int(self.inner.agent_dir))
-        # first: the first action of the way to each state
+        # first: for every state that was reached, the first action of a shortest way to it.
         queue, first = collections.deque([start]), {start: None}
         while queue:
             state = queue.popleft()
@@ -188,7 +193,9 @@ class KeyAndDoor(gymnasium.Env):
                 if to not in first:
                     first[to] = action if first[state] is None else first[state]
                     queue.append(to)
-        return self.RIGHT  # shut in by a dropped key: MiniGrid's starts never are
+        # There is no way. Only a key that was dropped in a bad place can shut the agent in; from
+        # MiniGrid's starts that does not happen.
+        return self.RIGHT
 
 
 for _name in ("DoorKey-5x5", "DoorKey-6x6", "DoorKey-8x8", "Unlock", "UnlockPickup"):

@@ -94,7 +94,7 @@ class MetaWorld(gymnasium.Env):
         # Meta-World's step() clips observations to it. Deleted, it is computed again.
         del sim.sawyer_observation_space
         sim.max_path_length = math.inf  # else Meta-World refuses to go on after 500 of its steps
-        sim.touching_object = lambda geom: False  # a slow loop over contacts that nobody here reads
+        sim.touching_object = lambda geom: False  # a slow loop whose result nobody reads here
         # This reset lets the arm travel to its start, through 500 physics steps. Our own resets
         # restore where that ended.
         sim.reset()
@@ -111,7 +111,8 @@ class MetaWorld(gymnasium.Env):
         self.mujoco.mj_resetData(sim.model, sim.data)
         self.mujoco.mj_setState(sim.model, sim.data, self.start, self.kind)
         self.mujoco.mj_forward(sim.model, sim.data)  # recomputes what follows from the state
-        # Half of an observation is the one before; at the start it is the same one twice.
+        # The second half of an observation is the state one simulator step before. At the start
+        # nothing came before, so both halves are the same.
         sim.curr_path_length, sim._prev_obs = 0, sim._get_curr_obs_combined_no_goal()
         obs = sim._get_obs()
         return obs.astype(np.float32), {"success": 0.0, "progress": self._progress(obs)}
@@ -124,9 +125,10 @@ class MetaWorld(gymnasium.Env):
 
     def _progress(self, obs):
         """Minus the distance over the table from object (handle, ball, cube) to goal, m."""
-        # trap: the true reward will not do as progress. It pays for the place of the hand too, and
-        # the images hide the hand: a label by the true reward would be noise to who sees them.
-        if self.one_way:  # the arm can pull a drawer past the goal: it only looks further open
+        # trap: the true reward will not do as progress. It pays for the place of the hand too, but
+        # the images hide the hand. Labels made from the true reward would look like noise to a
+        # reward model that sees only the images.
+        if self.one_way:  # a drawer that was pulled past the goal looks further open, not worse
             return -max(0.0, float(obs[5] - self.sim._target_pos[1]))
         return -math.dist(obs[4:6], self.sim._target_pos[:2])
 

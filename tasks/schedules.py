@@ -23,7 +23,7 @@ The settings (a step is one of the environment's, a pair is one question to the 
   random_shift       px by which a fit moves each image at random;  random_flip: 1 mirrors half
   sac_lr, batch_size, hidden, updates, discount   SAC; updates: gradient steps in one step
   eval_every, eval_episodes          steps between evaluations, episodes in each
-  best_policy          episodes on which the best policy so far is chosen; 0: the newest is taken
+  best_policy        episodes on which the best policy so far is chosen; 0: the newest is taken
 
 To use it elsewhere:
     from tasks.schedules import OURS

@@ -35,9 +35,8 @@ def env_of():
 @pytest.fixture
 def unreported(monkeypatch):
     """Leaves out report and pictures, which test_the_whole_algorithm_runs_every_step has, to save their seconds."""
-    from support import report
-    import train
+    from support import report, run
 
     monkeypatch.setattr(report, "write_report", lambda folder: Path(folder, "report.html").touch())
-    monkeypatch.setattr(train, "write_gif", lambda *_: None)
-    monkeypatch.setattr(train, "write_episodes", lambda *_: 0.0)
+    monkeypatch.setattr(run.Run, "film", lambda *_: None)
+    monkeypatch.setattr(run, "write_episodes", lambda *_: 0.0)

@@ -195,7 +195,7 @@ def test_half_trained_pictures_can_come_from_a_run(tmp_path):
     env = envs.make("CartPole")
     agent = sac.SAC(4, env.action_space, (8, 8), seed=3)
     (tmp_path / "checkpoint").mkdir()
-    torch.save({"agent": agent.state_dict()}, tmp_path / "checkpoint" / "state.pt")
+    torch.save({"pi": agent.state_dict()}, tmp_path / "checkpoint" / "state.pt")
     (tmp_path / "config.json").write_text(json.dumps({"env": "CartPole", "hidden": 8, "device": "cpu"}))
     config = settings.Config(env="CartPole", seed=1)
     learned = audit_vlm.policies(config, env, str(tmp_path), np.random.default_rng(0))["half-trained"](0)

@@ -14,7 +14,7 @@ import pytest
 import code_as_reward
 import envs
 from support import offline_vlm
-import train
+from support import run
 import vlm_query
 from code_as_reward import (
     CodeAsRewardError, Program, ProgramError, ProgramReward, learn_programs, load_programs, verify
@@ -77,7 +77,7 @@ HOSTILE = {  # name: (program, kinds of verdict that are right with the allow-li
 
 
 def verdict(source, seconds=0.7):
-    """(kind of failure or "fine", seconds) of one program on three black pictures."""
+    """(kind of failure or "fine", seconds) of one program on three black images."""
     start = time.monotonic()
     program = Program(source, seconds=seconds)
     try:
@@ -177,7 +177,7 @@ def test_a_program_that_was_refused_is_refused_again(source, kind):
     assert program.process is None
 
 
-def test_pictures_of_a_wrong_kind_are_not_blamed_on_the_program():
+def test_images_of_a_wrong_kind_are_not_blamed_on_the_program():
     """A first image in float32, or one of another size, must be named as what is wrong."""
     program = Program(DEF + ONES)
     for first in (BLACK[0].astype(np.float32), np.zeros((9, 9, 3), np.uint8)):
@@ -206,26 +206,26 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(monkeypatch):
 
 
 def test_a_batch_larger_than_a_message_comes_back_whole_and_in_order():
-    """Pictures are sent in several messages; every value must come back in its place."""
-    pictures = np.zeros((300, 100, 100, 3), np.uint8)
-    pictures[:, 0, 0, 0] = np.arange(300) % 256
+    """Images are sent in several messages; every value must come back in its place."""
+    images = np.zeros((300, 100, 100, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(300) % 256
     program = Program(DEF + "return images[:, 0, 0, 0] / 255")
-    assert np.allclose(program(pictures, pictures[0]) * 255, np.arange(300) % 256)
+    assert np.allclose(program(images, images[0]) * 255, np.arange(300) % 256)
     program.close()
 
 
-def test_pictures_share_messages_on_their_way_to_a_program():
-    """2,000 pictures of 100 px, 60 MB, must go in messages of a megabyte, not one by one. bench.py says how fast."""
-    program, pictures, sent = Program(DEF + ONES), np.zeros((2000, 100, 100, 3), np.uint8), []
-    program(pictures[:1], pictures[0])
+def test_images_share_messages_on_their_way_to_a_program():
+    """2,000 images of 100 px, 60 MB, must go in messages of a megabyte, not one by one. bench.py says how fast."""
+    program, images, sent = Program(DEF + ONES), np.zeros((2000, 100, 100, 3), np.uint8), []
+    program(images[:1], images[0])
     program._exchange = lambda *message, real=program._exchange: sent.append(1) or real(*message)
-    assert program(pictures, pictures[0]).shape == (2000,) and 1 < len(sent) < 100
+    assert program(images, images[0]).shape == (2000,) and 1 < len(sent) < 100
     program.close()
 
 
 @pytest.mark.parametrize("last, frame", [(True, 11), (False, 5)])
 def test_a_missed_completion_is_shown_where_it_should_have_been_seen(last, frame):
-    """Of the goal the last picture must go back to the VLM, of an earlier sub-task the best one."""
+    """Of the goal the last image must go back to the VLM, of an earlier sub-task the best one."""
     def program(p, first):
         return 0.9 * (np.arange(len(p)) == 5)
     failure = verify(program, EXPERT, RANDOM, last=last).failures[0]
@@ -250,17 +250,17 @@ def test_a_goal_reached_at_the_start_is_no_negative_example():
 
 def rooms(key, door, agent):
     """A room as MiniGrid draws it, 6 cells of 8 px: key on the floor?, door locked?, column of the agent."""
-    picture = np.full((48, 48, 3), 100, np.uint8)
-    picture[8:40, 8:40] = 0
-    picture[8:40, 24:32] = 100
-    picture[16:24, 24:32] = (114, 114, 0) if door else (0, 0, 0)
-    picture[16:24, 31] = (200, 200, 0)
-    picture[32:40, 32:40] = (0, 255, 0)
+    image = np.full((48, 48, 3), 100, np.uint8)
+    image[8:40, 8:40] = 0
+    image[8:40, 24:32] = 100
+    image[16:24, 24:32] = (114, 114, 0) if door else (0, 0, 0)
+    image[16:24, 31] = (200, 200, 0)
+    image[32:40, 32:40] = (0, 255, 0)
     if key:
-        picture[26:38, 11:14] = (255, 255, 0)
+        image[26:38, 11:14] = (255, 255, 0)
     row = 34 if agent == 34 else 18
-    picture[row:row + 4, agent:agent + 4] = (255, 0, 0)
-    return picture
+    image[row:row + 4, agent:agent + 4] = (255, 0, 0)
+    return image
 
 
 ERRAND = ([(1, 1, 18)] * 2 + [(0, 1, 10)] * 2 + [(0, 1, 18)] + [(0, 0, 18)] + [(0, 0, 26)] + [(0, 0, 34)])
@@ -272,18 +272,18 @@ def gone(images):
 
 
 def test_the_published_doorkey_program_is_rejected():
-    """It pays half a point in every frame without a key, whatever the door does, and nothing at the goal."""
+    """It gives half a point in every frame without a key, whatever the door does, and nothing at the goal."""
     expert = [np.stack([rooms(*state) for state in ERRAND])] * 10
     random = [np.stack([rooms(1, 1, 10 + (i + t) % 10) for t in range(8)]) for i in range(10)]
     success = [np.arange(8) == 7] * 10
     literal = Program(KEY_GONE + DEF + "return gone(images) * 0.5")
     summed = Program(KEY_GONE + DEF + "return gone(images) * 0.5 + gone(images) * 0.5")  # key, and "door"
     picked = Program(KEY_GONE + DEF + "return (gone(images) & ~gone(first_image[None])) * 1.0")
-    reports = {"paid once": verify(literal, expert, random, success=success),
+    reports = {"once": verify(literal, expert, random, success=success),
                "as the goal": verify(summed, expert, random, success=success),
                "as the door": verify(summed, expert, random, earlier=[picked], last=False)}
     assert [r.verdict for r in reports.values()] == ["fail"] * 3
-    assert reports["paid once"].rates["hit_rate"] == 0
+    assert reports["once"].rates["hit_rate"] == 0
     assert reports["as the goal"].rates["too_soon"] == reports["as the door"].rates["too_soon"] == 1
     assert verify(picked, expert, random, last=False).verdict == "pass"  # its part about the key is right
     for program in (literal, summed, picked):
@@ -291,15 +291,15 @@ def test_the_published_doorkey_program_is_rejected():
 
 
 def test_frames_on_which_a_program_fails_earn_nothing():
-    """One bad picture must score 0 and be counted, the others keep their value; a timeout must stop the run."""
+    """One bad image must score 0 and be counted, the others keep their value; a timeout must stop the run."""
     source = "def progress(image, first_image):\n    return 51 / int(image[0, 0, 0])"
-    pictures = np.full((5, 8, 8, 3), 102, np.uint8)
-    pictures[3] = 0
+    images = np.full((5, 8, 8, 3), 102, np.uint8)
+    images[3] = 0
     with ProgramReward([source]) as reward:
-        assert np.allclose(reward.predict(pictures), [-0.5, -0.5, -0.5, -1, -0.5]) and reward.failed_frames == 1
+        assert np.allclose(reward.predict(images), [-0.5, -0.5, -0.5, -1, -0.5]) and reward.failed_frames == 1
     slow = ProgramReward([Program(DEF + "while True: pass", seconds=0.3)], ["wait"])
     with pytest.raises(CodeAsRewardError, match="'wait'.*timeout"):
-        slow.predict(pictures)
+        slow.predict(images)
 
 
 def test_after_the_last_round_the_run_stops_and_names_the_sub_task():
@@ -337,7 +337,7 @@ def test_verification_wants_a_success_for_every_frame():
     success = [np.zeros(len(episode), bool) for episode in EXPERT]
     for wrong in (success[:1], [*success[:-1], success[-1][1:]]):
         with pytest.raises(ValueError, match="a value per frame"):
-            verify(lambda pictures, first: place(pictures), EXPERT, RANDOM, success=wrong)
+            verify(lambda images, first: place(images), EXPERT, RANDOM, success=wrong)
 
 
 def test_a_foreign_folder_of_programs_meets_the_allow_list_again(tmp_path):
@@ -361,7 +361,7 @@ def test_a_program_lives_on_when_the_thread_that_started_it_has_ended():
 def test_the_stand_in_writes_a_wrong_program_is_told_and_puts_it_right():
     """CartPole over HTTP with every first program wrong: round 1 must fail, round 2 pass, in 3 calls."""
     env, goal = envs.make("CartPole"), envs.TASKS["CartPole"].goal
-    episodes = code_as_reward.collect_episodes(env, envs.expert(env), size=64, seed=train.FRESH_SEED)
+    episodes = code_as_reward.collect_episodes(env, envs.expert(env), size=64, seed=run.FRESH_SEED)
     start, end = episodes["expert_episodes"][0][[0, -1]]
     server = offline_vlm.OfflineVLM(mistakes=1.0)
     with server as url:

@@ -1,4 +1,4 @@
-"""Cloth, rope and water: physics, pictures, success, OpenGL."""
+"""Cloth, rope and water: physics, images, success, OpenGL."""
 import os
 import subprocess
 import sys
@@ -33,8 +33,8 @@ def soft():
         env.close()
 
 
-def soft_picture(env, size):
-    """A picture, or a skip that says in one line what cures it."""
+def soft_image(env, size):
+    """An image, or a skip that says in one line what cures it."""
     try:
         return env.image(size)
     except deformables.OpenGLMissing as error:
@@ -84,7 +84,7 @@ def test_soft_task_episode_depends_on_its_seed_alone(name, soft):
     second = record(fresh)
     np.testing.assert_array_equal(first, second)
     assert not np.array_equal(first[0], first[1])
-    np.testing.assert_array_equal(soft_picture(used, 64), soft_picture(fresh, 64))
+    np.testing.assert_array_equal(soft_image(used, 64), soft_image(fresh, 64))
     fresh.close()
 
 
@@ -125,7 +125,7 @@ def test_a_rope_held_high_looks_as_long_as_one_on_the_table(soft):
     for height in (0, env.HIGH):
         env.place(env.rest + [0, 0, height])
         env.mujoco.mj_forward(env.model, env.data)
-        seen.append(offline_vlm.read_rope(soft_picture(env, 300)))
+        seen.append(offline_vlm.read_rope(soft_image(env, 300)))
     assert 70 < seen[0] < seen[1] < 1.1 * seen[0]
 
 
@@ -201,11 +201,11 @@ def test_soft_tasks_without_opengl_say_the_cure_and_nothing_else():
 
 
 @pytest.mark.parametrize("name", SOFT_TASKS)
-def test_soft_pictures_change_with_the_state_and_leave_it_alone(name, soft):
-    """A picture must show what was done, have the size asked for, and not disturb the physics."""
+def test_soft_images_change_with_the_state_and_leave_it_alone(name, soft):
+    """An image must show what was done, have the size asked for, and not disturb the physics."""
     env = soft[name]
     env.reset(seed=0)
-    before = soft_picture(env, 96)
+    before = soft_image(env, 96)
     assert before.shape == (96, 96, 3) and before.dtype == np.uint8
     state = env.data.qpos.copy()
     assert (env.goal_image(96) != before).any(-1).mean() > 0.005
@@ -237,7 +237,7 @@ def test_soft_instability_is_reported_and_never_counts_as_success(soft, tmp_path
 
 
 def test_soft_tasks_step_without_opengl_and_name_the_cure():
-    """Without OpenGL stepping must work, and a picture must fail with the one apt-get line."""
+    """Without OpenGL stepping must work, and an image must fail with the one apt-get line."""
     code = ("import deformables, numpy\n"
             "env = deformables.StraightenRope()\n"
             "env.reset(seed=0); env.step(numpy.zeros(8)); print('stepped')\n"
@@ -253,7 +253,7 @@ def test_soft_tasks_step_without_opengl_and_name_the_cure():
 
 def test_soft_renderer_left_open_ends_quietly(soft):
     """A user who forgets close() must not get OpenGL tracebacks when Python ends."""
-    soft_picture(soft["StraightenRope"], 64)
+    soft_image(soft["StraightenRope"], 64)
     code = "import deformables; env = deformables.StraightenRope(); env.reset(); env.image(64)"
     env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(deformables.__file__))}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

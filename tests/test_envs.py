@@ -22,7 +22,7 @@ from tools import draw_tasks
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_every_task_has_a_goal_a_horizon_and_picture_sizes():
+def test_every_task_has_a_goal_a_horizon_and_image_sizes():
     """All that the other files look up must be there, for the paper's seven tasks and any later one."""
     assert set(envs.TASKS) >= {*BUILT_IN, "FoldCloth", "StraightenRope", "PassWater"}
     for name, task in envs.TASKS.items():
@@ -34,7 +34,7 @@ def test_every_task_has_a_goal_a_horizon_and_picture_sizes():
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_shapes_types_and_infos_are_as_promised(env_of, name):
-    """Observations must be float32 (O,), actions Box(-1, 1), pictures square uint8, and the time limit truncates."""
+    """Observations must be float32 (O,), actions Box(-1, 1), images square uint8, and the time limit truncates."""
     env = env_of(name)
     assert (env.goal, env.horizon) == (envs.TASKS[name].goal, envs.TASKS[name].horizon)
     actions = env.action_space
@@ -55,12 +55,12 @@ def test_shapes_types_and_infos_are_as_promised(env_of, name):
 def test_reset_with_a_seed_determines_the_episode_whatever_came_before(env_of, name):
     """A resumed run must see the very episodes of one that never stopped: numbers and pixels, also in a fresh object."""
     env = env_of(name)
-    first_numbers, first_picture = rollout(env, seed=5)
+    first_numbers, first_image = rollout(env, seed=5)
     rollout(env, seed=6, steps=20)
     fresh = envs.make(name)
     for again in (env, fresh):
-        numbers, picture = rollout(again, seed=5)
-        assert np.array_equal(numbers, first_numbers) and np.array_equal(picture, first_picture)
+        numbers, image = rollout(again, seed=5)
+        assert np.array_equal(numbers, first_numbers) and np.array_equal(image, first_image)
     fresh.close()
 
 
@@ -139,7 +139,7 @@ def test_our_environments_keep_gymnasiums_promises(name, env_of):
 
 
 def test_what_gymnasium_cannot_make_is_one_line():
-    """An id that moved elsewhere (ImportError) or needs arguments (TypeError), and no picture, must be said plainly."""
+    """An id that moved elsewhere (ImportError) or needs arguments (TypeError), and no image, must be said plainly."""
     class Fussy(gymnasium.Env):
         observation_space, action_space = gymnasium.spaces.Box(-1, 1, (1,)), gymnasium.spaces.Box(-1, 1, (1,))
         metadata = {"render_modes": ["rgb_array"]}
@@ -163,7 +163,7 @@ def test_what_gymnasium_cannot_make_is_one_line():
     gymnasium.register("Fussy-v0", entry_point=lambda render_mode: Fussy(0, render_mode))
     env = envs.make("Fussy-v0", goal="to go")
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="Fussy-v0 drew no picture, but NoneType"):
+    with pytest.raises(ValueError, match="Fussy-v0 drew no image, but NoneType"):
         env.image(64)
     del gymnasium.registry["Fussy-v0"]
 

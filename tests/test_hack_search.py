@@ -33,10 +33,10 @@ def test_a_hack_is_worth_more_than_the_expert_and_never_at_the_goal():
 
 
 def test_a_search_for_hacks_scores_the_programs_alone(monkeypatch):
-    """A program that pays for a cloth left flat must be found out: an end short of the goal must not hide it."""
+    """A program that rewards a cloth left flat must be found out: an end short of the goal must not hide it."""
     flat = types.SimpleNamespace(episode_rewards=lambda images, first, *failed: np.zeros(len(images)) - 99 * any(failed))
     steps = iter([("obs", 0, True, False, {"success": 0.0})])
-    env = types.SimpleNamespace(reset=lambda seed: ("obs", {"success": 0.0}), picture=lambda size: np.zeros((size, size, 3)),
+    env = types.SimpleNamespace(reset=lambda seed: ("obs", {"success": 0.0}), image=lambda size: np.zeros((size, size, 3)),
                                 step=lambda action: next(steps))
     _, _, value, when = hack_search.play(env, flat, 4, lambda obs, t: 0, seed=0)
     assert hack_search.count([(value, when)], target=-1.0) == (1, 0)

@@ -1,4 +1,4 @@
-"""The Meta-World tasks: pictures without a robot, what is drawn once, goals and drawers."""
+"""The Meta-World tasks: images without a robot, what is drawn once, goals and drawers."""
 import os
 import subprocess
 import sys
@@ -13,7 +13,7 @@ METAWORLD = BUILT_IN[1:]
 
 
 @pytest.mark.parametrize("name", METAWORLD)
-def test_metaworld_pictures_hide_the_robot(env_of, name):
+def test_metaworld_images_hide_the_robot(env_of, name):
     """Moving the hand while the object lies still must not change one pixel; moving the object must."""
     env = env_of(name)
     start_obs, start = env.reset(seed=0)
@@ -33,7 +33,7 @@ def test_metaworld_pictures_hide_the_robot(env_of, name):
 @pytest.mark.parametrize("size", [84, 300])
 @pytest.mark.parametrize("name", METAWORLD)
 def test_what_stands_still_is_drawn_once_and_nobody_can_tell(env_of, name, size):
-    """MuJoCo's own renderer, which draws everything every time, must give the same pictures, to the last bit."""
+    """MuJoCo's own renderer, which draws everything every time, must give the same images, to the last bit."""
     env = env_of(name)
     sim, mujoco, flags = env.unwrapped.sim, env.unwrapped.mujoco, env.unwrapped.mujoco.mjtRndFlag
     obs, _ = env.reset(seed=0)
@@ -77,7 +77,7 @@ def test_a_drawer_further_open_is_never_worse(env_of):
 
 
 def test_a_task_left_open_ends_quietly(env_of):
-    """The same for Meta-World's pictures, drawn through TaskEnv."""
+    """The same for Meta-World's images, drawn through TaskEnv."""
     env_of("DrawerOpen")
     code = "import envs; env = envs.make('DrawerOpen'); env.reset(seed=0); env.image(64)"
     env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(envs.__file__))}

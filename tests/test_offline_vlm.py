@@ -26,7 +26,7 @@ def test_stand_ins_that_differ_share_no_answers(tmp_path):
     first, second, right = draw_poles(1, size=64)
     for mistakes, expected in ((1.0, 1 - right), (0.0, right)):
         with OfflineVLM(mistakes=mistakes) as url:
-            assert label_pairs(quick(url, "offline", cache=tmp_path).ask, first, second, POLE)[0].tolist() == expected.tolist()
+            assert label_pairs(quick(url, "offline", cache=tmp_path), first, second, POLE)[0].tolist() == expected.tolist()
     assert OfflineVLM(faults="refusal").model != OfflineVLM().model == OfflineVLM(faults=0.2).model
 
 
@@ -96,7 +96,7 @@ def test_the_stand_in_labels_by_what_it_sees_and_says_what_it_saw(stages):
     first, second, right = draw_poles(20)
     records = []
     with OfflineVLM() as url:
-        labels, _ = label_pairs(VLM("offline", url=url).ask, first, second, POLE, stages, log=records.append)
+        labels, _ = label_pairs(VLM("offline", url=url), first, second, POLE, stages, log=records.append)
     assert (labels == right).all()
     assert all("not a VLM" in text for record in records for text in record["answers"])
     assert all("leans" in record["answers"][0] for record in records)
@@ -108,7 +108,7 @@ def test_it_answers_minus_one_where_it_cannot_tell():
     first = np.stack([draw_pole(10), draw_pole(10), blank])
     second = np.stack([draw_pole(-10.2), draw_pole(12), draw_pole(0)])
     with OfflineVLM() as url:
-        labels, counts = label_pairs(VLM("offline", url=url).ask, first, second, POLE)
+        labels, counts = label_pairs(VLM("offline", url=url), first, second, POLE)
     assert list(labels) == [-1, 0, -1] and counts["unsure"] == 2
 
 
@@ -116,9 +116,9 @@ def test_mistakes_and_doubts_are_as_frequent_as_told_and_depend_on_the_pair_alon
     """The same pair must meet the same fate in any order, company and number of stages."""
     first, second, right = draw_poles(150, size=64)
     with OfflineVLM(mistakes=0.2, unsure=0.1) as url:
-        ask = VLM("offline", url=url).ask
-        labels, _ = label_pairs(ask, first, second, POLE)
-        again, _ = label_pairs(ask, first[::-1], second[::-1], POLE, stages=1, workers=2)
+        vlm = VLM("offline", url=url)
+        labels, _ = label_pairs(vlm, first, second, POLE)
+        again, _ = label_pairs(vlm, first[::-1], second[::-1], POLE, stages=1, workers=2)
     assert (labels == again[::-1]).all()
     assert 0.04 < (labels == -1).mean() < 0.18 and 0.1 < (labels == 1 - right).mean() < 0.28
 
@@ -132,7 +132,7 @@ def test_an_unknown_goal_is_refused_with_the_goals_that_are_known():
     """The client must fail fast, with one line that names them."""
     first, second, _ = draw_poles(1)
     with OfflineVLM() as url, pytest.raises(vlm_query.VLMError, match=f"not a VLM.*{POLE}"):
-        label_pairs(VLM("offline", url=url).ask, first, second, "to fly to the moon")
+        label_pairs(VLM("offline", url=url), first, second, "to fly to the moon")
 
 
 @pytest.mark.parametrize("path, body", [
@@ -201,7 +201,7 @@ def test_a_stand_in_that_stops_is_gone_for_open_connections_too_and_can_start_ag
 def test_a_goal_that_only_begins_like_a_known_one_is_unknown(goal):
     """The stand-in must say that it does not know it, not answer another question."""
     with OfflineVLM() as url, pytest.raises(VLMError, match="knows only these goals"):
-        label_pairs(quick(url).ask, gray(1), gray(200), goal)
+        label_pairs(quick(url), gray(1), gray(200), goal)
 
 
 def test_an_unknown_fault_is_named():

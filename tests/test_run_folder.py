@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,6 +17,7 @@ import torch
 
 from support import cached_labels
 import envs
+from support import given_rewards
 from support import report
 from support import run
 from support import settings
@@ -33,8 +35,8 @@ def unreported():
     """Leaves out reports and films, to save their seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write_report", lambda folder: Path(folder, "report.html").touch())
-        patch.setattr(train, "write_gif", lambda *_: None)
-        patch.setattr(train, "write_episodes", lambda *_: 0.0)
+        patch.setattr(run.Run, "film", lambda *_: None)
+        patch.setattr(run, "write_episodes", lambda *_: 0.0)
         yield
 
 
@@ -177,7 +179,7 @@ def test_files_of_a_stranger_are_plain_and_of_bounded_size(tmp_path, half):
         with pytest.raises(cached_labels.CachedLabelsError, match="no ordinary file"):
             cached_labels.read_labels(str(path), 48)
     with pytest.raises(settings.UserError, match="no ordinary file"):
-        train.read_programs(str(tmp_path))
+        given_rewards.read_programs(str(tmp_path))
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(2**40)
     shutil.copy(half / "labels.jsonl", tmp_path / "log.jsonl")
@@ -187,7 +189,7 @@ def test_files_of_a_stranger_are_plain_and_of_bounded_size(tmp_path, half):
         cached_labels.read_labels(str(tmp_path / "log.jsonl"), 48)
     os.rename(tmp_path / "pairs" / "000000.png", tmp_path / "1_pipe.py")
     with pytest.raises(settings.UserError, match="too many"):
-        train.read_programs(str(tmp_path))
+        given_rewards.read_programs(str(tmp_path))
     os.remove(half / "config.json")
     os.mkfifo(half / "config.json")
     with pytest.raises(settings.UserError, match="no run folder of train.py"):
@@ -217,7 +219,8 @@ def test_lost_tables_are_written_anew(half, runs):
 def test_a_checkpoint_of_before_goes_on(half, runs):
     """One without settings, times and checksums, and without a buffer beside what it needs, ends as undisturbed."""
     state = state_of(half)
-    del state["config"], state["times"], state["buffer"]["sums"]
+    del state["config"], state["times"]
+    state["sums"] = {}
     torch.save(state, half / "checkpoint" / "state.pt")
     os.remove(half / ".lock")
     assert resume(half) == 0
@@ -253,7 +256,7 @@ def test_a_damaged_checkpoint_is_one_line(half, capsys):
     """A flipped bit of a weight, half a file, an empty one, another pickle."""
     path = half / "checkpoint" / "state.pt"
     raw = bytearray(path.read_bytes())
-    weight = next(iter(state_of(half)["agent"]["actor"].values())).numpy().tobytes()
+    weight = next(iter(state_of(half)["pi"]["actor"].values())).numpy().tobytes()
     raw[raw.index(weight) + 3] ^= 0x20
     for content in (raw, raw[:len(raw) // 2], b"", b"\x80\x04N."):
         path.write_bytes(content)
@@ -262,11 +265,11 @@ def test_a_damaged_checkpoint_is_one_line(half, capsys):
 
 
 @pytest.mark.parametrize("change", [
-    lambda state: state.pop("kept"), lambda state: state.pop("rows"), lambda state: state["agent"].pop("actor"),
+    lambda state: state.pop("best"), lambda state: state.pop("rows"), lambda state: state["pi"].pop("actor"),
     lambda state: state["at"].update(step=7), lambda state: state["labeler"]["counts"].pop("asked"),
     lambda state: state.update(rows=[{"step": "\x1b", "eval_return": "x"}]), lambda state: state.update(logged="3"),
-    lambda state: state["buffer"].update(reward=torch.zeros(3)), lambda state: state["config"].update(seed=3),
-    lambda state: state.update(model={}), lambda state: state.update(at=None)])
+    lambda state: state["B"].update(reward=torch.zeros(3)), lambda state: state["config"].update(seed=3),
+    lambda state: state.update(r_psi={}), lambda state: state.update(at=None)])
 def test_a_checkpoint_of_another_version_is_one_line(half, capsys, change):
     """Keys that are not there, other shapes, other types."""
     state = state_of(half)
@@ -302,7 +305,7 @@ def test_one_process_at_a_time(half, capsys):
 # ---- a new folder ----
 def test_the_folder_is_tried_before_anything_is_paid_for(tmp_path, monkeypatch, capsys):
     """Too long a name, a file in the way, a place that takes nothing: one line, and nobody is asked."""
-    monkeypatch.setattr(train, "Labeler", lambda config: 1 / 0)
+    monkeypatch.setattr(run, "make_labeler", lambda config: 1 / 0)
     (tmp_path / "file").touch()
     for out in (tmp_path / ("a" * 300), tmp_path / "file" / "run", tmp_path / "file", "/proc/run"):
         assert train.main(["--out", str(out)]) == 2
@@ -319,7 +322,7 @@ def test_names_of_folders(tmp_path, monkeypatch):
         run.make_folder("runs/x")
     gymnasium.register("lab/Bar-v0", entry_point=lambda render_mode: gymnasium.make(
         "Pendulum-v1", render_mode=render_mode), max_episode_steps=9)
-    config = train.prepare(settings.Config(env="lab/Bar-v0", goal="up", labels="oracle"))[0]
+    config = run.prepare(settings.Config(env="lab/Bar-v0", goal="up", labels="oracle"))[0]
     assert os.path.dirname(config.out) == "runs" and sorted(os.listdir("runs")) == ["x", "x-2", "x-3"]
     del gymnasium.registry["lab/Bar-v0"]
     made = run.Run(settings.Config(**SMALL, out="my first run"))
@@ -338,7 +341,10 @@ def test_seeds_stay_within_32_bits():
     """Up to the largest --seed; small seeds keep their episodes, which the published numbers are of."""
     for seed in (0, 7, 123_456, 2**31 - 1):
         config = settings.resolve(settings.Config(seed=seed))
-        seeds = [train.train_seed(config, {"episode": 5}), train.other_seed(train.EVAL_SEED, config, 3)]
+        asked = []
+        train.new_episode(types.SimpleNamespace(reset=lambda seed: asked.append(seed) or [0]), config.seed,
+                          train.Progress(episodes=5))
+        seeds = [*asked, run.Run.seed(types.SimpleNamespace(config=config), run.EVAL_SEED, 3)]
         assert all(0 <= seed < 2**32 for seed in seeds)
         assert seed > 10 or seeds == [100_000 * seed + 5, 1_000_003 + 1000 * seed]
 
@@ -346,7 +352,7 @@ def test_seeds_stay_within_32_bits():
 def test_huge_numbers_are_fine_or_one_line():
     """--max-pairs 1e9 needs memory for what the schedule can ask; others have a most; JSON has a depth."""
     config = settings.resolve(settings.Config(**{**SMALL, "max_pairs": 10**9}))
-    assert train.most_pairs(config) == 16 and train.most_pairs(settings.resolve(settings.Config(**SMALL))) == 8
+    assert run.most_pairs(config) == 16 and run.most_pairs(settings.resolve(settings.Config(**SMALL))) == 8
     for changes in (dict(total_steps=int(1e300)), dict(max_pairs=2**40), dict(hidden=10**6), dict(vlm_image_size=10**6)):
         with pytest.raises(settings.UserError, match="at most"):
             settings.resolve(settings.Config(**changes))
@@ -361,18 +367,18 @@ def test_disk_for_observations_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 0, 4 * 2**30))
     env = envs.make("CartPole")
     config = settings.resolve(settings.Config(total_steps=50_000, out=str(tmp_path / "run")))
-    train.check_disk(config, env)
+    run.check_disk(config, env)
     env.observation_space = gymnasium.spaces.Box(0, 1, (96 * 96 * 3,))
     with pytest.raises(settings.UserError, match="observations"):
-        train.check_disk(config, env)
+        run.check_disk(config, env)
 
 
 # ---- Ctrl-C ----
 def test_ctrl_c_outside_the_loop_is_one_line(half, monkeypatch, capsys):
     """While a run is wound up, or before its first step: exit code 130 and how to go on."""
-    for place in ("open_buffer", "finish"):
+    for owner, place in ((run, "open_buffer"), (run.Run, "finish")):
         with monkeypatch.context() as patch:
-            patch.setattr(train, place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(owner, place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             code, error = resume(half, capsys=capsys)
         assert code == 130 and f"python train.py --resume {half}" in error
     assert resume(half) == 0
@@ -380,16 +386,17 @@ def test_ctrl_c_outside_the_loop_is_one_line(half, monkeypatch, capsys):
 
 def test_ctrl_c_while_it_starts_and_twice_is_one_line():
     """The handlers: before there is a run, and once more after the first."""
-    start = "import os, run, signal; signal.signal(signal.SIGINT, run.{}); run.GO_ON.append('go on'); "
+    start = ("import os, signal; from support import interrupts; "
+             "signal.signal(signal.SIGINT, interrupts.{}); interrupts.GO_ON.append('go on'); ")
     press = "os.kill(os.getpid(), signal.SIGINT)\n"
     twice = f"try:\n    {press}except KeyboardInterrupt:\n    {press}"
     for code in (start.format("at_once") + press, start.format("in_order") + "\n" + twice):
-        done = subprocess.run([sys.executable, "-c", code], cwd=Path(run.__file__).parent, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=Path(train.__file__).parent, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (130, "\ntrain.py: interrupted [nothing is lost; go on]\n")
 
 
 def test_help_without_docstrings():
     """python -OO has none."""
-    done = subprocess.run([sys.executable, "-OO", "train.py", "--help"], cwd=Path(run.__file__).parent,
+    done = subprocess.run([sys.executable, "-OO", "train.py", "--help"], cwd=Path(train.__file__).parent,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "--env" in done.stdout and not done.stderr

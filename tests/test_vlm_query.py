@@ -38,10 +38,10 @@ def test_each_fault_has_the_outcome_that_the_table_names(fault, provider):
         vlm, records = quick(url, provider, timeout=(10, 0.3 if silent else 60)), []
         if isinstance(FAULT_ROWS[fault], str):
             with pytest.raises(VLMError, match=FAULT_ROWS[fault]):
-                label_pairs(vlm.ask, gray(9), gray(200), BRIGHT, log=records.append)
+                label_pairs(vlm, gray(9), gray(200), BRIGHT, log=records.append)
             assert server.requests.total() == 1 and not records
         else:
-            labels, _ = label_pairs(vlm.ask, gray(9), gray(200), BRIGHT, log=records.append)
+            labels, _ = label_pairs(vlm, gray(9), gray(200), BRIGHT, log=records.append)
             assert (labels[0], records[0]["kind"]) == FAULT_ROWS[fault]
             again = 1 if fault in offline_vlm.TRANSIENT else 0
             least = len(records[0]["answers"]) * (1 + again)
@@ -56,7 +56,7 @@ def test_a_thousand_pairs_at_a_fault_rate_of_a_fifth_get_the_labels_of_a_good_da
     server.drip = 0.02
     with server as url:
         vlm = quick(url, timeout=(2, 0.2))
-        labels, counts = label_pairs(vlm.ask, first, second, BRIGHT, stages=1, workers=16)
+        labels, counts = label_pairs(vlm, first, second, BRIGHT, stages=1, workers=16)
     assert (labels == right).all() and counts["asked"] == 1000
     assert server.requests.total() > 1150  # the faults did happen
 
@@ -68,7 +68,7 @@ def test_a_server_that_stays_down_is_no_answer_and_then_the_end_but_never_unsure
         labels, counts = label_pairs(lambda parts: vlm.ask(parts), gray(1, 1), gray(200, 210), BRIGHT)
         assert list(labels) == [-2, -2] and counts["no_answer"] == 2 and counts["unsure"] == 0
         with pytest.raises(VLMError, match="gives no answer"):
-            label_pairs(vlm.ask, gray(1, 2, 3, 4, 5), gray(*range(201, 206)), BRIGHT)
+            label_pairs(vlm, gray(1, 2, 3, 4, 5), gray(*range(201, 206)), BRIGHT)
 
 
 def test_failures_are_never_cached_and_torn_files_are_asked_again(tmp_path):
@@ -109,7 +109,7 @@ def test_keys_are_in_no_file_log_message_or_traceback(tmp_path, capfd, monkeypat
                        {"url": f"http://u:{KEY}@h/v1"}, {"url": f"http://h/v1?key={KEY}"}):
             try:
                 vlm = VLM("openai/m", **{"url": url, "cache": tmp_path, "deadline": 0, **broken})
-                said.append(repr(vlm) + str(label_pairs(vlm.ask, gray(1), gray(99), BRIGHT, log=log.append)))
+                said.append(repr(vlm) + str(label_pairs(vlm, gray(1), gray(99), BRIGHT, log=log.append)))
             except VLMError as error:
                 said.append(str(error) + repr(error.__context__) + repr(error.__cause__))
     assert len(said) == 6 and "[key]" in said[0] and not any("\n" in text for text in said[1:3])
@@ -196,7 +196,7 @@ def test_one_thread_told_to_wait_makes_all_wait():
         vlm._judge(200, {}, "{}")
         vlm._not_before = time.monotonic() + 0.3
         began = time.monotonic()
-        label_pairs(vlm.ask, *grays(4)[:2], BRIGHT, workers=4)
+        label_pairs(vlm, *grays(4)[:2], BRIGHT, workers=4)
         assert 0.3 < time.monotonic() - began < 60
         vlm._not_before, vlm.deadline = time.monotonic() + 3600, 60
         assert "told to wait, 0 tries; 3600 s more" in vlm.ask(["The goal is " + BRIGHT + "!"]).end
@@ -321,7 +321,7 @@ def test_answers_under_way_are_kept_when_another_question_ends_the_batch(tmp_pat
 
     vlm._post, vlm._turns.limit = post, 8
     with pytest.raises(VLMError, match="the quota is used up"):
-        label_pairs(vlm.ask, first, second, BRIGHT, stages=1)
+        label_pairs(vlm, first, second, BRIGHT, stages=1)
     assert len(asked) == 8 and len(list(tmp_path.iterdir())) == 7
 
 
@@ -333,7 +333,7 @@ def test_whatever_goes_wrong_in_a_thread_is_heard():
     for wrong in ({"workers": 0}, {"stages": 3}):
         with pytest.raises(ValueError, match="stages must be 1 or 2, and workers at least 1"):
             label_pairs(says("1"), first, second, BRIGHT, **wrong)
-    with pytest.raises(ValueError, match=r"pictures of one size.*\(3, 40, 40, 3\)"):
+    with pytest.raises(ValueError, match=r"images of one size.*\(3, 40, 40, 3\)"):
         label_pairs(says("1"), first, np.zeros((3, 40, 40, 3), np.uint8), BRIGHT)
     with pytest.raises(ValueError, match="float64"):
         label_pairs(says("1"), first / 255, second / 255, BRIGHT)
@@ -347,9 +347,9 @@ def test_the_spend_limit_holds_in_pair_order(tmp_path):
         for repeat in range(3):
             vlm = quick(url, max_usd=0.002, usd_per_mtok=(10, 0))
             vlm.block = 4
-            labels, counts = label_pairs(vlm.ask, first, second, BRIGHT, stages=1, workers=2)
+            labels, counts = label_pairs(vlm, first, second, BRIGHT, stages=1, workers=2)
             ends.append(counts["limit"])
-            assert label_pairs(vlm.ask, first, second, BRIGHT)[1]["asked"] == 0
+            assert label_pairs(vlm, first, second, BRIGHT)[1]["asked"] == 0
     silent = VLM("local/m", url="http://127.0.0.1:1/v1", max_usd=1.0, usd_per_mtok=(10, 0))
     silent._post = lambda body: (200, {}, '{"choices": [{"message": {"content": "0"}, "finish_reason": "stop"}]}')
     silent.cache = tmp_path
@@ -392,7 +392,9 @@ def test_eight_workers_ask_side_by_side():
     first, second, right = grays(8)
     server = Meeting()
     with server as url:
-        labels, _ = label_pairs(quick(url, workers=8).ask, first, second, BRIGHT, workers=8)
+        vlm = quick(url, workers=8)
+        vlm._turns.limit = 8  # as after a few quick answers
+        labels, _ = label_pairs(vlm, first, second, BRIGHT, workers=8)
     assert (labels == right).all() and server.requests.total() == 16
 
 
@@ -410,7 +412,7 @@ def test_a_fatal_error_wakes_the_threads_that_wait():
 
         vlm._send = send
         with pytest.raises(VLMError, match="waiting does not help"):
-            label_pairs(vlm.ask, *grays(12)[:2], BRIGHT, workers=2)
+            label_pairs(vlm, *grays(12)[:2], BRIGHT, workers=2)
     assert time.monotonic() - began < 40 and next(order) <= 4
 
 
@@ -479,7 +481,7 @@ def test_scores_of_single_pictures_follow_the_goal():
     """score_images must give brighter pictures higher scores, in one call or two."""
     with OfflineVLM() as url:
         for stages in (1, 2):
-            scores, counts = vlm_query.score_images(quick(url).ask, gray(0, 51, 255), BRIGHT, stages)
+            scores, counts = vlm_query.score_images(quick(url), gray(0, 51, 255), BRIGHT, stages)
             assert list(scores) == [0.0, 0.2, 1.0] and counts["scored"] == 3
     scores, _ = vlm_query.score_images(says("70"), gray(1), "g")
     assert np.isnan(scores).all() and vlm_query.parse_score("so: 0.25.") == 0.25
@@ -505,13 +507,13 @@ def test_the_command_line_labels_two_files_with_the_stand_in(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("first, flags, words", [
-    ("text", (), "not a picture"), ("huge", (), "exceeds limit"), ("none", (), "not a picture"),
+    ("text", (), "not an image"), ("huge", (), "exceeds limit"), ("none", (), "not an image"),
     ("light", ("--vlm", "openai/m"), "set OPENAI_API_KEY"), ("light", ("--vlm", "x/m"), "unknown VLM"),
     ("light", (), "knows only these goals")])
 def test_mistakes_on_the_command_line_end_in_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, first, flags, words):
     """A text file, a bomb, a missing file, a missing key and an unknown goal must not end in a traceback."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     huge_png(tmp_path / "huge.png")
     for name, image in zip(("dark.png", "light.png"), gray(20, 220)):
         vlm_query.iio.imwrite(tmp_path / name, image)

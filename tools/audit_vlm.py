@@ -85,7 +85,7 @@ def trained_policy(folder, config, env):
             raise ValueError(f"it was trained on {stored['env']}")
         agent = sac.SAC(env.observation_space.shape[0], env.action_space, (stored["hidden"],) * 2,
                         device=stored["device"], seed=config.seed)  # where its random numbers can go on
-        agent.load_state_dict(state["agent"])
+        agent.load_state_dict(state["pi"])
     except Exception as error:  # unpickling a foreign file may raise anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise settings.UserError(f"--policy {folder}: no run of train.py that can be used here ({reason})") from None
@@ -179,7 +179,7 @@ def ask_batch(vlm, first, second, config, stages, keep):
 
     kinds = []
     try:
-        vlm_query.label_pairs(vlm.ask, first, second, config.goal, stages, config.workers,
+        vlm_query.label_pairs(vlm, first, second, config.goal, stages, config.workers,
                               lambda record: (kinds.append(record["kind"]), keep(record)))
     except vlm_query.VLMError:
         asked = len(kinds) - kinds.count("limit") - kinds.count("identical")

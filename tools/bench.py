@@ -670,12 +670,12 @@ def labelling(size, device):
     by_size, _ = task_images("CartPole", (TEXTBOOK_SIZE,), 200)
     images, rng = by_size[TEXTBOOK_SIZE], np.random.default_rng(0)
     with offline_vlm.OfflineVLM(latency=0.5) as url:
-        ask = vlm_query.VLM("offline", url=url, workers=8).ask
+        vlm = vlm_query.VLM("offline", url=url, workers=8)
 
         def labels_per_second(pairs, workers):
             rows = rng.permutation(len(images))[: 2 * pairs]
             start = time.perf_counter()
-            labels, _ = vlm_query.label_pairs(ask, images[rows[:pairs]], images[rows[pairs:]],
+            labels, _ = vlm_query.label_pairs(vlm, images[rows[:pairs]], images[rows[pairs:]],
                                               goal, workers=workers)
             return sum(labels >= -1) / (time.perf_counter() - start)
 
