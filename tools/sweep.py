@@ -187,13 +187,13 @@ def parse_fields(words, split=True):
     """
     from support import settings
 
-    facts = getattr(settings, "FACTS", ())  # of a task: they have no flag of their own, but --set name=value
-
     def value_of(name, text):
         if name in PSEUDO:
             return type(PSEUDO[name])(text)
-        flag = [f"--set={name}={text}"] if name in facts else [f"--{name.replace('_', '-')}={text}"]
-        return getattr(settings.parse_args(flag), name)
+        found = settings.parse_args([f"--{name.replace('_', '-')}={text}"])
+        if not hasattr(found, name):
+            raise ValueError(f"{name} is an old spelling: see python train.py --help-all")
+        return getattr(found, name)
 
     fields = {}
     for word in words:
