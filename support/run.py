@@ -12,7 +12,7 @@ The run folder:
                  label, tokens, seconds
   pairs/*.png    what was asked, first image left, second right
   checkpoint/    state.pt: everything that `--resume` needs and that is in no other file
-  buffer/        the pictures
+  buffer/        the images
   episodes.csv   learned reward beside true progress, step by step, at the end
   eval_*.gif, summary.json, report.html; code_as_reward/: the programs of --reward code
   .lock          held by the process that is at work here
@@ -59,7 +59,7 @@ import code_as_reward
 import envs
 import vlm_query
 from reward_model import PreferenceDataset, RewardModel
-from sac import SAC, ReplayBuffer, StoredArrayError, stored_array
+from sac import SAC, ReplayBuffer, StoredArrayError
 from support import baselines, fast, given_rewards, interrupts, report
 from support.labeler import make_labeler
 from support.settings import (UserError, command_line, kept_folder, labels_kind, must_stay, resolve, resume_command,
@@ -659,8 +659,8 @@ class Checksums:
 
 
 # ---- a run that cannot learn says so ----
-ENOUGH = 20  # of answers or pictures that are all alike, fewer of them say nothing
-FAINT = 8  # of 255; pictures whose channels differ by less look the same (vlm_query.looks_identical)
+ENOUGH = 20  # of answers or images that are all alike, fewer of them say nothing
+FAINT = 8  # of 255; images whose channels differ by less look the same (vlm_query.looks_identical)
 
 
 def doubts(config, at, labeler, pool, buffer, data, programs, episodes):
@@ -679,9 +679,9 @@ def doubts(config, at, labeler, pool, buffer, data, programs, episodes):
         found["endless"] = (f"no episode has ended in {step:,} steps, and questions and rewards come where one ends: "
                             "give a shorter --horizon or more --total-steps")
     if pool is not None:
-        # from 200 steps, one in ten at least, come some ENOUGH pictures
+        # from 200 steps, one in ten at least, come some ENOUGH images
         if step >= config.explore_steps and (step >= 10 * ENOUGH or over) and alike(pool.small[:len(pool)]):
-            found["pictures"] = ("all pictures look the same, so that nothing can be learned from comparing them: look "
+            found["images"] = ("all images look the same, so that nothing can be learned from comparing them: look "
                                  "at what the environment draws (eval_before.gif in the run folder)")
         elif labeler.exhausted and not counts["labels"]:
             found["limit"] = "a limit (--max-calls, --max-usd) was reached before there was any label"
@@ -701,17 +701,17 @@ def doubts(config, at, labeler, pool, buffer, data, programs, episodes):
             found["reward"] = (f"the reward is {rewards[0]:.3g} in every one of {len(rewards):,} steps so far"
                                + ": no success was seen" * (config.reward == "sparse" and not rewards.any()))
         elif programs and say_nothing(programs, buffer, rewards):
-            found["reward"] = "the programs say the same of every picture: only success itself is rewarded"
-    if over and not at.explored and not found.keys() & {"late", "endless", "pictures", "limit", "answers"}:
+            found["reward"] = "the programs say the same of every image: only success itself is rewarded"
+    if over and not at.explored and not found.keys() & {"late", "endless", "images", "limit", "answers"}:
         found["nothing"] = ("there was no reward in time for the policy to learn from"
                             + f" ({counts['labels']} labels of {counts['asked']} questions)" * (pool is not None))
     return found
 
 
-def alike(pictures):
+def alike(images):
     """Do all of (N, S, S, 3) uint8 look like the first?  Of fewer than two, yes."""
-    first = pictures[0].astype(np.int16) if len(pictures) else None
-    return all(np.abs(first - other).max() < FAINT for other in pictures[1:])  # stops at the first that differs
+    first = images[0].astype(np.int16) if len(images) else None
+    return all(np.abs(first - other).max() < FAINT for other in images[1:])  # stops at the first that differs
 
 
 def say_nothing(programs, buffer, rewards):
@@ -719,8 +719,8 @@ def say_nothing(programs, buffer, rewards):
     values, rows = np.unique(rewards, return_index=True)
     if len(values) != 2 or not math.isclose(values[1] - values[0], 1, abs_tol=1e-6):
         return False
-    failed, pictures = programs.failed_frames, buffer.image[rows]  # (2, S, S, 3), the first of either value
-    said = programs.progress(pictures, pictures[0])  # (2, programs)
+    failed, images = programs.failed_frames, buffer.image[rows]  # (2, S, S, 3), the first of either value
+    said = programs.progress(images, images[0])  # (2, programs)
     programs.failed_frames = failed  # these two were counted when they were priced
     return bool((said[0] == said[1]).all())
 
@@ -731,15 +731,15 @@ def same_answers(config, counts, data):
         return {}
     if config.reward == "score":
         if np.ptp(data.score[:len(data)]) == 0:
-            return {"same": f"all {len(data)} scores are {data.score[0]:.3g}, whatever the picture"}
+            return {"same": f"all {len(data)} scores are {data.score[0]:.3g}, whatever the image"}
     else:
         second = int(data.label[:len(data)].sum())
         often, which = max((second, "second"), (len(data) - second, "first"))
         if 20 * often >= 19 * len(data):  # the order of a pair is random: by chance in one run of ten thousand
-            return {"same": f"{often} of {len(data)} labels prefer the {which} picture, whatever the two show"}
+            return {"same": f"{often} of {len(data)} labels prefer the {which} image, whatever the two show"}
     if not counts["judged"] and not kept_folder(config):
         return {"judged": "nobody knows how right the labels are: true progress (info['progress'], or the reward) is "
-                          "the same in both pictures of every pair"}
+                          "the same in both images of every pair"}
     return {}
 
 
@@ -771,7 +771,7 @@ def closing_text(config, run, at, labeler, programs, spearman):
                     f"evaluation episodes, and on {last['eval_success_frames']:.0%} of their steps")
     text[0] += "."
     if config.reward in ("preference", "score"):
-        things = "pictures" if config.reward == "score" else "pairs of pictures"
+        things = "images" if config.reward == "score" else "pairs of images"
         text += [f"Learned from {counts['labels']} answers to {counts['asked']} {things} "
                  f"({counts['unsure']} unsure, {counts['unreadable']} unreadable, "
                  f"{counts['no_answer']} unanswered) by {who_labels(config)}."]
@@ -780,14 +780,14 @@ def closing_text(config, run, at, labeler, programs, spearman):
         if "reward_accuracy" in at.fit:
             right = at.fit["reward_accuracy"]
             text += ["The learned reward has the true order on "
-                     f"{'an unknown share' if math.isnan(right) else format(right, '.0%')} of picture pairs; Spearman "
+                     f"{'an unknown share' if math.isnan(right) else format(right, '.0%')} of image pairs; Spearman "
                      "with the true reward over fresh random episodes: "
                      f"{'unknown' if math.isnan(spearman) else format(spearman, '.2f')}."]
     elif config.reward == "code":
         text += [f"The reward is {len(programs.subtasks)} verified programs "
                  f"({'; '.join(programs.subtasks)}), written by {who_labels(config)}."]
         if programs.failed_frames:
-            text += [f"They failed on {programs.failed_frames} pictures, which earned nothing."]
+            text += [f"They failed on {programs.failed_frames} images, which earned nothing."]
     else:
         text += [f"Learned from the {config.reward} reward; labels: {who_labels(config)}."]
     if labeler.vlm:

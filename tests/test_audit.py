@@ -14,7 +14,6 @@ from tools import audit_vlm
 from support import cached_labels
 import envs
 from support import offline_vlm
-from support import run
 from support import settings
 import sac
 import vlm_query

@@ -10,7 +10,6 @@ import struct
 import types
 
 import gymnasium
-import imageio
 import numpy as np
 import pytest
 
@@ -81,8 +80,8 @@ class Says:
     (dict(reward="true", explore_steps=1000, step=1, rewards=()), "late"),
     (dict(horizon=2000, episodes=0, step=500, rewards=()), "endless"),
     (dict(horizon=2000, episodes=0, step=1000, rewards=(), reward="true", explores=True), "endless"),
-    (dict(pictures=BLACK, step=200, rewards=()), "pictures"), (dict(pictures=BLACK[:0], rewards=()), "pictures"),
-    (dict(pictures=np.random.default_rng(0).integers(100, 107, (40, *SMALL), np.uint8)), "pictures"),  # nothing but noise
+    (dict(pictures=BLACK, step=200, rewards=()), "images"), (dict(pictures=BLACK[:0], rewards=()), "images"),
+    (dict(pictures=np.random.default_rng(0).integers(100, 107, (40, *SMALL), np.uint8)), "images"),  # nothing but noise
     (dict(exhausted=True, rewards=(), step=300, counts={"asked": 7, "unsure": 7}), "limit"),
     (dict(exhausted=True, rewards=(), step=300), "limit"),
     (dict(rewards=(), step=300, counts={"asked": 40, "unsure": 40}), "answers"),
@@ -186,7 +185,7 @@ TINY = dict(goal="x", labels="oracle", total_steps=80, seed_steps=20, explore_st
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(env="Silentblack-v0"), "all pictures look the same"),
+    (dict(env="Silentblack-v0"), "all images look the same"),
     (dict(env="Silentbar-v0", explore_steps=300), "none is left to learn"),
     (dict(env="Silentbar-v0", horizon=1000), "no episode has ended"),
     (dict(env="Silentbar-v0", labels="oracle:mistakes=0.1"), None),
@@ -227,7 +226,7 @@ def test_a_film_holds_at_most_a_hundred_pictures_and_draws_few_more(steps, monke
     """Of an episode of any length, spread over all of it; up to 200 steps exactly the pictures of ever."""
     env = envs.make("Silentbar-v0", goal="x", horizon=steps)
     env.reset(seed=0)
-    kept, most, drawn = [], 0, 0
+    drawn = 0
 
     def image(size):
         nonlocal drawn

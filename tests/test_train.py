@@ -89,7 +89,7 @@ def test_scores_of_single_pictures_train_too(tmp_path):
     log = LabelLog.read(tmp_path / "run" / "labels.jsonl")
     assert {record["kind"] for record in log} == {"label"} and all(0 <= record["score"] <= 1 for record in log)
     assert rows[-1]["labels"] == len(log) == 12 and rows[-1]["label_accuracy"] > 0.9 and 0 < rows[-1]["loss"] < 4
-    assert math.isfinite(rows[-1]["reward_accuracy"]) and "to 12 pictures" in (tmp_path / "run" / "summary.json").read_text()
+    assert math.isfinite(rows[-1]["reward_accuracy"]) and "to 12 images" in (tmp_path / "run" / "summary.json").read_text()
 
 
 def test_clip_prices_episodes_without_being_asked(tmp_path, monkeypatch):
