@@ -295,8 +295,8 @@ class TaskEnv(gymnasium.Wrapper):
             if terminated or truncated:
                 break
         # The rewards of repeated steps are summed. Progress is that of the last of them, because the image shows that
-        # one. The time limit may fall on a step that ends the episode by itself (FoldCloth's only step). Then terminated
-        # wins: there is no future to bootstrap from.
+        # one. The time limit may fall on a step that ends the episode by itself: FoldCloth has only one step. Then
+        # terminated wins, because there is no future to bootstrap from.
         return self._observation(obs), total, terminated, truncated and not terminated, self._complete(info, reward)
 
     def image(self, size=300):
