@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import reward_model
-from support import score_reward
+from support import baselines
 from test_components import numbered_images
 
 
@@ -28,7 +28,7 @@ def test_predict_does_not_depend_on_how_images_are_batched(monkeypatch):
     assert model.predict(images).dtype == np.float32
     assert np.allclose(model.predict(images), one_by_one, atol=1e-5)
     at_once = model.member_rewards(images)
-    monkeypatch.setattr(reward_model, "PRICED_AT_ONCE", 3 * 4 * images[0].size)  # three pictures in float32
+    monkeypatch.setattr(reward_model, "PREDICT_BYTES", 3 * 4 * images[0].size)  # three pictures in float32
     assert np.allclose(model.member_rewards(images), at_once, atol=1e-5)
 
 
@@ -72,11 +72,11 @@ def test_too_few_images_and_unknown_samplers_are_named():
 def test_pictures_that_do_not_fit_their_answers_are_refused(first, second, label):
     """Floats would be stored as zeros, and what has no partner silently dropped: both data sets must say so."""
     data = reward_model.PreferenceDataset(4, (8, 8, 3))
-    with pytest.raises(ValueError, match="pictures must be"):
+    with pytest.raises(ValueError, match="images must be"):
         data.add(first, second, label)
     assert len(data) == 0
-    with pytest.raises(ValueError, match="pictures must be"):
-        score_reward.ScoreDataset(4, (8, 8, 3)).add(first if first.dtype != np.uint8 else second, None, [0.5] * 3)
+    with pytest.raises(ValueError, match="images must be"):
+        baselines.ScoreDataset(4, (8, 8, 3)).add(first if first.dtype != np.uint8 else second, None, [0.5] * 3)
 
 
 def test_wrong_answers_are_not_learned_by_heart():
@@ -101,7 +101,7 @@ def test_a_fit_reports_the_epoch_whose_networks_it_keeps(monkeypatch):
     data.add(np.zeros((40, 48, 48, 3), np.uint8), np.zeros((40, 48, 48, 3), np.uint8), [0, 1] * 20)
     epochs, surprises = iter([(0.3, 0.6), (0.2, 0.7), (0.1, 0.8), (0.05, 0.9)]), iter([2.0, 1.0, 1.5, 1.6])
     monkeypatch.setattr(model, "one_epoch", lambda data: next(epochs))
-    monkeypatch.setattr(model, "surprise", lambda data: next(surprises))
+    monkeypatch.setattr(model, "heldout_loss", lambda data: next(surprises))
     fit = model.fit(data, 9)
     assert (fit["loss"], fit["train_accuracy"], fit["epochs"]) == (0.2, 0.7, 4)
 
@@ -109,7 +109,10 @@ def test_a_fit_reports_the_epoch_whose_networks_it_keeps(monkeypatch):
 @pytest.mark.parametrize("paper", (False, True))
 def test_the_paper_s_fit_is_bounded_and_goes_on_where_ours_begins_afresh(paper):
     """P of the paper's tanh rewards cannot leave [0.12, 0.88], so its loss cannot pass 0.127; ours must. Ours refits new nets."""
-    model = reward_model.RewardModel((64, 64, 3), lr=1e-3, paper=paper)
+    class PaperModel(baselines.PaperFit, reward_model.RewardModel):
+        pass
+
+    model = (PaperModel if paper else reward_model.RewardModel)((64, 64, 3), lr=1e-3)
     data = reward_model.PreferenceDataset(32, (64, 64, 3))
     data.add(numbered_images(32) * 0, numbered_images(32) * 0 + 250, [1] * 32)
     loss = model.fit(data, epochs=30, stop_accuracy=1)["loss"]
