@@ -554,7 +554,7 @@ def test_no_body_holds_a_temperature_and_extra_is_merged_in_depth():
 def test_the_pixels_arrive_as_they_were():
     """The picture must be sent without loss: what the server decodes equals what went in."""
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    assert (offline_vlm.image(vlm_query.png_base64(image), "image/png") == image).all()
+    assert (offline_vlm.decode(vlm_query.png_base64(image), "image/png") == image).all()
 
 
 def grays(pairs, seed=0):

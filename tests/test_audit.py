@@ -44,7 +44,7 @@ def test_an_audit_that_exists_is_neither_written_over_nor_trained_in(small_audit
 def test_an_audit_needs_no_disk_for_a_run_and_no_price_for_what_was_not_asked(tmp_path, monkeypatch):
     """A long schedule changes only the projected cost, and where a limit left nothing to ask, nan is no cost."""
     monkeypatch.setattr(audit_vlm, "PER_KIND", 5)
-    config = settings.Config(env="CartPole", horizon=30, out=str(tmp_path / "it"), total_steps=10**12, max_calls=6, workers=1,
+    config = settings.Config(env="CartPole", horizon=30, out=str(tmp_path / "it"), total_steps=10**8, max_calls=6, workers=1,
                         usd_per_mtok="1,2")
     text = audit_vlm.audit(config, pairs=1)["text"]
     assert "cost: nothing was asked" in text and "nan" not in text

@@ -163,7 +163,7 @@ def test_a_wrong_media_type_is_refused():
     """A PNG that calls itself JPEG is a 400, as with Anthropic."""
     data = vlm_query.png_base64(draw_pole(0))
     with pytest.raises(offline_vlm.BadQuestion, match="said to be image/jpeg but appears to be image/png"):
-        offline_vlm.image(data, "image/jpeg")
+        offline_vlm.decode(data, "image/jpeg")
 
 
 def test_a_wrong_key_is_refused_in_every_format():

@@ -242,21 +242,21 @@ def test_a_tiny_random_clip_gives_the_rewards_that_transformers_gives(tmp_path):
     import torch
     import transformers
 
-    from support import clip_reward
+    from support import baselines
 
     images = np.random.default_rng(0).integers(0, 255, (5, 40, 60, 3), np.uint8)
-    reward = clip_reward.ClipReward("the pole is upright", model=folder)
+    reward = baselines.ClipReward("the pole is upright", model=folder)
     found = reward.predict(images)
     tokens = transformers.AutoTokenizer.from_pretrained(folder)("the pole is upright", return_tensors="pt")
     with torch.no_grad():
         model = transformers.CLIPModel.from_pretrained(folder).eval()
-        out = model(input_ids=tokens["input_ids"], pixel_values=clip_reward.preprocess(images, 32))
+        out = model(input_ids=tokens["input_ids"], pixel_values=baselines.preprocess(images, 32))
     assert found.shape == (5,) and found.dtype == np.float32 and len(set(found.tolist())) == 5
     assert np.allclose(found, (out.image_embeds @ out.text_embeds[0]).numpy(), atol=1e-5)
     assert np.allclose(reward.embed_images(images, chunk=2) @ reward.goal, found, atol=1e-5)
     assert reward.predict(images[:0]).shape == (0,)
-    regularised = clip_reward.ClipReward("the pole is upright", "a pole", alpha=0.5, model=folder)
-    expected = clip_reward.goal_baseline_reward(out.image_embeds, regularised.goal, regularised.baseline, 0.5)
+    regularised = baselines.ClipReward("the pole is upright", "a pole", alpha=0.5, model=folder)
+    expected = baselines.goal_baseline_reward(out.image_embeds, regularised.goal, regularised.baseline, 0.5)
     assert np.allclose(regularised.predict(images), expected.numpy(), atol=1e-5)
 
 
@@ -286,24 +286,24 @@ def test_a_clip_that_is_not_whole_is_refused_in_one_line(tmp_path, damage):
     """transformers makes up what a folder lacks, at random: such a CLIP must not price a single picture."""
     make_tiny_clip(tmp_path)
     damage(tmp_path)
-    from support import clip_reward
+    from support import baselines
 
-    with pytest.raises(clip_reward.ClipError, match="no CLIP model") as error:
-        clip_reward.load(str(tmp_path))
+    with pytest.raises(baselines.ClipError, match="no CLIP model") as error:
+        baselines.load(str(tmp_path))
     assert "\n" not in str(error.value)
 
 
 def test_clip_prices_pictures_from_the_command_line(tmp_path, monkeypatch, capsys):
     """A line for each picture, the same as in a batch; a file that is no picture is one line and exit status 2."""
     pytest.importorskip("transformers", reason=CURE)
-    from support import clip_reward
+    from support import baselines
 
-    folder, load = str(make_tiny_clip(tmp_path)), clip_reward.load
-    monkeypatch.setattr(clip_reward, "load", lambda model: load(folder))
+    folder, load = str(make_tiny_clip(tmp_path)), baselines.load
+    monkeypatch.setattr(baselines, "load", lambda model: load(folder))
     (tmp_path / "dark.png").write_bytes(png(DARK))
     (tmp_path / "words.png").write_text("no picture")
-    assert clip_reward.main(["the pole is upright", str(tmp_path / "dark.png")]) == 0
-    expected = clip_reward.ClipReward("the pole is upright").predict(DARK[None])[0]
+    assert baselines.main(["the pole is upright", str(tmp_path / "dark.png")]) == 0
+    expected = baselines.ClipReward("the pole is upright").predict(DARK[None])[0]
     assert capsys.readouterr().out.split()[0] == f"{expected:.4f}"
-    assert clip_reward.main(["the pole is upright", str(tmp_path / "words.png")]) == 2
-    assert capsys.readouterr().err.startswith("clip_reward.py: ")
+    assert baselines.main(["the pole is upright", str(tmp_path / "words.png")]) == 2
+    assert capsys.readouterr().err.startswith("baselines.py: ")

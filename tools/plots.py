@@ -322,7 +322,8 @@ def main(arguments):
                                      usage="%(prog)s results/NAME.csv [MEASURE] | RUN_FOLDER ... IMAGE.png")
     parser.add_argument("arguments", nargs="*", metavar="TABLE or FOLDER ...",
                         help="a table of sweep.py, and which of its columns to draw (default: eval_success); or "
-                        "run folders and an image to write: one run in a row; of several, reward along an expert's episode")
+                        "run folders and an image to write: one run in a row, or the reward of several along an "
+                        "expert's episode")
     arguments = parser.parse_args(arguments).arguments
     if len(arguments) > 1 and all(map(Path.is_dir, map(Path, arguments[:-1]))):
         # several folders: their rewards along the expert's episode
