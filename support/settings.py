@@ -127,6 +127,7 @@ RANGES = {
 KINDS = {int: "a whole number", float: "a number", str: "text"}
 # What the stand-in can be told to do wrong: share of wrong and of unsure answers, seconds that an answer takes.
 FLAWS = {"mistakes": (0, 1), "unsure": (0, 1), "latency": (0, 3600)}
+PROGRAM = ("python", "train.py")  # what a user types; tools/ablations.py has a name of its own
 
 
 class UserError(Exception):
@@ -428,7 +429,7 @@ def command_line(config):
                                 schedule=Config.schedule, device=device)
     differ = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "resume")
               and value not in (FIELDS[name].default, getattr(plain, name))}
-    return shlex.join(["python", "train.py"] + [word for item in differ.items() for word in words(*item)])
+    return shlex.join([*PROGRAM, *[word for item in differ.items() for word in words(*item)]])
 
 
 # ---- the spellings of earlier versions ----
@@ -562,4 +563,4 @@ def to_name_again(config):
 def resume_command(config, folder):
     """The command that goes on with the run, ready to be pasted into a shell."""
     again = [word for name in to_name_again(config) for word in words(name, getattr(config, name))]
-    return shlex.join(["python", "train.py", "--resume", folder, *again])
+    return shlex.join([*PROGRAM, "--resume", folder, *again])
