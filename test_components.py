@@ -145,7 +145,7 @@ def test_only_termination_stops_the_bootstrap(terminated, expected):
     """The critics' target must be r when terminated, and r + discount * V' when merely cut off by a time limit."""
     agent = sac.SAC(1, box(1), hidden=(8,), lr=3e-2, discount=0.9)
     agent.log_alpha.data.fill_(-100.0)  # no entropy term
-    agent._value_of = lambda critic, obs, policy, real=agent._value_of: real(
+    agent._value = lambda critic, obs, policy, real=agent._value: real(
         FivesEverywhere() if critic is agent.target else critic, obs, policy)
     batch = {"obs": torch.zeros(32, 1), "action": torch.zeros(32, 1), "reward": torch.full((32,), 2.0),
              "next_obs": torch.zeros(32, 1), "terminated": torch.full((32,), terminated)}

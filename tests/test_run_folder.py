@@ -201,7 +201,7 @@ def test_what_is_shown_holds_no_escape_codes(capsys, half):
     settings.say("a\x1b[31mb\x9b\nlabels from: openai/gpt\u202e\ud800")
     assert capsys.readouterr().out == "a [31mb  labels from: openai/gpt  \n"
     changed(half, labeler="\x1b]0;x\x07\nopenai/gpt")
-    assert "\x1b" not in settings.who_labels(settings.Config(labels_from=str(half)))
+    assert "\x1b" not in settings.who_labels(settings.Config(labels=str(half)))
 
 
 # ---- a damaged folder ----
@@ -332,7 +332,7 @@ def test_a_sweep_goes_on_with_a_module_of_its_own(half, monkeypatch):
     """A sweep names its environment itself: its folders are no stranger's."""
     changed(half, env="mine:X-v0", goal="to shine")
     job = dataclasses.replace(sweep.plan_grid(["env=CartPole", "seed=0"])[0], task="mine:X-v0", folder=str(half))
-    assert sweep.settings(job).env == "mine:X-v0"
+    assert sweep.config_of(job).env == "mine:X-v0"
 
 
 # ---- numbers ----
