@@ -11,17 +11,19 @@ The equations, for K sub-tasks and the frames t = 0, 1, ... of one episode:
                                  the sub-task counts as completed where p_k(t) >= 0.95
   s(t)                           how many of the first K-1 sub-tasks were completed, in order, by frame t: 0..K-1
   Phi(t) = (s(t) + p_s(t)) / K   the potential, in [0, 1]: sub-tasks completed, plus progress in the current one
-  r(t)   = Phi(t) - 1            the reward of the image seen after an action, in [-1, 0]. train.py adds the
-                                 environment's sparse success, 0 or 1.
+  r(t)   = Phi(t) - 1            the reward of the image seen after an action, in [-1, 0]. As in the paper, the
+                                 environment's sparse success, 0 or 1, is added (support/given_rewards.py).
 
 Differs from the paper (its published code cannot run):
-  1. A program sees a batch of images and the first image of the episode, and no name that it binds survives the
-     batch. The published programs keep a state that nothing resets, so one episode leaks into the next.
+  1. A program sees a batch of images and the first image of the episode, and it cannot keep variables between two
+     calls. The published programs keep a state that nothing resets, so one episode leaks into the next.
   2. C3 counts distinct sub-tasks, in order. The published check counts frames with a reward, so a program that
      gives the same half point twice passes as two sub-tasks.
   3. C3 has more negative examples: episodes played backwards, frozen episodes, another task, completed too soon.
   4. A program that fails goes back to the VLM with the reasons in words and with the images on which it failed.
-  5. The reward is Phi - 1. A bonus in every frame, as in the published programs, is earned by standing still.
+  5. The reward is Phi - 1. The published programs give a bonus in every frame, which a policy can collect by standing
+     still.
+  6. An episode that the environment ends short of the goal costs discount / (1 - discount) more: see C4.
 
 Shapes: T frames of an episode (an image each, the start first), N images of a batch, K sub-tasks. An image is
 (H, W, 3) uint8 RGB. `ask` is any callable that takes a list of str and images and returns an object with .text.
@@ -67,8 +69,9 @@ import numpy as np
 
 # ==== Part 1: VLM-CaR ====
 DONE = 0.95  # progress at which a sub-task counts as completed; asking for 1 would punish rounding errors
-# C3 plays 20 episodes of a kind, so 0.95 lets one expert episode fail and 0.10 lets two negative ones pass. The
-# published check has the same 0.10 and asks for all expert episodes: one hidden object refuses a right program there.
+# C3 plays 20 episodes of most kinds, so 0.95 lets one expert episode fail and 0.10 lets two negative ones pass. The
+# published check has the same 0.10, but asks for all expert episodes: there, one episode with a hidden object rejects
+# a correct program.
 HIT_RATE = 0.95  # C3: share of expert episodes in which a program must see its sub-task completed
 FALSE_RATE = 0.10  # C3: share of the negative episodes of a kind that it may wrongly call completed
 FALL_BACK = 0.20  # C3: how far progress may fall below its best so far while the expert works on the sub-task

@@ -1,9 +1,9 @@
 """The tasks: what the policy acts in, what the VLM looks at, and the sentence that says the goal.
 
 What this is: the table TASKS, one entry per task; CartPole with a continuous force, drawn by numpy alone; TaskEnv, one
-face for any Gymnasium environment, which checks all that the environment says; make(), which makes a task by its name;
-rollout(), which plays one episode.
-Which STEPs: none; every STEP acts or looks here. CartPole's equations, where ' is the change per second:
+interface for any Gymnasium environment, which checks all that the environment says; make(), which makes a task by its
+name; rollout(), which plays one episode.
+Which STEPs: 0, 1 and 7 act and look here. CartPole's equations, where ' is the change per second:
 
     temp = (F + m l a'^2 sin a) / M                              F force on the cart, N      a angle of the pole, rad
     a''  = (g sin a - temp cos a) / (l (4/3 - m cos^2 a / M))    x position of the cart, m   l half the pole's length, m
@@ -63,7 +63,7 @@ class Task:
     action_repeat: int = 1
 
 
-# Why two sizes: a VLM is paid by the image and asked about a few hundred, so its images may be large. The reward model
+# Why two sizes: a VLM is asked about some hundreds or thousands of images, so they may be large. The reward model
 # sees the image of every step, so its images are smaller. (CartPole and DrawerOpen were learned at 64 px as well as at
 # 200: results/README.md, "What matters?".) In the grids both sizes are whole numbers of pixels per cell.
 #
@@ -230,9 +230,9 @@ class BadEnvironment(ValueError):
 
 
 # Success says whether the goal is reached now; evaluation counts it. Progress says how near the goal is, and larger is
-# nearer. No policy learns from either. Progress tells which labels are right, and makes them with `--labels oracle`. So
-# it must be something that an image shows: a VLM cannot answer for what it does not see, and its labels would count as
-# wrong.
+# nearer. RL-VLM-F learns from neither; `--reward sparse` and `--reward code` use success. Progress tells which labels
+# are right, and makes them with `--labels oracle`. So it must be something that an image shows: a VLM cannot answer
+# for what it does not see, and its labels would count as wrong.
 #
 # An episode that *terminated* has no future, so the value of its last state is the last reward alone. An episode that
 # was *truncated* only met its time limit: it would have gone on, so the value of the state after it still counts. A
@@ -379,8 +379,8 @@ class TaskEnv(gymnasium.Wrapper):
         # Gymnasium's robotics tasks say "is_success".
         success = info.get("is_success") if info.get("success") is None else info["success"]
         self.tells_success |= success is not None
-        # Foreign environments rarely tell progress. The true reward of the step then stands in for it. Nothing learns
-        # from that: progress only judges labels, or makes them with `--labels oracle`.
+        # Foreign environments rarely tell progress. The true reward of the step then stands in for it.
+        # Progress only judges labels, or makes them with `--labels oracle`.
         progress = reward if info.get("progress") is None else info["progress"]
         return {**info, "success": self._number("success", 0.0 if success is None else success),
                 "progress": self._number("progress", progress, or_nan=self.simulated == 0)}

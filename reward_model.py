@@ -1,27 +1,29 @@
 """A reward learned from preferences: which of two images is closer to the goal?
 
-What this is: r_psi, an ensemble of small CNNs r(image) -> (-1, 1). It is fitted to answers "the first image" (0) or
-"the second image" (1) with the Bradley-Terry model. Also here: I, the images that may be asked about, and which pairs
-to ask. Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
+What this is: r_psi, an ensemble of small CNNs r(image) -> (-1, 1). It is fitted to labels, 0 for "the first image is
+closer to the goal" and 1 for "the second", with the Bradley-Terry model. Also here: I, the images that may be asked
+about, and which pairs to ask.
+Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
 
-    P[second is better] = exp(beta r1) / (exp(beta r0) + exp(beta r1)),      loss = mean of -log P[the image that was
-    picked]
+    P[second is better] = exp(beta r1) / (exp(beta r0) + exp(beta r1))
+    loss = mean of -log P[the image that the label names]
 
-Differs from the paper (RL-VLM-F, arXiv 2402.03681); support/baselines.py: PaperRewardModel does without 1 and 3 to 5:
+Differs from the paper (RL-VLM-F, arXiv 2402.03681). PaperFit in support/baselines.py leaves out 3 to 5 and the early
+stop of 1; there, too, one answer in eight is held out, but only for the log:
   1. One answer in eight is held out. A fit ends when the loss on these has not fallen for more than three epochs, and
      goes back to the best epoch: real answers are partly wrong, and a network can learn wrong answers by heart.
-  2. The networks see images of 64 to 100 pixels, the VLM 200 to 308. A step of a fit takes 16 answers (official code:
-  64).
-  3. Rewards are multiplied by beta = 10 in P. With beta = 1, P cannot leave [0.12, 0.88], because rewards are in (-1,
-     1): the loss can then only fall by pushing rewards to -1 and 1, and all images near the goal get the same reward.
+  2. The networks see images of 64 to 100 pixels, the VLM 200 to 308. A gradient step takes 16 answers; 64 in the
+     official code.
+  3. Rewards are multiplied by beta = 10 in P. They are in (-1, 1), so with beta = 1, P cannot leave [0.12, 0.88]: the
+     loss can then only fall by pushing rewards to -1 and 1, and all images near the goal get the same reward.
   4. There is a normalisation after each convolution, and every fit begins with fresh networks (1910.08475): a network
      that goes on from the last fit remembers the few answers of the beginning too well.
-  5. predict() is standardised: mean 0 and deviation 1 over the fitted images (1706.03741).
+  5. predict() is standardised: mean 0 and deviation 1 over all images in D (1706.03741).
   6. A fit may move images at random (random_shift; 2004.13649) or flip them left to right (random_flip). One CNN serves
      all tasks (official code: ResNet-18 for rope, water and cloth), and pairs are drawn from images of the whole run.
 
-Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8. Needs numpy and torch
-only.
+Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
+Needs numpy and torch only.
 Names: ImageBuffer, sample_pairs, PreferenceDataset, preference_loss, RewardNet, RewardModel (fit, predict).
 
 To use it elsewhere:
@@ -242,7 +244,6 @@ def preference_loss(r0, r1, label):
     """
     assert r0.ndim == 1 and r0.shape == r1.shape == label.shape, (r0.shape, r1.shape, label.shape)
     logits = torch.stack([r0, r1], dim=-1)  # (B, 2); the column is the label, so there is no sign to get wrong
-    # trap: tanh rewards differ by at most 2. Without beta, a perfect fit still costs log(1 + e^-2) = 0.127.
     return F.cross_entropy(logits, label)
 
 
@@ -252,13 +253,9 @@ class RewardNet(nn.Module):
     def __init__(self, height, width, beta=BETA, normalise=True):
         super().__init__()
         parts, channels = [], 3
-        # Divided by beta here and multiplied by beta in the loss: the logit enters the loss nearly as it is, so that
-        # training goes as with beta = 1, but tanh is used in its middle, where it is nearly linear. Rewards near the
-        # goal then keep their differences, and only a logit far beyond 10 is bent.
         self.beta = beta
         for out, kernel, stride in LAYERS:
-            # One group: over all channels and pixels of one image, so the reward of an image does not depend on its
-            # batch.
+            # One group: over all channels and pixels of one image. So its reward does not depend on its batch.
             norm = nn.GroupNorm(1, out) if normalise else nn.Identity()
             parts += [nn.Conv2d(channels, out, kernel, stride), norm, nn.ReLU(inplace=True)]
             height, width, channels = (height - kernel) // stride + 1, (width - kernel) // stride + 1, out
@@ -269,6 +266,8 @@ class RewardNet(nn.Module):
 
     def forward(self, x):
         features = self.convolutions(x).flatten(1)  # (B, channels * height * width)
+        # r = tanh(z / beta), and the loss uses beta * r: almost z itself while |z| < 5, and never above 10. So tanh
+        # hardly changes the gradients, and small differences near the goal survive.
         return torch.tanh(self.head(features) / self.beta).squeeze(-1)  # (B, 1) -> (B,)
 
 
@@ -279,7 +278,7 @@ class RewardModel:
     The members disagree where the answers do not decide: they differ only in what is random, their first weights, the
     order in which they see the answers, and how images are augmented.
     batch: answers in one step of a fit.  patience: a fit ends when the loss on the held-out answers has not fallen for
-    more epochs than that; 0: the held-out answers have no say.
+    more epochs than that; 0: they do not stop it.
     random_shift: pixels by which a fit moves an image at most.  random_flip: a fit flips half of the images left to
     right. Use it only where the goal knows no left and right; an image is then worth what its mirror image is worth.
     """
@@ -291,7 +290,7 @@ class RewardModel:
         self.image_shape, self.ensemble_size, self.batch, self.patience = image_shape, ensemble_size, batch, patience
         self.random_shift, self.random_flip = random_shift, random_flip
         self.device, self.rng = torch.device(device), np.random.default_rng(seed)
-        self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted images
+        self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over all images in D
         self.nets = self._new_networks()
         self.optimizer = self._adam(lr)
 
@@ -318,8 +317,8 @@ class RewardModel:
         """Go over all fitted answers up to `epochs` times -> dict(loss, train_accuracy, heldout_accuracy, epochs).
 
         Stops after an epoch in which the accuracy exceeded stop_accuracy, as in the official code: to go on would only
-        push apart what is ordered already. Stops also when the held-out answers say so ("Differs" 1); fewer than four
-        held-out answers have no say.
+        push apart what is ordered already. Stops also by the held-out answers ("Differs" 1), if there are at least
+        four of them.
         train_accuracy: of single members, while they learn, on augmented images; heldout_accuracy: of the fitted
         ensemble.
         Raises ValueError if there is nothing to fit.
@@ -368,6 +367,7 @@ class RewardModel:
         for net, both, label in zip(self.nets, images, labels):
             r0, r1 = self.rewards(net, both).chunk(2)  # (B,) each
             answer = label.to(self.device)  # (B,)
+            # trap: tanh rewards differ by at most 2. Without beta, a perfect fit still costs log(1 + e^-2) = 0.127.
             loss = preference_loss(self.beta * r0, self.beta * r1, answer)
             loss.backward()  # member by member, so that one member's activations at a time are in the cache
             losses.append(loss.detach())

@@ -12,14 +12,15 @@ Which STEPs: 0 explore without any reward, 1 act and store, 5 relabel, 6 improve
 
 Differs from the paper (RL-VLM-F, arXiv 2402.03681):
   1. A new row has no reward (NaN). Only STEP 0 samples it, until its episode is over and it has been rewarded.
-  2. relabel() covers every stored row, also after the ring has wrapped; the official code misses half of them then.
+  2. relabel() covers every stored row, also after the ring has wrapped; the official code then misses many of them.
+     (train.py gives the ring as many rows as the run has steps, so there it never wraps.)
   3. Novelty is measured against at most 1,024 random stored states: faster.
   4. The target networks follow at every update (theirs: at every second), alpha learns as fast as the critics, and the
      networks have two hidden layers (theirs: three for Meta-World, rope and water): simpler.
-  5. Unbounded observations are divided by their standard deviation over the first steps (normalise_observations).
+  5. Unbounded observations are normalised, (obs - mean) / std over the first steps (normalise_observations).
 
 Shapes: O observation, A action, B batch, N stored rows, H and W pixels. Needs numpy and torch only.
-Names: ReplayBuffer (add, set_rewards, relabel, sample), novelty_bonus, SAC (act, update, reset_critic).
+Names: ReplayBuffer (add, set_rewards, relabel, sample), novelty_bonus, novelty_batch, SAC (act, update, reset_critic).
 
 To use it elsewhere:
     import gymnasium, sac
@@ -282,7 +283,7 @@ class SAC:
 
     act(obs (O,)) -> (A,) float32 in [-1, 1], or int.
     update(batch) -> dict of 0-d tensors (not floats: reading a float would make a GPU wait).
-    alpha: the first temperature, the price of certainty. 0.1 suits rewards of about one a step, as a fit gives them.
+    alpha: the first entropy temperature. 0.1 suits rewards of standard deviation 1, as RewardModel.predict() gives.
     Raises ValueError for any other action space.
     """
 
@@ -321,9 +322,9 @@ class SAC:
         """Forget the values, keep the actor. train.py calls it once, after the first fit.
 
         The paper's box does not have this; the official code does it, like PEBBLE. In STEP 0 the critics' targets were
-        novelty, whose values are far from those of the reward; they would only slowly be forgotten. The actor stays: it
-        has learned to move about, and it follows the new critics within a few hundred updates. Later fits change the
-        reward by less, so the critics are kept then.
+        novelty (if there was a novelty phase at all: some tasks go from random actions straight to the first fit), and
+        values of novelty say nothing about the goal. The actor stays, because it has learned to move about. Later fits
+        change the reward too, but one reward is closer to the next than novelty is, so the critics are kept then.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.rng, device=self.device)))

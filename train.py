@@ -1,4 +1,4 @@
-"""RL-VLM-F: a goal in words and images of a task go in, a trained policy comes out.
+"""RL-VLM-F: from a goal in words, and from images of a task, to a trained policy.
 
     python train.py --env CartPole                                       no key, no network, about a minute
     python train.py --env DrawerOpen --vlm openai/MODEL                  a real VLM compares the images
@@ -28,13 +28,17 @@ What this is: the algorithm of RL-VLM-F (Wang et al., arXiv 2402.03681), STEP by
 
 Two loops stand side by side. train() is RL-VLM-F. train_on_given_reward() is the same without STEPs 2 to 5, for a
 reward that asks nobody while the policy learns: VLM-CaR's programs (code_as_reward.py), CLIP, the true reward, the
-sparse one. Everything around them (settings, run folder, who answers) is in support/, and is no part of the method.
+sparse one. What stands around the loops is in support/: settings, the run folder, who answers, which policy is
+evaluated.
 
 Differs from the paper:
   1. A query session, new rewards and a checkpoint come where an episode ends: nothing half done has to be saved.
-  2. There are fewer steps and pairs (tasks/schedules.py); `--schedule paper` has the paper's own.
-  3. I holds images of the whole run, each different image once; the official code draws from the last 100 episodes.
-  4. In Soccer and SweepInto the best policy so far is evaluated, the best by the learned reward (run.py: BestPolicy).
+  2. There are fewer steps and pairs, and in some tasks more updates per step (tasks/schedules.py); `--schedule paper`
+     has the paper's own numbers.
+  3. I is a random sample of the images of the whole run, each different image once; the official code draws from the
+     last 100 episodes.
+  4. In Soccer and SweepInto the best policy so far is evaluated, the best by the learned reward
+     (support/run.py: BestPolicy).
 
 From Python:
     from train import Config, train
@@ -68,16 +72,16 @@ RESET_UPDATES = 100  # updates of the fresh critics at once, as in the official 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come; it travels in checkpoints."""
+    """How far a run has come; it is saved in checkpoints."""
 
     step: int = 0  # environment steps taken
     episodes: int = 0  # training episodes completed
     sessions: int = 0  # query sessions held
     has_reward: bool = False  # whether any row of B has a reward yet
-    explored: bool = False  # whether STEP 0 is over, and the critics have forgotten novelty
-    fit: dict = dataclasses.field(default_factory=dict)  # what the last fit said of itself
+    explored: bool = False  # whether STEP 0 is over, and the critics have been reset
+    fit: dict = dataclasses.field(default_factory=dict)  # loss and accuracies of the last fit
     solved: list | None = None  # step and seconds at which evaluation first succeeded throughout
-    doubts: dict = dataclasses.field(default_factory=dict)  # why this run may learn nothing, as far as it shows
+    doubts: dict = dataclasses.field(default_factory=dict)  # warnings given so far: why the run may learn nothing
 
 
 # ---- RL-VLM-F ----
@@ -98,7 +102,7 @@ def train(config, parts=None):
         r_psi, D = make_reward_model(run, parts)
         best = best_policy(run, pi, LearnedReward(r_psi.predict))
         begin(run, at, rng, pi=pi, B=B, I=I, r_psi=r_psi, D=D, labeler=labeler, best=best)
-        # Share of the images that are offered to I: as many as there is room for in a run, but at least one in ten.
+        # Share of the images that are offered to I: about image_buffer images in a run, but at least one in ten.
         share = max(0.1, config.image_buffer / config.total_steps)
         obs, t, losses = new_episode(env, config.seed, at), 0, {}  # t: steps taken in this episode
 
@@ -121,7 +125,7 @@ def train(config, parts=None):
                 image = env.image(config.reward_image_size)  # (S, S, 3) uint8: what r_psi will see
                 # trap: the reward belongs to the image *after* the action. It is set when the episode ends, in one
                 # batch; until then SAC does not sample this row.
-                B.add(obs, action, next_obs, terminated, image, true_reward)
+                B.add(obs, action, next_obs, terminated, image, true_reward)  # true_reward: only for --reward true
                 # Only a share is offered: each image is drawn again, large, and neighbours in time look alike.
                 if rng.random() < share:
                     I.offer(env.image(config.vlm_image_size), image, info["progress"], rng)
@@ -129,21 +133,23 @@ def train(config, parts=None):
 
                 # A query session waits for the end of an episode: then nothing is half done in B, or in a checkpoint.
                 due = step + 1 >= config.explore_steps + at.sessions * config.feedback_every
-                pairs_left = labeler.room(config.pairs_per_session)
-                if episode_over and due and pairs_left and len(I) > 1:
+                n_pairs = labeler.room(config.pairs_per_session)  # 0 where a limit is reached
+                if episode_over and due and n_pairs and len(I) > 1:
                     # ---- STEP 2: pick pairs of images ----
                     model = r_psi if at.has_reward else None
-                    pairs = sample_pairs(I.small[: len(I)], pairs_left, rng, config.sampler, model)  # (M, 2)
+                    pairs = sample_pairs(I.small[: len(I)], n_pairs, rng, config.sampler, model)  # (M, 2)
 
                     # ---- STEP 3: ask the VLM which image is closer to the goal ----
                     # "Unsure", "unreadable" and "no answer" are no labels: L of the M pairs are left.
+                    # labeler calls label_pairs for a VLM; it may also be the oracle (support/labeler.py).
                     first, second, y = labeler(I, pairs, step + 1, rng)  # (L, S, S, 3) twice, (L,) 0 or 1
                     D.add(first, second, y)
                     at.sessions += 1
 
                     if len(y):
                         # ---- STEP 4: fit the reward model to the answers ----
-                        # To all answers so far, with fresh networks: minimise over D  -log softmax(beta r_psi)[y].
+                        # With fresh networks, minimise -log softmax(beta r_psi)[y] over seven answers of eight in D;
+                        # the eighth says when to stop.
                         at.fit = r_psi.fit(D, config.reward_epochs)
                         at.fit["reward_accuracy"] = order_accuracy(r_psi, I, rng)
 
@@ -229,7 +235,7 @@ def train_on_given_reward(config, parts=None):
                     batch = novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size)
                     losses = pi.update(batch)
 
-                # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
+                # ---- STEP 7: evaluate with the true reward ----
                 at.step = step + 1
                 if at.step % config.eval_every == 0 or at.step == config.total_steps:
                     best.offer(pi, at.has_reward)
@@ -252,16 +258,16 @@ def new_episode(env, seed, at):
 
 
 def normalise_observations(pi, B, env, config):
-    """Let the networks see observations in units of their standard deviation over the random steps.
+    """Let the networks see (observation - mean) / std, both over the random steps.
 
-    Not where the observation space has bounds (one-hot states, unit boxes), and not in the paper's schedule.
+    Not where every entry of an observation is bounded (one-hot states, unit boxes), and not in the paper's schedule.
     """
     if config.seed_steps > 1 and config.schedule != "paper" and not env.observation_space.is_bounded():
         pi.normalise_observations(B.obs[: config.seed_steps])
 
 
 def forget_novelty(pi, B, batch_size):
-    """Fresh critics: so far they have learned what is novel, not what is wanted. Then let them catch up.
+    """Fresh critics: what they have learned so far, if anything, is what is novel. Then let them catch up.
 
     The paper's box does not have this; its code does, with the same number of updates. See SAC.reset_critic for why the
     actor is kept, and why it is done only once.
@@ -273,8 +279,8 @@ def forget_novelty(pi, B, batch_size):
 
 def order_accuracy(r_psi, I, rng, pairs=500):
     """Share of random pairs from I, of different true progress, that r_psi puts in the true order; only for the log."""
-    drawn = sample_pairs(I.small[: len(I)], pairs, rng)  # (P, 2)
-    reward, progress = r_psi.predict(I.small[: len(I)])[drawn], I.progress[drawn]  # (P, 2) each
+    drawn = sample_pairs(I.small[: len(I)], pairs, rng)  # (pairs, 2)
+    reward, progress = r_psi.predict(I.small[: len(I)])[drawn], I.progress[drawn]  # (pairs, 2) each
     differ = progress[:, 0] != progress[:, 1]
     agree = (reward[:, 1] > reward[:, 0]) == (progress[:, 1] > progress[:, 0])
     return float(agree[differ].mean()) if differ.any() else float("nan")

@@ -15,8 +15,9 @@ Part 2, the wire: class VLM, one client for OpenAI's format (and all who copy it
 SGLang), Gemini and Anthropic. It begins with a table of what can go wrong, and what the client does then.
 
 Differs from the paper:
-  1. The prompts are worded anew, because the official code has no licence. Call 1 and call 2 ask for the same things.
-  2. No temperature is sent, because current models refuse it. The answers kept on disk make a run repeatable instead.
+  1. The prompts are worded anew, because the official code has no licence. Each call asks for the same
+     things as in the paper.
+  2. No temperature is sent, because some current models refuse it. The answers kept on disk make a run repeatable instead.
   3. A failed call is no "-1". It is made again, and in the end counted as "no answer". If more than half of a batch
      comes to nothing, or the server is silent for a whole deadline, the run stops. The official client turns every
      failure into "-1", so it trains on after its key has expired.
@@ -112,13 +113,14 @@ class LimitReached(VLMError):
 
 
 def ask_one(ask, question, shown, goal, stages):
-    """One pair, or one image -> (the record that the log keeps of it, the parts of its last call).
+    """Ask about one pair, or one image -> its record for the log, and the parts of the last call.
 
     question: PAIR or SCORE.  shown: list of str and images, such as ["Image 1:", first, "Image 2:", second].
 
     Why two stages: a model that must name a number at once has had no chance to compare. In call 1 it looks, and writes
-    freely. Call 2 holds no image, so it is cheap, and its answer is one short line that can be parsed. The price is
-    twice the calls. Whether they pay depends on the model, so try both on a hundred pairs whose labels you know.
+    freely. Call 2 holds no image, so it is cheap, and its answer is one short line that can be parsed. Two stages
+    cost twice the calls. Some models gain from them and some do not: try both on pairs whose labels you know (the audit
+    does).
 
     Example: call 1 shows both images and ANALYSE        -> "In Image 1 the drawer is shut. In Image 2 it is open."
              call 2 quotes that in NOTES and adds ANSWER -> "1"
@@ -130,7 +132,7 @@ def ask_one(ask, question, shown, goal, stages):
     else:
         last = [*shown, question.analyse.format(goal=goal)]
         replies = [ask(last)]
-        if replies[0].end == "complete":  # half a comparison would say half of what is seen
+        if replies[0].end == "complete":  # an analysis that was cut off is not sent to call 2
             notes = after_thinking(replies[0].text).strip()
             last = [NOTES.format(goal=goal, notes=notes) + question.answer]
             replies.append(ask(last))
@@ -152,7 +154,7 @@ def record_of(question, kind, value=None, replies=(), seconds=0.0):
             "cached": bool(replies) and all(r.cached for r in replies), "seconds": seconds}
 
 
-# ---- reading a label: where it cannot mean the opposite, or not at all ----
+# ---- reading a label: only from text that has one possible meaning ----
 # trap: "Bild 1", "Option 1" and "Closer: 1" name the first image, but the label 1 is the second image. A list of such
 # names is never complete. So LINE describes the lines that are understood, and all others are unreadable: that costs
 # one question, while a label read wrong teaches the opposite in silence.
