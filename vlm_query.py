@@ -17,7 +17,7 @@ SGLang), Gemini and Anthropic. It begins with a table of what can go wrong, and 
 Differs from the paper:
   1. The prompts are worded anew, because the official code has no licence. Each call asks for the same
      things as in the paper.
-  2. No temperature is sent, because some current models refuse it. The answers kept on disk make a run repeatable instead.
+  2. No temperature is sent, because some current models refuse it. A run is repeatable by the answers kept on disk.
   3. A failed call is no "-1". It is made again, and in the end counted as "no answer". If more than half of a batch
      comes to nothing, or the server is silent for a whole deadline, the run stops. The official client turns every
      failure into "-1", so it trains on after its key has expired.
