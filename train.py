@@ -97,9 +97,7 @@ def train(config, parts=None):
         config, env, labeler, rng = run.config, run.env, run.labeler, np.random.default_rng(run.config.seed)
         parts, at = parts or choose_parts(config), Progress()
         pi, B = make_learner(run, parts)
-        I = ImageBuffer(config.image_buffer, config.vlm_image_size, config.reward_image_size,
-                        functools.partial(stored_array, run.path("buffer")))
-        r_psi, D = make_reward_model(run, parts)
+        I, r_psi, D = make_reward_model(run, parts)
         best = best_policy(run, pi, LearnedReward(r_psi.predict))
         begin(run, at, rng, pi=pi, B=B, I=I, r_psi=r_psi, D=D, labeler=labeler, best=best)
         # Share of the images that are offered to I: about image_buffer images in a run, but at least one in ten.
@@ -317,15 +315,17 @@ def make_learner(run, parts):
 
 
 def make_reward_model(run, parts):
-    """-> r_psi and D, as the settings say."""
+    """-> I, r_psi and D, as the settings say."""
     config = run.config
+    I = ImageBuffer(config.image_buffer, config.vlm_image_size, config.reward_image_size,
+                    functools.partial(stored_array, run.path("buffer")))
     image_shape = (config.reward_image_size, config.reward_image_size, 3)
     r_psi = parts.RewardModel(image_shape, config.ensemble_size, config.reward_lr, config.device, config.seed,
                               batch=config.reward_batch, patience=config.patience, random_shift=config.random_shift,
                               random_flip=bool(config.random_flip))
     stored = run.state["D"]["added"] if run.state else 0
     kept = len(run.labeler.kept[2]) if run.labeler.kept is not None else 0  # answers of --labels FOLDER
-    return r_psi, parts.PreferenceDataset(max(most_pairs(config), stored, kept), image_shape)
+    return I, r_psi, parts.PreferenceDataset(max(most_pairs(config), stored, kept), image_shape)
 
 
 def best_policy(run, pi, reward):
