@@ -1,110 +1,148 @@
 """The tasks: what the policy acts in, what the VLM looks at, and the sentence that says the goal.
 
-What this is: CartPole with a continuous force, drawn with numpy alone; DrawerOpen, Soccer and
-SweepInto of Meta-World, with pictures made for a VLM; and any Gymnasium id, given a goal.
+What this is: the table TASKS, one entry per task; CartPole with a continuous force, drawn by numpy alone; TaskEnv, one
+interface for any Gymnasium environment, which checks all that the environment says; make(), which makes a task by its
+name; rollout(), which plays one episode.
+Which STEPs: 0, 1 and 7 act and look here. CartPole's equations, where ' is the change per second:
 
-Which STEPs: none; every STEP acts or looks here. CartPole's physics (a angle, F force, M mass):
-    temp = (F + m l a'^2 sin a) / M       a'' = (g sin a - temp cos a) / (l (4/3 - m cos^2 a / M))
+    temp = (F + m l a'^2 sin a) / M                              F force on the cart, N      a angle of the pole, rad
+    a''  = (g sin a - temp cos a) / (l (4/3 - m cos^2 a / M))    x position of the cart, m   l half the pole's length, m
+    x''  = temp - m l a'' cos a / M                              m mass of the pole, kg      M mass of pole and cart, kg
 
-Differs from the paper (RL-VLM-F, 2402.03681):
-  1. Meta-World v3 in place of a changed v2, whose copy does not install any more.
-  2. Its episodes last 50 steps, each three of Meta-World's with one action (theirs: 500, of one;
-     action repeat as in 2203.04955): the experts are done after 14 to 18. In Soccer and SweepInto
-     the hand starts 5 cm lower, or random actions seldom touch the object.
-  3. Its pictures have no shadows, reflections, multisampling, goal markers, and what cannot move
-     is drawn once: much faster.
-  4. The reward model sees 64 to 100 px, the VLM 200 to 308 px (theirs: the VLM sees 200 to 720).
+Differs from the paper (RL-VLM-F, arXiv 2402.03681):
+  1. Episodes of Meta-World's tasks last 50 steps, and each step repeats one action for three steps of the simulator
+     (theirs: 500 steps, no repeat). The scripted experts need only 14 to 18 of the 50; repeating is as in 2203.04955.
+  2. The reward model sees images of 64 to 100 px, the VLM of 200 to 308 px (theirs: 200 to 360, and 200 to 720).
+  3. Other simulators: the headers of the files in tasks/ say which, and what differs.
 
-Shapes: O observation, A action numbers; pictures (size, size, 3) uint8.
-  make(name) -> env with .goal, .horizon, .picture(size), .render() = picture(300); obs (O,)
-  float32, action (A,) in [-1, 1], or an int; info["success"] 0 or 1; info["progress"]: larger is
-  closer to the goal, and visible in pictures. expert(env)(obs) -> action. TASKS: one entry a task.
+Shapes: O observation, A action numbers, T steps of an episode; images (size, size, 3) uint8.
+Names: TASKS, make(name) -> TaskEnv, rollout(env, policy, seed), expert(env) -> policy; a policy is obs (O,) -> action.
 
 To use it elsewhere:
     import envs
     env = envs.make("CartPole", seed=0)  # or make("Reacher-v5", goal="to touch the red ball")
     obs, info = env.reset(seed=0)
     obs, true_reward, terminated, truncated, info = env.step(envs.expert(env)(obs))
-    image, progress = env.picture(64), info["progress"]
+    image, progress = env.image(64), info["progress"]
 """
-import argparse
 import atexit
 import contextlib
 import copy
-import csv
 import inspect
 import math
 import os
 import re
 import sys
-import time
-import warnings
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Callable
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
-OPENGL_CURE = (
-    "pictures of this task need OpenGL, which is missing here: apt-get install -y libegl1 "
-    "libgl1-mesa-dri (or set MUJOCO_GL to egl, osmesa or glfw, whichever this machine has)"
-)
-# No number from an environment may be larger: the learner squares it, and float32 ends at 3.4e38.
-LARGEST = 1e18
 
-
-class BadEnvironment(ValueError):
-    """An environment gave what nobody can learn from. One line: which one, what, in which step."""
-
-
+# ---- What a task is, and the table of tasks ----
 @dataclass
 class Task:
-    """All that the other files need to know about a task."""
+    """One entry of TASKS. How long a task is trained, and with how many questions: tasks/schedules.py.
 
-    goal: str  # what the VLM is told; RL-VLM-F's seven word for word
-    make: object  # a Gymnasium id, "module:id", or a callable that returns an environment
-    horizon: int  # steps until an episode is cut off (truncated)
-    query_size: int  # side of the square picture the VLM sees, px
-    reward_size: int  # side of the one the reward network sees, px
-    action_repeat: int = 1  # steps of the simulator in one of ours
-    train: dict = field(default_factory=dict)  # what train.py's Config takes for this task
-    paper: dict = field(default_factory=dict)  # the same fields as the paper had them
-
-
-# ---- CartPole: physics and pictures in numpy ----
-class CartPole(gymnasium.Env):
-    """Keep a pole upright with -10 to 10 N on the cart. The state is clamped: nothing terminates.
-
-    Observation (4,): cart position m, its speed; pole angle rad (0 up, + leans right), its speed.
+    goal               the sentence l that the VLM is told; RL-VLM-F's seven tasks have the paper's words.
+    make               a Gymnasium id, "module:id" where importing a module registers it; or a function -> environment.
+    horizon            steps until an episode is cut off (truncated).
+    vlm_image_size     side of the square image that the VLM sees, px.
+    reward_image_size  side of the square image that the reward model sees, px.
+    action_repeat      steps of the simulator in one of ours, all with the same action.
     """
 
-    GRAVITY, CART_MASS, POLE_MASS, HALF_POLE, FORCE, SECONDS = 9.8, 1.0, 0.1, 0.5, 10.0, 0.02
-    LIMIT = np.array([0.8 * 2.4, np.inf, math.radians(30), np.inf])  # of |state|
+    goal: str
+    make: str | Callable
+    horizon: int
+    vlm_image_size: int
+    reward_image_size: int
+    action_repeat: int = 1
+
+
+# Why two sizes: a VLM is asked about some hundreds or thousands of images, so they may be large. The reward model
+# sees the image of every step, so its images are smaller. (CartPole and DrawerOpen were learned at 64 px as well as at
+# 200: results/README.md, "What matters?".) In the grids both sizes are whole numbers of pixels per cell.
+#
+# Why repeat actions: a step of Meta-World's simulator lasts 12.5 ms and changes hardly a pixel. Two such images cannot
+# be told apart, and random actions cancel out before anything moves. With action_repeat=3 one action lasts three steps
+# of the simulator, and an episode of 150 such steps is 50 decisions.
+ARM = dict(horizon=50, vlm_image_size=300, reward_image_size=84, action_repeat=3)  # Meta-World's robot arm
+UNLOCK = "to pick up the key, open the yellow door with it, and "
+EXIT = UNLOCK + "get to the green square"
+TASKS = {
+    # The lambda puts off the search for the class, which stands further down.
+    "CartPole": Task("to balance the brown pole on the black cart to be upright", lambda: CartPole(),
+                     horizon=100, vlm_image_size=200, reward_image_size=64),
+    "DrawerOpen": Task("to open the drawer", "tasks.metaworld:DrawerOpen-v0", **ARM),
+    "Soccer": Task("to move the soccer ball into the goal", "tasks.metaworld:Soccer-v0", **ARM),
+    "SweepInto": Task("to minimize the distance between the green cube and the hole",
+                      "tasks.metaworld:SweepInto-v0", **ARM),
+    # Soft bodies. FoldCloth's only step is a whole pick-and-place, after which the episode terminates.
+    "FoldCloth": Task("to fold the cloth diagonally from top left corner to bottom right corner",
+                      "tasks.deformables:FoldCloth-v0", horizon=1, vlm_image_size=300, reward_image_size=100),
+    "StraightenRope": Task("to straighten the blue rope", "tasks.deformables:StraightenRope-v0",
+                           horizon=40, vlm_image_size=300, reward_image_size=100),
+    "PassWater": Task("to move the container, which holds water, to be as close to the red circle as possible without "
+                      "causing too many water droplets to spill",
+                      "tasks.deformables:PassWater-v0", horizon=75, vlm_image_size=300, reward_image_size=100),
+    # Key-and-door grids, for VLM-CaR. MiniGrid's own episodes are longer: see tasks/schedules.py.
+    "DoorKey-5x5": Task(EXIT, "tasks.gridworlds:DoorKey-5x5-v0", horizon=100, vlm_image_size=300, reward_image_size=80),
+    "DoorKey-6x6": Task(EXIT, "tasks.gridworlds:DoorKey-6x6-v0", horizon=100, vlm_image_size=300, reward_image_size=84),
+    "DoorKey-8x8": Task(EXIT, "tasks.gridworlds:DoorKey-8x8-v0", horizon=100, vlm_image_size=304, reward_image_size=80),
+    "Unlock": Task("to pick up the key and open the yellow door with it",
+                   "tasks.gridworlds:Unlock-v0", horizon=100, vlm_image_size=308, reward_image_size=88),
+    "UnlockPickup": Task(UNLOCK + "pick up the purple box behind it",
+                         "tasks.gridworlds:UnlockPickup-v0", horizon=100, vlm_image_size=308, reward_image_size=88),
+}
+
+
+# ---- CartPole: physics ----
+class CartPole(gymnasium.Env):
+    """Keep a pole upright by pushing its cart with -10 to 10 N; action (1,) in [-1, 1].
+
+    Observation (4,): cart position m, its speed m/s; pole angle rad (0 upright, + leans right), its speed rad/s.
+    True reward, and progress: minus the angle from upright, in degrees. Success: less than 5 degrees.
+    """
+
+    GRAVITY, CART_MASS, POLE_MASS, HALF_POLE = 9.8, 1.0, 0.1, 0.5  # m/s^2, kg, kg, m
+    FORCE, SECONDS = 10.0, 0.02  # N at full action; length of a step
+    # The largest |state|, as in the official code. Cart and pole stop here and the episode goes on: nothing terminates.
+    # An episode that ended when the pole falls would tell the policy about the goal by its length alone. And a learned
+    # reward has no natural zero: where it happens to be negative everywhere, a policy that may end an episode learns to
+    # end it quickly.
+    LIMIT = np.array([0.8 * 2.4, np.inf, math.radians(30), np.inf])
     render_mode = "rgb_array"
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
 
     def __init__(self):
         high = self.LIMIT.astype(np.float32)
-        high[[0, 2]] *= 1.001  # float32 rounds the clamped state either way
+        high[[0, 2]] *= 1.001  # rounded to float32, a state at the limit may lie a little beyond it
         self.observation_space = Box(-high, high, dtype=np.float32)
         self.action_space = Box(-1.0, 1.0, (1,), np.float32)
-        self.state = np.zeros(4)  # float64; observations are float32 copies
+        self.state = np.zeros(4)  # (4,) float64; observations are float32 copies
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        # The pole starts nearly upright, within 0.05 rad = 2.9 degrees. What has to be learned is to hold it there.
         self.state = self.np_random.uniform(-0.05, 0.05, 4)
         return self.state.astype(np.float32), self._info()
 
     def step(self, action):
+        """action (1,) -> obs (4,), true reward, terminated, truncated (both always False), info."""
         push = float(np.asarray(action).reshape(-1)[0])
-        if not math.isfinite(push):
+        if not math.isfinite(push):  # trap: min and max below would make a full push of a nan
             raise ValueError(f"an action must be a number, not {push}")
         force = self.FORCE * min(max(push, -1.0), 1.0)
-        moved = self.state + self.SECONDS * self.derivative(self.state, force)  # Euler
+        # Euler's method: for the 20 ms of a step, everything changes as fast as it does at the start of the step.
+        moved = self.state + self.SECONDS * self.derivative(self.state, force)
         self.state = np.clip(moved, -self.LIMIT, self.LIMIT)
-        # trap: without this the pole "falls on" at the clamp, and needs as long to turn round.
-        place, speed = self.state[[0, 2]], self.state[[1, 3]]
+        # trap: what is stopped must lose its speed too. Otherwise the speed goes on growing while the pole lies at its
+        # limit, and the pole needs as long again before it turns round.
+        place, speed = self.state[[0, 2]], self.state[[1, 3]]  # (2,) each: of the cart, of the pole
         outwards = (np.abs(place) >= self.LIMIT[[0, 2]]) & (place * speed > 0)
         self.state[[1, 3]] = np.where(outwards, 0.0, speed)
         info = self._info()
@@ -112,33 +150,43 @@ class CartPole(gymnasium.Env):
 
     @classmethod
     def derivative(cls, state, force):
-        """d state / dt, (4,), Gymnasium's: https://coneural.org/florian/papers/05_cart_pole.pdf"""
+        """state (4,), force N -> d state / dt (4,), by the header's equations.
+
+        Gymnasium's CartPole has the same: https://coneural.org/florian/papers/05_cart_pole.pdf. The 4/3 is that of the
+        inertia of a rod which turns about its end, 4/3 m l^2.
+        Worked example: from upright and at rest, 10 N to the right give temp = 10 / 1.1 = 9.09. The pole falls to the
+        left with a'' = -9.09 / (0.5 (4/3 - 0.1 / 1.1)) = -14.6 rad/s^2, and the cart speeds up by 9.8 m/s^2.
+        """
         _, speed, angle, spin = state
         total, pole = cls.CART_MASS + cls.POLE_MASS, cls.POLE_MASS * cls.HALF_POLE
         sin, cos = math.sin(angle), math.cos(angle)
         temp = (force + pole * spin**2 * sin) / total
-        inertia = cls.HALF_POLE * (4.0 / 3.0 - cls.POLE_MASS * cos**2 / total)
-        spin_rate = (cls.GRAVITY * sin - cos * temp) / inertia
+        spin_rate = (cls.GRAVITY * sin - cos * temp) / (cls.HALF_POLE * (4.0 / 3.0 - cls.POLE_MASS * cos**2 / total))
         return np.array([speed, temp - pole * spin_rate * cos / total, spin, spin_rate])
 
     def _info(self):
+        # Progress is of the angle alone. A cart in the middle may be worth something too, but no image shows where the
+        # cart is, so no answer about images could say so.
         degrees = abs(math.degrees(self.state[2]))
         return {"success": float(degrees < 5.0), "progress": -degrees}
 
     def expert_action(self, obs):
-        """Push where the pole leans and is going; a little more brings the cart to the middle."""
+        """obs (4,) -> action (1,): push to where the pole leans and falls, and so bring the cart under it."""
+        # Of position, speed, angle and speed of the angle. The two small gains let the pole lean a little towards the
+        # middle, and the cart follows it there.
         gains = np.array([0.1, 0.25, 4.0, 1.0])
         return np.clip([gains @ obs], -1, 1).astype(np.float32)
 
-    def picture(self, size):
-        """The cart is always drawn in the middle: its position cannot be seen."""
+    def image(self, size):
+        """-> (size, size, 3) uint8. The cart is always drawn in the middle: its position is not seen."""
         return draw_pole(size, self.state[2])
 
     def render(self):
-        return self.picture(300)
+        return self.image(300)
 
 
-# Lengths in sides of the picture. x to the right from the middle, y up from the lower edge.
+# ---- CartPole: images ----
+# Lengths are in sides of the image; x goes to the right from the middle, y goes up from the lower edge.
 PIVOT_Y, POLE_LENGTH, POLE_HALF_WIDTH = 0.29, 0.60, 0.028
 CART_LOW, CART_HIGH, CART_HALF_WIDTH = 0.16, 0.31, 0.14
 BROWN, BLACK, WHITE = np.array([[150, 90, 40], [0, 0, 0], [255, 255, 255]], np.float32)
@@ -147,277 +195,154 @@ BROWN, BLACK, WHITE = np.array([[150, 90, 40], [0, 0, 0], [255, 255, 255]], np.f
 def draw_pole(size, angle):
     """angle rad -> (size, size, 3) uint8: a brown pole on a black cart, on white.
 
-    Edges are smooth: a pixel is as brown as the share of it that the pole covers.
+    Both are rectangles, drawn by their signed distance: how far a pixel's centre is outside of the rectangle, negative
+    inside. For |x| <= w and |y| <= h it is the larger of |x| - w and |y| - h. In pixels, clip(0.5 - distance, 0, 1) is
+    the share of the pixel that is covered: 1 from half a pixel inside on, 0.5 on the edge, 0 from half a pixel outside
+    on. So edges are smooth, and every change of the angle changes the image. Without this, a pole drawn at 64 px would
+    move in jumps of one pixel, 1.5 degrees at its tip, and which of two images is better could often not be seen.
     """
-    rows = slice(0, math.ceil((1 - CART_LOW) * size) + 1)  # nothing below the cart
-    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size  # centres
+    rows = slice(0, math.ceil((1 - CART_LOW) * size) + 1)  # nothing is drawn below the cart
+    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size  # (size,) centres, in sides
     x, y = pixel[None, :] - 0.5, 1.0 - pixel[rows, None]  # (1, size), (rows, 1)
+    # The pole's own axes: along the pole, 0 at the pivot and POLE_LENGTH at the tip; and across it.
     sin, cos = np.float32(math.sin(angle)), np.float32(math.cos(angle))
-    along = x * sin + (y - PIVOT_Y) * cos  # (rows, size), 0 at the pivot, POLE_LENGTH at the tip
-    across = np.abs(x * cos - (y - PIVOT_Y) * sin)
+    along = x * sin + (y - PIVOT_Y) * cos  # (rows, size)
+    across = np.abs(x * cos - (y - PIVOT_Y) * sin)  # (rows, size)
+    # Signed distances, (rows, size): the pole's ends are at along = POLE_LENGTH and along = 0.
     outside_pole = np.maximum(across - POLE_HALF_WIDTH, np.maximum(along - POLE_LENGTH, -along))
     middle, half_height = (CART_LOW + CART_HIGH) / 2, (CART_HIGH - CART_LOW) / 2
     outside_cart = np.maximum(np.abs(x) - CART_HALF_WIDTH, np.abs(y - middle) - half_height)
+    # A distance in sides, times size, is a distance in pixels -> covered shares (rows, size, 1).
     pole, cart = (np.clip(0.5 - size * d, 0, 1)[..., None] for d in (outside_pole, outside_cart))
     image = np.full((size, size, 3), 255, np.uint8)
-    colours = (WHITE + pole * (BROWN - WHITE)) * (1 - cart) + BLACK * cart
-    image[rows] = (colours + 0.5).astype(np.uint8)
+    colours = (WHITE + pole * (BROWN - WHITE)) * (1 - cart) + BLACK * cart  # the cart is in front
+    image[rows] = (colours + 0.5).astype(np.uint8)  # + 0.5: astype cuts off, this rounds
     return image
 
 
-# ---- Meta-World: three tasks of a robot arm, and pictures without the arm ----
-class MetaWorld(gymnasium.Env):
-    """A Meta-World v3 task with object, goal and hand always at one start, as the paper has it.
-
-    Observation (39,): hand (3), gripper opening, object (3 + quaternion 4), 7 zeros; the same 18
-    one step before; goal (3). Action (4,): hand by up to 1 cm along x, y, z; gripper. layout:
-    where object and goal are, Meta-World's random vector. True reward: Meta-World's, 0 to 10 in
-    each of its steps.
-    """
-
-    render_mode = "rgb_array"
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
-
-    def __init__(self, name, layout, hand, camera, expert, colours=(), one_way=False):
-        """hand: (3,) m.  camera: look_at (3,) m, distance m, azimuth, elevation degrees.
-        expert: obs -> action.  colours: pairs of geom name and (red, green, blue) in [0, 1].
-        one_way: beyond the goal is as good as at it."""
-        with opengl_errors():  # importing mujoco already looks for OpenGL
-            import mujoco
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-
-        self.mujoco, self.expert_action, self.views = mujoco, expert, {}  # size -> FixedView
-        self.one_way = one_way
-        sim = self.sim = ALL_V3_ENVIRONMENTS[name]()
-        sim._freeze_rand_vec, sim._set_task_called = True, True
-        sim._last_rand_vec, sim.hand_init_pos = np.array(layout, float), np.array(hand, float)
-        sim._partially_observable = False  # shows the goal: constant, but the experts want it
-        del sim.sawyer_observation_space  # trap: cached with bounds 0 for the goal; step() clips
-        sim.max_path_length = math.inf  # the time limit is ours
-        sim.touching_object = lambda geom: False  # a slow loop over contacts, read by nobody here
-        sim.reset()  # 250 physics steps to bring the hand there: once, later resets restore this
-        self.kind = mujoco.mjtState.mjSTATE_INTEGRATION
-        self.start = np.empty(mujoco.mj_stateSize(sim.model, self.kind))
-        mujoco.mj_getState(sim.model, sim.data, self.start, self.kind)
-        self.observation_space = Box(-np.inf, np.inf, (39,), np.float32)
-        self.action_space = Box(-1.0, 1.0, (4,), np.float32)
-        self._prepare_pictures(camera, colours)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        sim = self.sim
-        # Meta-World's own reset lets the arm travel there through 500 physics steps, every time.
-        self.mujoco.mj_resetData(sim.model, sim.data)
-        self.mujoco.mj_setState(sim.model, sim.data, self.start, self.kind)
-        self.mujoco.mj_forward(sim.model, sim.data)
-        sim.curr_path_length, sim._prev_obs = 0, sim._get_curr_obs_combined_no_goal()
-        obs = sim._get_obs()
-        return obs.astype(np.float32), {"success": 0.0, "progress": self._progress(obs)}
-
-    def step(self, action):
-        obs, reward, _, _, info = self.sim.step(np.clip(np.asarray(action, np.float64), -1, 1))
-        info = {"success": float(info["success"]), "progress": self._progress(obs)}
-        return obs.astype(np.float32), float(reward), False, False, info
-
-    def _progress(self, obs):
-        """Minus the distance over the table from object (handle, ball, cube) to goal, m."""
-        # trap: the true reward also pays for the hand, which the picture hides: as a label, noise.
-        if self.one_way:  # the arm pulls a drawer past the goal, where it looks further open still
-            return -max(0.0, float(obs[5] - self.sim._target_pos[1]))
-        return -math.dist(obs[4:6], self.sim._target_pos[:2])
-
-    def _prepare_pictures(self, camera, colours):
-        """Once: hide the robot, throw out what makes drawing slow, aim the camera."""
-        mujoco, model = self.mujoco, self.sim.model
-        self.camera, self.options = mujoco.MjvCamera(), mujoco.MjvOption()
-        self.camera.lookat[:], self.camera.distance = camera[:2]
-        self.camera.azimuth, self.camera.elevation = camera[2:]
-        self.options.sitegroup[:] = 0  # markers of goals and fingers
-        robot = model.body_rootid == model.body("base").id  # (bodies,)
-        model.geom_group[robot[model.geom_bodyid]] = 5  # groups 3 to 5 are not drawn
-        for geom, colour in colours:
-            model.geom(geom).rgba[:3], model.geom(geom).matid[:] = colour, -1
-        draw_fast(model)
-
-    def picture(self, size):
-        if size not in self.views:
-            view = FixedView(self.mujoco, self.sim.model, self.camera, self.options, size)
-            self.views[size] = view
-        return self.views[size].picture(self.sim.data)
-
-    def render(self):
-        return self.picture(300)
-
-    def close(self):
-        while self.views:
-            self.views.popitem()[1].close()
-
-
-class FixedView:
-    """Pictures of a MuJoCo scene from one place: what cannot move is drawn once, the rest over it.
-
-    Of the two, the nearer one is seen: OpenGL's own rule, so pictures are those of mujoco.Renderer,
-    to the last bit, and come several times as fast.
-    trap: not with shadows, reflections or anything transparent, nor where the model itself changes.
-    """
-
-    def __init__(self, mujoco, model, camera, options, size):
-        """camera, options: MjvCamera and MjvOption.  size: of the square picture, px."""
-        self.mujoco, self.model, self.camera, self.options = mujoco, model, camera, options
-        model.vis.global_.offwidth = model.vis.global_.offheight = size
-        self.opengl = mujoco.GLContext(size, size)
-        self.opengl.make_current()
-        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
-        self.context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR  # nearer is larger
-        self.scene, self.no_pull = mujoco.MjvScene(model, maxgeom=1000), mujoco.MjvPerturb()
-        for name in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE", "FOG"):
-            self.scene.flags[getattr(mujoco.mjtRndFlag, "mjRND_" + name)] = False
-        self.colour = np.empty((size, size, 3), np.uint8)[::-1]  # OpenGL's first row is the lowest
-        self.depth, self.still = np.empty((size, size), np.float32)[::-1], None
-
-    def _draw(self, data, which):
-        """Fill self.colour and self.depth with the things that stand still, or that can move."""
-        mujoco, rect = self.mujoco, self.mujoco.MjrRect(0, 0, *self.depth.shape)
-        mujoco.mjv_updateScene(self.model, data, self.options, self.no_pull, self.camera,
-                               getattr(mujoco.mjtCatBit, "mjCAT_" + which), self.scene)
-        mujoco.mjr_render(rect, self.scene, self.context)
-        mujoco.mjr_readPixels(self.colour[::-1], self.depth[::-1], rect, self.context)
-
-    def picture(self, data):
-        """data: MjData -> (size, size, 3) uint8."""
-        self.opengl.make_current()  # there is one a size
-        if self.still is None:
-            self._draw(data, "STATIC")
-            self.still = self.colour.copy(), self.depth.copy()
-        self._draw(data, "DYNAMIC")
-        colour, depth = self.still
-        image, nearer = colour.copy(), self.depth > depth  # (size, size, 3), (size, size)
-        # as pixels, three bytes each: by channels it takes three times as long
-        np.copyto(image.view("V3"), self.colour.view("V3"), where=nearer[..., None])
-        return image
-
-    def close(self):
-        self.opengl.make_current()
-        self.context.free()
-        self.opengl.free()
-
-
-def draw_fast(model):
-    """No multisampling, shadows and reflections: software draws them slowly. model: MuJoCo's."""
-    model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
-    model.mat_reflectance[:] = 0
-
-
-def scripted(name):
-    """One of the policies that Meta-World brings: obs (39,) -> action (4,)."""
-
-    def act(obs):
-        from metaworld import policies
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns that it asks for more than [-1, 1]
-            return np.clip(getattr(policies, name)().get_action(obs), -1, 1).astype(np.float32)
-
-    return act
-
-
-def sweep_expert(obs):
-    """Go behind the cube with closed fingers, go down, push it to the hole, stay.
-
-    Meta-World's own policy pinches the cube, presses it into the table from this start, and fails.
-    """
-    hand, cube, goal = obs[:3], obs[4:7], obs[36:39]
-    behind = np.array([cube[0], cube[1] - 0.06, 0.115])  # m; fingers 2 cm above the table
-    if hand[1] > cube[1] - 0.02:  # in front of it: go back, above it
-        target = behind + [0.0, -0.02, 0.1]
-    elif hand[2] > 0.145 or abs(hand[0] - cube[0]) > 0.02:
-        target = behind
-    else:  # push, and stop 1 cm before the hole's middle: the cube slides on
-        target = behind + [0.0, 0.06, 0.0] if cube[1] < goal[1] - 0.01 else hand
-    return np.clip([*25 * (target - hand), 1.0], -1, 1).astype(np.float32)
-
-
 # ---- Any environment: one face for all of them ----
-def one_line(text):
-    """numpy and many libraries break what they say into lines."""
-    return " ".join(text.split())
+# No number from an environment may be larger: the learner squares it, and float32 ends at 3.4e38.
+LARGEST = 1e18
 
 
+class BadEnvironment(ValueError):
+    """An environment gave what nobody can learn from. One line: which environment, what it gave, in which step."""
+
+
+# Success says whether the goal is reached now; evaluation counts it. Progress says how near the goal is, and larger is
+# nearer. RL-VLM-F learns from neither; `--reward sparse` and `--reward code` use success. Progress tells which labels
+# are right, and makes them with `--labels oracle`. So it must be something that an image shows: a VLM cannot answer
+# for what it does not see, and its labels would count as wrong.
+#
+# An episode that *terminated* has no future, so the value of its last state is the last reward alone. An episode that
+# was *truncated* only met its time limit: it would have gone on, so the value of the state after it still counts. A
+# time limit that is mistaken for an end teaches that whatever is reached late is worth nothing.
 class TaskEnv(gymnasium.Wrapper):
-    """The goal, square pictures, a time limit; and the one door for all that an environment says.
+    """Any environment with a goal, square images and a time limit; what the environment says is checked and copied.
 
-    What passes is checked and copied: observation (O,) float32; reward, info["success"] (0 if it
-    is never told), info["progress"] (the reward, if it is never told) float; terminated, truncated
-    bool. An array of one element is a number. Every number must be finite and within LARGEST, also
-    a reward that nobody learns from: evaluation sums it. The exception is the progress of a start,
-    which may be unknown (nan).
+    reset() -> obs, info.  step(action) -> obs, true reward, terminated, truncated, info.  image(size); render().
+    obs (O,) float32; action (A,) in [-1, 1], or an int from 0 on; true reward float; terminated, truncated bool;
+    info["success"] float, 0 or 1, and 0 if it is never told; info["progress"] float, the true reward if it is never
+    told. Every number must be finite and within LARGEST, also a reward that nobody learns from, for evaluation sums it.
+    The one exception is the progress of a start, which may be unknown (nan).
     Raises BadEnvironment otherwise, and where reset(), step() or render() are not Gymnasium's.
     """
 
-    def __init__(self, env, goal, limit, seed, action_repeat=1):
-        """limit: steps of the simulator until an episode is cut off.  seed: of the first reset."""
+    def __init__(self, env, goal, limit, seed, action_repeat=1, name=None):
+        """limit: steps of the simulator until an episode is cut off.  seed: of the first reset.  name: for messages."""
         super().__init__(env)
+        self.name = name or type(self.unwrapped).__name__
         self.goal, self.limit, self.action_repeat = goal, limit, action_repeat
-        self.horizon = -(-limit // action_repeat)  # the same in steps of ours
-        self.first_seed = seed  # of the first reset that names none
-        self.drawn = self.tells_success = False  # tells_success: whether it ever said
-        self.moves = self.steps = 0  # the simulator's in this episode; ours since the start
-        spec = self.unwrapped.spec
-        self.name = spec.id if spec else type(self.unwrapped).__name__
+        self.horizon = -(-limit // action_repeat)  # limit in steps of ours, rounded up: 9 / 4 -> 3
+        self.first_seed = seed
+        self.simulated = self.steps = 0  # steps of the simulator in this episode; steps of ours since the start
+        # Some environments never say whether the goal is reached. tells_success remembers that, so that a run reports
+        # no success rather than 0 %.
+        self.tells_success = self.drawn = False
+        # The networks compute in float32 and take a vector, so observations become one: (2, 3) becomes (6,).
         with np.errstate(over="ignore"):  # a float64 bound may be infinite in float32
             low, high = (bound.ravel().astype(np.float32)
                          for bound in (env.observation_space.low, env.observation_space.high))
         self.observation_space = Box(low, high, dtype=np.float32)
         self.action_space.seed(seed)
-        try:
+        try:  # without a seed no episode could be played again, neither by --resume nor by evaluation
             inspect.signature(self.unwrapped.reset).bind(seed=0, options=None)
         except TypeError as error:
             raise BadEnvironment(f"{self.name} has another reset() than Gymnasium's, which is "
                                  f"reset(self, *, seed=None, options=None): {error}") from None
 
     def reset(self, *, seed=None, options=None):
+        # Only the first reset takes the seed that was given to make(). Later resets that name no seed go on with the
+        # environment's own generator; with the same seed again, every episode would have the same start.
         seed, self.first_seed = (self.first_seed if seed is None else seed), None
-        self.moves = 0
+        self.simulated = 0
         obs, info = self._parts("reset", self.env.reset(seed=seed, options=options))
-        # a foreign one has no reward, no progress, yet
+        # The progress of a foreign environment is its reward, and a start has none yet: nan, which is "unknown".
         return self._observation(obs), self._complete(info, math.nan)
 
     def step(self, action):
         total, self.steps = 0.0, self.steps + 1
         for _ in range(self.action_repeat):
-            self.moves += 1
-            # trap: an environment may clip the action it is given in place; what is stored must be
-            # what was chosen
-            result = self._parts("step", self.env.step(copy.copy(action)))
-            obs, reward, terminated, truncated, info = result
+            self.simulated += 1
+            # trap: an environment may clip the action that it is given in place. Without the copy, the replay buffer
+            # would store something else than the policy chose, and the next repeat would act differently.
+            obs, reward, terminated, truncated, info = self._parts("step", self.env.step(copy.copy(action)))
             reward = self._number("reward", reward)
-            # trap: many return numpy's bool, which a checkpoint would refuse to read back
+            # trap: many environments return numpy's bool, which a checkpoint would refuse to read back.
             terminated = bool(self._number("terminated", terminated))
-            truncated = bool(self._number("truncated", truncated)) or self.moves >= self.limit
+            truncated = bool(self._number("truncated", truncated)) or self.simulated >= self.limit
             total += reward
             if terminated or truncated:
                 break
-        info = self._complete(info, reward)  # progress belongs to the picture, the last one
-        # what ends by itself in its last step is over (FoldCloth's one step)
-        return self._observation(obs), total, terminated, truncated and not terminated, info
+        # The rewards of repeated steps are summed. Progress is that of the last of them, because the image shows that
+        # one. The time limit may fall on a step that ends the episode by itself: FoldCloth has only one step. Then
+        # terminated wins, because there is no future to bootstrap from.
+        return self._observation(obs), total, terminated, truncated and not terminated, self._complete(info, reward)
 
+    def image(self, size=300):
+        """-> (size, size, 3) uint8: all that can be seen now, a copy."""
+        # The environments of this project draw themselves at any size. Others render at one size of their own, and that
+        # image is resized.
+        own = getattr(self.unwrapped, "image", None)
+        with opengl_errors():
+            drawn = own(size) if callable(own) else self._rendered()
+        try:
+            image = square(as_image(drawn), size)
+        except ValueError as error:
+            raise self._bad(f"drew {error}") from None
+        if not self.drawn:
+            # trap: a renderer that outlives OpenGL prints tracebacks when Python ends. Python first calls what was
+            # registered last, and OpenGL registered its own end before this.
+            atexit.register(lambda me=weakref.ref(self): me() and me().close())
+            self.drawn = True
+        return image
+
+    def render(self):
+        return self.image(300)
+
+    def _rendered(self):
+        try:
+            return self.env.render()
+        except Exception as error:  # a missing package, no screen, not implemented: anything
+            raise self._bad(f"cannot draw itself here: {type(error).__name__}: {error}") from error
+
+    # -- checks: each returns the plain value, or raises BadEnvironment --
     def _bad(self, what):
-        step = -(-self.moves // self.action_repeat)
+        step = -(-self.simulated // self.action_repeat)
         when = f"step {step} of the episode, {self.steps} since the start" if step else "a reset"
         return BadEnvironment(one_line(f"{self.name} {what} [at {when}]"))
 
     def _parts(self, call, result):
-        """What reset() or step() returned, if it has as many parts as Gymnasium's."""
+        """What reset() or step() returned, if it has as many parts as Gymnasium's. Old gym's step() returned four."""
         parts = {"reset": ("observation", "info"),
                  "step": ("observation", "reward", "terminated", "truncated", "info")}[call]
         several = isinstance(result, (tuple, list))
-        # trap: an observation of two numbers, alone, looks like (observation, info)
+        # trap: an observation of two numbers, alone, looks like (observation, info). So the last part is looked at.
         if several and len(result) == len(parts) and isinstance(result[-1], (dict, type(None))):
             return result
         kinds = ", ".join(type(part).__name__ for part in result[:6]) if several else ""
-        raise self._bad(f"returned {type(result).__name__}({kinds}) from {call}(); Gymnasium's "
-                        f"returns ({', '.join(parts)}), the last of them a dict")
+        raise self._bad(f"returned {type(result).__name__}({kinds}) from {call}(); Gymnasium's returns "
+                        f"({', '.join(parts)}), the last of them a dict")
 
     def _observation(self, obs):
         """Any array of the space's shape -> (O,) float32, a copy."""
@@ -426,81 +351,164 @@ class TaskEnv(gymnasium.Wrapper):
             numbers = np.asarray(obs, np.float64)
         except Exception:  # whatever is no array of numbers
             raise self._bad(f"gave an observation of {type(obs).__name__}, not numbers") from None
-        # trap: numpy would later spread one number, stored as an observation, over the whole row
-        plain = tuple(n for n in shape if n != 1)
-        if numbers.shape != shape and numbers.squeeze().shape != plain:
-            raise self._bad(f"gave an observation of shape {numbers.shape}; its observation_space "
-                            f"says {shape}")
+        # Axes of length 1 do not matter: (1, 4) is as good as (4,).
+        # trap: numpy would later spread a single number, stored as an observation, over the whole row.
+        if numbers.squeeze().shape != tuple(n for n in shape if n != 1):
+            raise self._bad(f"gave an observation of shape {numbers.shape}; its observation_space says {shape}")
         numbers = numbers.ravel()
         right = np.abs(numbers) <= LARGEST  # not so for nan
         if not right.all():
             entry = np.argmin(right)  # the first that is not
-            raise self._bad(f"gave {numbers[entry]} as entry {entry} of the observation; all must "
-                            f"be finite and within {LARGEST:g}")
+            raise self._bad(f"gave {numbers[entry]} as entry {entry} of the observation; all must be finite and within "
+                            f"{LARGEST:g}")
         return numbers.astype(np.float32)
 
     def _number(self, what, value, or_nan=False):
-        """A number or an array of one -> float."""
+        """A number, or an array of one element -> float."""
         try:
             number = np.asarray(value, np.float64).item()
         except Exception:  # several numbers, a text, anything
             number = math.inf
         if not (abs(number) <= LARGEST or (or_nan and math.isnan(number))):
-            raise self._bad(f"gave {value!r:.60} as {what}; it must be one number, finite and "
-                            f"within {LARGEST:g}")
+            raise self._bad(f"gave {value!r:.60} as {what}; it must be one number, finite and within {LARGEST:g}")
         return number
 
     def _complete(self, info, reward):
+        """A copy of info with "success" and "progress" in it."""
         info = info or {}
-        success, progress = info.get("success"), info.get("progress")
-        success = info.get("is_success") if success is None else success
+        # Gymnasium's robotics tasks say "is_success".
+        success = info.get("is_success") if info.get("success") is None else info["success"]
         self.tells_success |= success is not None
-        progress = reward if progress is None else progress
-        return {**info,
-                "success": self._number("success", 0.0 if success is None else success),
-                "progress": self._number("progress", progress, or_nan=self.moves == 0)}
+        # Foreign environments rarely tell progress. The true reward of the step then stands in for it.
+        # Progress only judges labels, or makes them with `--labels oracle`.
+        progress = reward if info.get("progress") is None else info["progress"]
+        return {**info, "success": self._number("success", 0.0 if success is None else success),
+                "progress": self._number("progress", progress, or_nan=self.simulated == 0)}
 
-    def picture(self, size=300):
-        """(size, size, 3) uint8: all that can be seen now, a copy."""
-        own = getattr(self.unwrapped, "picture", None)  # draws at any size
+
+def make(name, seed=0, goal=None, horizon=None, action_repeat=None):
+    """A name in TASKS, or any Gymnasium id together with a goal sentence -> TaskEnv.
+
+    seed: of the first reset, and of action_space.sample().  goal, horizon, action_repeat: in place of the table's.
+    horizon: steps of ours in an episode.  action_repeat: steps of the simulator in one of ours, all with the same
+    action; their rewards are summed.
+    Raises ValueError, of one line, where the name is unknown or the environment cannot be made or used.
+    """
+    if name not in TASKS and name not in gymnasium.registry and ":" not in name:
+        raise ValueError(f"unknown environment {name}; there are {', '.join(TASKS)}, or any Gymnasium id with --goal")
+    if name not in TASKS and not goal:
+        raise ValueError(f'{name} needs a goal for the VLM, such as --goal "to stand upright"')
+    choose_opengl(small=name in TASKS)
+    # A foreign environment has no entry, so here is one; it leaves the horizon open. (Settings choose the sizes.)
+    task = TASKS.get(name) or Task(goal, name, horizon=None, vlm_image_size=None, reward_image_size=None)
+    horizon, repeat = horizon or task.horizon, action_repeat or task.action_repeat
+    env = task.make() if callable(task.make) else _from_gymnasium(task.make, name)
+    own = getattr(env.unwrapped, "horizon", None)  # of this project's environments that end by themselves
+    # limit counts steps of the simulator, horizon counts ours. The first limit that is known holds: the caller's or the
+    # table's; that of a TimeLimit which the environment brings along; the one registered for the id; the environment's
+    # own. An episode must end some time, because query sessions and checkpoints wait for that: hence 1000.
+    limit = (horizon * repeat if horizon else env.spec.max_episode_steps
+             or gymnasium.spec(env.spec.id).max_episode_steps or own or 1000)
+    if own and limit > own:
+        raise ValueError(f"{name} ends after {own} steps; a horizon of {limit} is too long")
+    return TaskEnv(env, goal or task.goal, limit, seed, repeat, name)
+
+
+def rollout(env, policy, seed, size=None, most=None):
+    """Play one episode -> images (K, size, size, 3) uint8, true rewards (T,), progress (T,), success (T,).
+
+    policy: obs (O,) -> action.  size: of the images, px; None: no images (None is returned).  Row t is what follows
+    step t, and images[t] shows it; the start has no row.  most: keep at most so many images (an even number), which are
+    those of every 2nd, 4th, 8th, ... step.
+    """
+    obs, _ = env.reset(seed=seed)
+    images, rows, over, every = [], [], False, 1
+    while not over:
+        obs, reward, terminated, truncated, info = env.step(policy(obs))
+        # trap: nobody knows how long the episode will be, and 100,000 images fill the memory. So whenever there are too
+        # many, every second one is let go.
+        if size and len(images) == most and len(rows) % every == 0:
+            images, every = images[::2], 2 * every
+        if size and len(rows) % every == 0:
+            images.append(env.image(size))
+        rows.append((reward, info["progress"], info["success"]))
+        over = terminated or truncated
+    return (np.stack(images) if size else None, *np.array(rows).T)
+
+
+def expert(env):
+    """A scripted policy that reaches the goal, obs (O,) -> action. Raises ValueError where there is none.
+
+    The preference learner never sees it. It shows what can be reached, draws the goal image for VLM-CaR, and plays the
+    episodes on which VLM-CaR's programs are verified.
+    """
+    act = getattr(env.unwrapped, "expert_action", None)
+    if act is None:
+        raise ValueError(f"no scripted expert here; there is one for {', '.join(TASKS)}")
+    return act
+
+
+# ---- Machinery: environments of Gymnasium, with any range of actions ----
+def _from_gymnasium(spelled, name):
+    """A Gymnasium id -> the environment, its observations a Box, its actions in [-1, 1] or an int from 0 on.
+
+    name: what messages call the environment.  Raises ValueError where that is not possible.
+    The environment has no time limit: TaskEnv cuts off. A TimeLimit of Gymnasium would come before TaskEnv and would
+    stumble over what TaskEnv refuses in one line.
+    """
+    try:
         with opengl_errors():
-            image = own(size) if callable(own) else self._rendered()
-        if getattr(image, "dtype", None) == np.uint8 and image.shape == (size, size, 3):
-            image = np.array(image)
-        else:
-            try:
-                image = square(as_picture(image), size)
-            except ValueError as error:
-                raise self._bad(f"drew {error}") from None
-        if not self.drawn:
-            # trap: a renderer that outlives OpenGL prints tracebacks when Python ends. (Whoever
-            # registers last is called first; OpenGL registered its own end before this.)
-            atexit.register(lambda me=weakref.ref(self): me() and me().close())
-            self.drawn = True
-        return image
+            env = gymnasium.make(spelled, render_mode="rgb_array", max_episode_steps=-1, disable_env_checker=True)
+    except Exception as error:  # a constructor may raise anything
+        why = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{name} cannot be made here: {why} [{type(error).__name__}; it is made with "
+                         "render_mode=\"rgb_array\"]") from error
+    if hasattr(getattr(env.unwrapped, "model", None), "vis"):
+        draw_fast(env.unwrapped.model)
+    seen, actions = (getattr(env, space, None) for space in ("observation_space", "action_space"))
+    if not isinstance(seen, Box):  # the policy's network takes a vector; dicts and texts are none
+        raise ValueError(one_line(f"{name} observes {seen}; only Box observations will do"))
+    if isinstance(actions, Discrete):  # the network has one output per action, and outputs are counted from 0
+        return env if actions.start == 0 else gymnasium.wrappers.TransformAction(
+            env, lambda action: action + actions.start, Discrete(actions.n))
+    # The tanh at the end of SAC's policy gives numbers in [-1, 1], whatever the environment wants. They are stretched
+    # to the range of the environment, so that range must have two different ends. One comparison asks for both, and
+    # for ends within 2^53, beyond which a float does not tell two integers apart.
+    usable = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()
+    low, high = (actions.low.astype(float), actions.high.astype(float)) if usable else (0, 0)  # (A,) each
+    if not np.all((-2.0**53 < low) & (low < high) & (high < 2.0**53)):
+        raise ValueError(one_line(f"{name} acts in {actions}; only Discrete and Box (A,) will do, and every number of "
+                                  "a Box needs a least value and a larger most"))
+    if actions.dtype.kind == "f":
+        return gymnasium.wrappers.RescaleAction(env, *np.array([-1, 1], actions.dtype))
+    count = high - low + 1  # (A,) how many integers there are
 
-    def render(self):
-        return self.picture(300)
+    # trap: RescaleAction divides by 0 where the numbers are integers. Here [-1, 1] is cut into as many equal parts as
+    # there are integers: with 0, 1, 2 it is -1 to -1/3, -1/3 to 1/3, 1/3 to 1.
+    def to_integers(action):
+        part = np.floor((np.asarray(action, float) + 1) / 2 * count)
+        return (low + np.clip(part, 0, count - 1)).astype(actions.dtype)
 
-    def _rendered(self):
-        try:
-            return self.env.render()
-        except Exception as error:  # a missing package, no screen, not implemented: anything
-            raise self._bad(
-                f"cannot draw itself here: {type(error).__name__}: {error}") from error
+    return gymnasium.wrappers.TransformAction(env, to_integers, Box(-1.0, 1.0, actions.shape, np.float32))
 
 
-def as_picture(drawn):
-    """Whatever render() returned -> (height, width, 3) uint8, the same picture.
+def one_line(text):
+    """The text without its line breaks: numpy and many libraries break what they say into lines."""
+    return " ".join(text.split())
 
-    Taken are uint8; numbers from 0 to 255; floats from 0 to 1; bool; grey as (H, W) or one channel;
-    three channels, or four (what is transparent lies on white), first or last; an image of Pillow;
-    of several frames the last. Raises ValueError, "no picture, but ...", for anything else.
+
+# ---- Machinery: images of other environments ----
+def as_image(drawn):
+    """Whatever render() returned -> (height, width, 3) uint8, the same image.
+
+    Taken are uint8; numbers from 0 to 255; floats from 0 to 1; bool; grey as (H, W) or one channel; three channels, or
+    four (what is transparent lies on white), first or last; an image of Pillow; of several frames the last.
+    Raises ValueError, "no image, but ...", for anything else.
     """
     if isinstance(drawn, (list, tuple)) and len(drawn) and not isinstance(drawn[-1], (list, tuple)):
-        drawn = drawn[-1]
+        drawn = drawn[-1]  # of frames; a list of lists is one image, as numbers
     try:
-        image = np.asarray(drawn.convert("RGBA") if hasattr(drawn, "getbands") else drawn)
+        image = np.asarray(drawn.convert("RGBA") if hasattr(drawn, "getbands") else drawn)  # getbands: Pillow's
     except Exception:  # rows of different lengths, a tensor on a GPU
         image = np.array(None)
     if image.ndim == 4 and len(image):
@@ -509,406 +517,109 @@ def as_picture(drawn):
         image = image[..., None]
     if image.ndim == 3 and image.shape[2] not in (1, 3, 4) and image.shape[0] in (1, 3, 4):
         image = np.moveaxis(image, 0, 2)
-    number = image.dtype.kind in "buif"
-    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or not image.size or not number:
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or not image.size or image.dtype.kind not in "buif":
         what = f"{image.dtype} {image.shape}" if image.ndim else type(drawn).__name__
-        raise ValueError(f"no picture, but {what}; made with render_mode=\"rgb_array\", render() "
-                         "must return (height, width, 3)")
-    if image.dtype == bool:
-        image = image * np.uint8(255)
+        raise ValueError(f"no image, but {what}; made with render_mode=\"rgb_array\", render() must return "
+                         "(height, width, 3)")
     if image.dtype != np.uint8:
         low, high = float(image.min()), float(image.max())
-        top = 1 if image.dtype.kind == "f" and high <= 1.01 else 255  # rounding goes a bit beyond 1
+        top = 1 if image.dtype.kind in "bf" and high <= 1.01 else 255  # rounding may go a little beyond 1
         if not (-0.01 * top <= low and high <= 1.01 * top):  # written so that nan is refused too
-            raise ValueError(f"no picture, but numbers from {low:g} to {high:g}; they must go from "
-                             "0 to 255, or as floats from 0 to 1")
+            raise ValueError(f"no image, but numbers from {low:g} to {high:g}; they must go from 0 to 255, or as "
+                             "floats from 0 to 1")
         image = np.clip(np.rint(image * (255.0 / top)), 0, 255).astype(np.uint8)
     if image.shape[2] == 4:
-        opaque = image[..., 3:] / 255.0
+        opaque = image[..., 3:] / 255.0  # (height, width, 1)
         image = np.rint(image[..., :3] * opaque + 255 * (1 - opaque)).astype(np.uint8)
-    return np.broadcast_to(image, (*image.shape[:2], 3))
+    return np.broadcast_to(image, (*image.shape[:2], 3))  # grey becomes three equal channels
 
 
 def square(image, size):
-    """(height, width, 3) uint8 -> all of it as (size, size, 3) uint8.
+    """(height, width, 3) uint8 -> all of it as (size, size, 3) uint8, a copy.
 
-    What is not square is padded on both sides: the goal may be at any edge. Each edge goes on in
-    its own median colour, so that the sky stays above and no thing at the edge becomes a stripe.
+    An oblong image is padded on both sides, not cut: the goal may be at any edge. Each edge goes on in its own median
+    colour, so that the sky stays above and no thing at the edge becomes a stripe.
     """
+    if image.shape == (size, size, 3):
+        return np.array(image)
     from PIL import Image  # comes with imageio; only foreign environments need it
 
     tall = image.shape[0] > image.shape[1]
-    image = image.swapaxes(0, 1) if tall else image
+    image = image.swapaxes(0, 1) if tall else image  # now it is at least as wide as high
     height, side = image.shape[:2]
     before = (side - height) // 2
     bands = [np.full((rows, side, 3), np.median(edge, axis=0), np.uint8)
              for edge, rows in ((image[0], before), (image[-1], side - height - before))]
     image = np.concatenate([bands[0], image, bands[1]])
     image = np.ascontiguousarray(image.swapaxes(0, 1) if tall else image)
+    # Shrinking, BOX takes the mean of the pixels that fall together, so that nothing thin is lost. Enlarging, BILINEAR
+    # smooths what would otherwise be blocks.
     how = Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR
     return np.asarray(Image.fromarray(image).resize((size, size), how))
 
 
+# ---- Machinery: OpenGL, which draws MuJoCo's scenes ----
 @contextlib.contextmanager
 def opengl_errors():
-    """A missing OpenGL has many faces, AttributeErrors on None among them: one line, one cure."""
+    """Around code that draws: a missing OpenGL becomes one ValueError of one line, with its cure.
+
+    A missing OpenGL shows in many ways, an AttributeError on None among them; which one depends on the library that was
+    tried (EGL, OSMesa, GLFW). The name of that library in the message gives it away.
+    """
     try:
         yield
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         if re.search(r"OpenGL|EGL|OSMesa|GLFW|MUJOCO_GL|GLContext|\be?gl[A-Z]", text):
-            raise ValueError(f"{OPENGL_CURE} [{text}]") from None
-        raise
+            raise ValueError("images of this task need OpenGL, which is missing here: apt-get install -y libegl1 "
+                             "libgl1-mesa-dri (or set MUJOCO_GL to egl, osmesa or glfw, whichever this machine has) "
+                             f"[{text}]") from None
+        raise  # an error of another kind keeps its traceback
 
 
 def choose_opengl(small=True):
-    """Draw without a display where there is none. MuJoCo, Mesa and SDL read these when they start.
+    """Draw without a display where there is none. MuJoCo, Mesa and SDL read these variables when they start.
 
-    small: whether pictures are as quick to draw as those of this project's own tasks.
+    small: whether images are as quick to draw as those of this project's own tasks.
+    What a user has set in the environment stays.
     """
+    # EGL draws without a display. MuJoCo would otherwise look for a window, and fail.
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
-    if small:  # trap: to wake a thread of Mesa's for every core takes longer than such a picture
+    # Without a GPU it is Mesa that draws, in software, on as many threads as there are cores.
+    # trap: to wake these threads takes longer than to draw one of our images. 0 means: no threads.
+    if small:
         os.environ.setdefault("LP_NUM_THREADS", "0")
-    # trap: SDL, which draws Gymnasium's classic tasks, swallows SIGTERM: `kill` would do nothing
+    # trap: SDL, which draws Gymnasium's classic tasks, swallows SIGTERM: `kill` would do nothing.
     os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
 
 
-# ---- The table of tasks ----
-PAPER_SAC = dict(
-    seed_steps=1_000, hold=1, explore_steps=10_000, sampler="uniform", reward_shift=0,
-    reward_mirror=0, reward_batch=64, sac_lr=3e-4, batch_size=512, hidden=256, updates=1,
-    discount=0.99, eval_every=10_000, eval_episodes=1, keep_best=0,
-)
-PAPER_METAWORLD = dict(
-    PAPER_SAC, total_steps=1_000_000, feedback_every=4_000, pairs_per_session=40, max_pairs=20_000,
-    reward_lr=3e-4, reward_epochs=10, query_size=300, reward_size=300, horizon=500,
-    action_repeat=1,
-)
-PAPER_ROPE_WATER = dict(
-    PAPER_SAC, total_steps=600_000, feedback_every=5_000, pairs_per_session=100,
-    max_pairs=12_000, reward_lr=1e-4, reward_epochs=30, query_size=720,
-)
+def draw_fast(model):
+    """Turn off what software draws slowly: multisampling, shadows, reflections. model: MuJoCo's.
 
-TRAIN_METAWORLD = dict(
-    seed_steps=1_000, explore_steps=3_000, feedback_every=1_000, pairs_per_session=60,
-    sac_lr=5e-4, batch_size=256, reward_epochs=20, reward_shift=0, eval_every=1_000,
-    eval_episodes=1,
-)
-TRAIN_ROPE_WATER = dict(
-    total_steps=15_000, seed_steps=1_000, explore_steps=2_000, feedback_every=1_000,
-    pairs_per_session=40, max_pairs=500, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
-    reward_epochs=20, reward_shift=0, eval_every=1_000, eval_episodes=10,
-)
-TRAIN_GRID = dict(  # episodes last 100 steps (MiniGrid's own: 250 to 640): more different starts
-    total_steps=16_000, seed_steps=1_000, explore_steps=1_000, feedback_every=2_000,
-    pairs_per_session=50, max_pairs=1_000, sac_lr=1e-3, batch_size=128, hidden=128,
-    discount=0.95, eval_every=2_000,  # an errand takes 5 to 25 steps
-)
-ERRAND = "to pick up the key, open the yellow door with it"
-TASKS = {
-    "CartPole": Task(
-        goal="to balance the brown pole on the black cart to be upright",
-        make=CartPole,
-        horizon=100, query_size=200, reward_size=64,
-        # Questions early, while the pole still falls: later all pictures are near the goal, and
-        # nothing tells the order of those far from it.
-        train=dict(
-            total_steps=2_000, seed_steps=300, explore_steps=300, feedback_every=300,
-            pairs_per_session=34, max_pairs=100, sac_lr=1e-3, batch_size=128, hidden=128, updates=2,
-            reward_lr=5e-5, reward_epochs=60, reward_shift=0, reward_mirror=1, eval_every=500,
-        ),
-        paper=dict(
-            PAPER_SAC, total_steps=500_000, feedback_every=5_000, pairs_per_session=50,
-            max_pairs=10_000, explore_steps=2_000, sac_lr=5e-4, batch_size=1024, hidden=1024,
-            reward_lr=3e-4, reward_epochs=50, query_size=200, reward_size=200, eval_episodes=10,
-        ),
-    ),
-    "DrawerOpen": Task(
-        goal="to open the drawer",
-        make=lambda: MetaWorld(
-            "drawer-open-v3",
-            layout=(0.0, 0.9, 0.0),  # drawer
-            hand=(0.0, 0.75, 0.15),
-            camera=((0.0, 0.72, 0.07), 0.55, 50, -38),
-            expert=scripted("SawyerDrawerOpenV3Policy"),
-            one_way=True,
-        ),
-        horizon=50, action_repeat=3, query_size=300, reward_size=84,
-        train=dict(TRAIN_METAWORLD, total_steps=8_000, explore_steps=2_000, feedback_every=500,
-                   pairs_per_session=13, max_pairs=100),
-        paper=PAPER_METAWORLD,
-    ),
-    "Soccer": Task(
-        goal="to move the soccer ball into the goal",
-        make=lambda: MetaWorld(
-            "soccer-v3",
-            layout=(0.0, 0.65, 0.03, 0.0, 0.85, 0.0),  # ball, goal
-            hand=(0.0, 0.56, 0.15),
-            camera=((0.0, 0.75, 0.03), 0.55, 90, -45),
-            expert=scripted("SawyerSoccerV3Policy"),
-        ),
-        horizon=50, action_repeat=3, query_size=300, reward_size=84,
-        # Random actions that change at every step cancel out, and the arm trembles where it starts;
-        # held for 7 they carry it about. Novelty goes on from the places where it has been.
-        # Discount: see StraightenRope; a shot takes about 15 steps.
-        train=dict(TRAIN_METAWORLD, total_steps=12_000, seed_steps=2_000, hold=7,
-                   explore_steps=4_000, pairs_per_session=100, max_pairs=500, discount=0.95,
-                   eval_every=500, keep_best=1),
-        paper=dict(PAPER_METAWORLD, reward_lr=1e-4, reward_epochs=5),
-    ),
-    "SweepInto": Task(
-        goal="to minimize the distance between the green cube and the hole",
-        make=lambda: MetaWorld(
-            "sweep-into-v3",
-            layout=(0.0, 0.65, 0.02, 0.0, 0.84, 0.02),  # cube, hole
-            hand=(0.0, 0.6, 0.15),
-            camera=((0.0, 0.74, 0.05), 0.52, -90, -60),
-            expert=sweep_expert,
-            colours=[("objGeom", (0.1, 0.7, 0.1))],
-        ),
-        horizon=50, action_repeat=3, query_size=300, reward_size=84,
-        # The hole is a pit wider than the 5 cm that count: only a reward that is right near the
-        # goal tells a cube at its edge from one in its middle. Discount: see StraightenRope.
-        # Left and right are alike here: see reward_model.mirrored.
-        # SAC's policies come and go: here and in Soccer the best is kept (train.KeptPolicy).
-        train=dict(TRAIN_METAWORLD, total_steps=15_000, pairs_per_session=120, max_pairs=1_200,
-                   sampler="best", reward_mirror=1, discount=0.95, eval_every=500, keep_best=1),
-        paper=PAPER_METAWORLD,
-    ),
-    "FoldCloth": Task(
-        goal="to fold the cloth diagonally from top left corner to bottom right corner",
-        make="deformables:FoldCloth-v0",
-        horizon=1, query_size=300, reward_size=100,
-        train=dict(
-            total_steps=1_500, seed_steps=150, explore_steps=150, feedback_every=150,
-            pairs_per_session=30, max_pairs=300, sac_lr=1e-3, batch_size=128, hidden=128,
-            updates=4, reward_epochs=20, reward_shift=0, eval_every=150, eval_episodes=1,
-        ),
-        paper=dict(
-            PAPER_SAC, total_steps=15_000, feedback_every=1_000, pairs_per_session=50,
-            max_pairs=500, seed_steps=250, explore_steps=500, sac_lr=5e-4, batch_size=1024,
-            hidden=1024, reward_lr=3e-4, reward_epochs=25, query_size=360, reward_size=360,
-            eval_every=250,
-        ),
-    ),
-    "StraightenRope": Task(
-        goal="to straighten the blue rope",
-        make="deformables:StraightenRope-v0",
-        horizon=40, query_size=300, reward_size=100,
-        # A reward that is fitted anew moves every value by its own change / (1 - discount), a
-        # hundredfold at 0.99; straightening takes a few steps, so 0.9 sees far enough. And no
-        # crumpled rope looks like another: more answers, and more views of each picture.
-        train=dict(TRAIN_ROPE_WATER, total_steps=10_000, pairs_per_session=100, max_pairs=800,
-                   discount=0.9, reward_epochs=40, reward_shift=10),
-        paper=dict(PAPER_ROPE_WATER, reward_size=240),
-    ),
-    "PassWater": Task(
-        goal="to move the container, which holds water, to be as close to the red circle as "
-        "possible without causing too many water droplets to spill",
-        make="deformables:PassWater-v0",
-        horizon=75, query_size=300, reward_size=100,
-        # Water once spilled stays spilled: where the random actions change at every step, all that
-        # is ever seen is wet ground. Held for an episode, most of them spill little.
-        train=dict(TRAIN_ROPE_WATER, total_steps=10_000, seed_steps=2_000, hold=75),
-        paper=dict(PAPER_ROPE_WATER, reward_size=360),
-    ),
-    **{
-        name: Task(
-            goal=goal,
-            make=f"gridworlds:{name}-v0",
-            horizon=100, query_size=query_size, reward_size=reward_size,
-            train=TRAIN_GRID,
-        )
-        for name, goal, query_size, reward_size in (
-            ("DoorKey-5x5", ERRAND + ", and get to the green square", 300, 80),
-            ("DoorKey-6x6", ERRAND + ", and get to the green square", 300, 84),
-            ("DoorKey-8x8", ERRAND + ", and get to the green square", 304, 80),
-            ("Unlock", "to pick up the key and open the yellow door with it", 308, 88),
-            ("UnlockPickup", ERRAND + ", and pick up the purple box behind it", 308, 88),
-        )
-    },
-}
-
-
-def make(name, seed=0, goal=None, horizon=None, action_repeat=None):
-    """A name in TASKS, or any Gymnasium id together with a goal sentence -> TaskEnv.
-
-    action_repeat: steps of the simulator in one of ours, all with the same action; their rewards
-    are summed.  horizon: steps of ours in an episode.
+    Nothing that a goal speaks of is lost, and the reward model sees an image of every step.
     """
-    task = TASKS.get(name)
-    if task is None and name not in gymnasium.registry and ":" not in name:
-        known = ", ".join(TASKS)
-        or_any = "or any Gymnasium id with --goal"
-        raise ValueError(f"unknown environment {name}; there are {known}, {or_any}")
-    if not (goal or task):
-        raise ValueError(f'{name} needs a goal for the VLM, such as --goal "to stand upright"')
-    choose_opengl(small=task is not None)
-    source, horizon = (task.make if task else name), horizon or (task.horizon if task else None)
-    repeat = action_repeat or (task.action_repeat if task else 1)
-    limit = horizon and horizon * repeat  # of the simulator
-    if isinstance(source, str):
-        env = _from_gymnasium(source)
-        limit = (limit or env.spec.max_episode_steps  # of a wrapper that it brings along
-                 or gymnasium.spec(env.spec.id).max_episode_steps)
-    else:
-        try:
-            env = source()
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{name} needs a package: pip install {error.name}") from None
-    own = getattr(env.unwrapped, "horizon", None)
-    limit = limit or own or 1000  # an episode has to end some time
-    if own and limit > own:
-        raise ValueError(f"{name} ends after {own} steps; a horizon of {limit} is too long")
-    return TaskEnv(env, goal or task.goal, limit, seed, repeat)
+    model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
+    model.mat_reflectance[:] = 0
 
 
-def _from_gymnasium(name):
-    """Any registered environment with Box observations, its actions now in [-1, 1] or int from 0.
+# ---- python envs.py: CartPole at random, and by its expert ----
+def demo():
+    """Print what an episode of each reaches, and write the last image of both to cartpole.png."""
+    import imageio.v3 as imageio
 
-    It has no time limit: TaskEnv cuts off, so that nothing reads what is returned before TaskEnv.
-    """
-    try:
-        with opengl_errors():
-            env = gymnasium.make(
-                name, render_mode="rgb_array", max_episode_steps=-1, disable_env_checker=True
-            )
-    except Exception as error:  # a constructor may raise anything
-        why = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{name} cannot be made here: {why} [{type(error).__name__}; it is made "
-                         "with render_mode=\"rgb_array\"]") from error
-    if hasattr(getattr(env.unwrapped, "model", None), "vis"):
-        draw_fast(env.unwrapped.model)
-    seen, actions = (getattr(env, space, None) for space in ("observation_space", "action_space"))
-    if not isinstance(seen, Box):
-        raise ValueError(one_line(f"{name} observes {seen}; only Box observations will do"))
-    if isinstance(actions, Discrete):  # the learner counts from 0
-        return env if actions.start == 0 else gymnasium.wrappers.TransformAction(
-            env, lambda action: action + actions.start, Discrete(actions.n))
-    usable = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()
-    # in one comparison: [-1, 1] can be stretched to it, and a float tells its integers apart
-    low, high = (actions.low.astype(float), actions.high.astype(float)) if usable else (0, 0)
-    if not np.all((-2.0**53 < low) & (low < high) & (high < 2.0**53)):
-        raise ValueError(one_line(
-            f"{name} acts in {actions}; only Discrete and Box (A,) will do, and every number of a "
-            "Box needs a least value and a larger most"))
-    if actions.dtype.kind == "f":
-        return gymnasium.wrappers.RescaleAction(env, *np.array([-1, 1], actions.dtype))
-    # trap: RescaleAction divides by 0 where the numbers are integers. Here [-1, 1] is cut into as
-    # many equal parts as there are integers.
-    count = high - low + 1
-
-    def to_integers(action):
-        part = np.floor((np.asarray(action, float) + 1) / 2 * count)
-        return (low + np.clip(part, 0, count - 1)).astype(actions.dtype)
-
-    return gymnasium.wrappers.TransformAction(
-        env, to_integers, Box(-1.0, 1.0, actions.shape, np.float32))
-
-
-def expert(env):
-    """A scripted policy that reaches the goal, obs -> action. The learner never sees it."""
-    act = getattr(env.unwrapped, "expert_action", None)
-    if act is None:
-        raise ValueError(f"no scripted expert here; there is one for {', '.join(TASKS)}")
-    return act
-
-
-# ---- python envs.py: a contact sheet of all tasks, and how fast they are ----
-def episode(env, policy):
-    """One episode's pictures [(200, 200, 3), ...] and progress [float, ...], start included."""
-    obs, info = env.reset(seed=0)
-    images, progress, over = [env.picture(200)], [info["progress"]], False
-    while not over:
-        obs, _, terminated, truncated, info = env.step(policy(obs))
-        images.append(env.picture(200))
-        progress.append(info["progress"])
-        over = terminated or truncated
-    return images, progress
-
-
-def contact_row(env):
-    """(200, 800, 3) uint8: start | random episode's end | expert halfway in progress | its end."""
-    images, progress = episode(env, expert(env))
-    half = np.argmin(np.abs(np.array(progress) - (progress[0] + progress[-1]) / 2))
-    random_end = episode(env, lambda obs: env.action_space.sample())[0][-1]
-    return np.concatenate([images[0], random_end, images[half], images[-1]], axis=1)
-
-
-def random_step(env):
-    """A step with a random action, and the reset where an episode ends: the cost training sees."""
-    _, _, terminated, truncated, _ = env.step(env.action_space.sample())
-    if terminated or truncated:
-        env.reset()
-
-
-def bounds(env, episodes):
-    """What doing anything at random and what the expert reach -> {column: mean over episodes}."""
-    found, policies = {"episodes": episodes}, {
-        "random": lambda obs: env.action_space.sample(), "expert": expert(env)}
-    env.action_space.seed(0)
-    for who, policy in policies.items():
-        rows = []
-        for seed in range(episodes):
-            obs, over, total = env.reset(seed=seed)[0], False, 0.0
-            while not over:
-                obs, reward, terminated, truncated, info = env.step(policy(obs))
-                assert np.isfinite(obs).all() and np.isfinite([reward, info["progress"]]).all()
-                total, over = total + reward, terminated or truncated
-            rows.append((total, info["success"], info["progress"]))
-        found.update(zip((f"{who}_{name}" for name in ("return", "success", "progress")),
-                         np.round(np.mean(rows, axis=0), 4).tolist()))
-    return found
-
-
-def per_second(do, *args, seconds=0.5):
-    """How often do(*args) runs in a second."""
-    do(*args)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        do(*args)
-        count += 1
-    return count / (time.perf_counter() - start)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Draw all tasks and measure how fast they are.")
-    parser.add_argument("--out", default="contact_envs.png", help="the picture, a row a task")
-    parser.add_argument("--csv", help="write task, size, pictures_per_s, steps_per_s there")
-    parser.add_argument("--bounds", help="only: write what random and expert episodes reach there")
-    parser.add_argument("--episodes", type=int, default=20, help="of each (default: 20)")
-    args = parser.parse_args()
-    if args.bounds:
-        rows = [{"task": name, **bounds(make(name), args.episodes)} for name in TASKS]
-        with open(args.bounds, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        return
-    from PIL import Image
-
-    sheet, table = [], [("task", "size", "pictures_per_s", "steps_per_s")]
-    for name in TASKS:
-        try:
-            env = make(name)
-            sheet.append(contact_row(env))
-        except ValueError as error:
-            print(f"{name:15s} left out: {error}")
-            continue
-        env.reset()
-        steps = per_second(random_step, env)
-        rates = {size: per_second(env.picture, size) for size in (84, 100, 200, 300)}
-        pictures = "".join(f"{rate:6.0f} ({size} px)" for size, rate in rates.items())
-        print(f"{name:15s}{steps:7.0f} steps/s, pictures/s:{pictures}")
-        table += [(name, size, round(rate), round(steps)) for size, rate in rates.items()]
-        env.close()
-    Image.fromarray(np.concatenate(sheet)).save(args.out)
-    print(f"{args.out}: start, end of a random episode, expert halfway, expert at the end")
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            csv.writer(file).writerows(table)
+    env, last_images = make("CartPole", seed=0), []
+    policies = {"random": lambda obs: env.action_space.sample(), "expert": expert(env)}
+    for name, policy in policies.items():
+        images, true_rewards, _, success = rollout(env, policy, seed=0, size=200)
+        last_images.append(images[-1])
+        print(f"{name}: true return {true_rewards.sum():.0f}, within 5 degrees on {success.sum():.0f} of "
+              f"{env.horizon} steps")
+    imageio.imwrite("cartpole.png", np.concatenate(last_images, axis=1))
+    print("cartpole.png: the last image of each (expected: a pole that fell, a pole upright)")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        sys.exit("envs.py takes no arguments; all tasks are drawn by python -m tools.draw_tasks")
+    demo()

@@ -1,27 +1,35 @@
 """A reward learned from preferences: which of two images is closer to the goal?
 
-What this is: an ensemble of small CNNs r(image) -> (-1, 1), fitted to the answers "the first" (0)
-or "the second" (1) with the Bradley-Terry model, and the choice of the pairs worth asking about.
+What this is: r_psi, an ensemble of small CNNs r(image) -> (-1, 1). It is fitted to labels, 0 for "the first image is
+closer to the goal" and 1 for "the second", with the Bradley-Terry model. Also here: I, the images that may be asked
+about, and which pairs to ask.
 Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
-    P[second is better] = exp(k r1) / (exp(k r0) + exp(k r1)),  loss = mean of -log P[image picked]
 
-Differs from the paper (RL-VLM-F, 2402.03681); RewardModel(paper=True) drops 3 to 5:
-  1. One answer in eight is held out; a fit ends when these have not become less surprising for
-     more than three epochs, and goes back to the best (paper=True: they are only reported).
-  2. Networks see 64 to 100 px, the VLM 200 to 308. A fit takes 16 answers a step, officially 64.
-  3. Rewards are sharpened in P, k = 10. With k = 1, P cannot leave [0.12, 0.88]: the loss falls
-     only by pushing rewards to -1 and 1, and all pictures near the goal get the same.
-  4. Normalisation after each convolution, and fresh networks at every fit (1910.08475).
-  5. predict() is standardised over the fitted pictures (mean 0, deviation 1; 1706.03741).
-  6. Fits may move (shift; 2004.13649) or mirror pictures at random; a reward is then the mean over
-     the picture and its mirror image. One CNN for all tasks; pairs are drawn from all candidates.
+    P[second is better] = exp(beta r1) / (exp(beta r0) + exp(beta r1))
+    loss = mean of -log P[the image that the label names]
+
+Differs from the paper (RL-VLM-F, arXiv 2402.03681). PaperFit in support/baselines.py leaves out 3 to 5 and the early
+stop of 1; there, too, one answer in eight is held out, but only for the log:
+  1. One answer in eight is held out. A fit ends when the loss on these has not fallen for more than three epochs, and
+     goes back to the best epoch: real answers are partly wrong, and a network can learn wrong answers by heart.
+  2. The networks see images of 64 to 100 pixels, the VLM 200 to 308. A gradient step takes 16 answers; 64 in the
+     official code.
+  3. Rewards are multiplied by beta = 10 in P. They are in (-1, 1), so with beta = 1, P cannot leave [0.12, 0.88]: the
+     loss can then only fall by pushing rewards to -1 and 1, and all images near the goal get the same reward.
+  4. There is a normalisation after each convolution, and every fit begins with fresh networks (1910.08475): a network
+     that goes on from the last fit remembers the few answers of the beginning too well.
+  5. predict() is standardised: mean 0 and deviation 1 over all images in D (1706.03741).
+  6. A fit may move images at random (random_shift; 2004.13649) or flip them left to right (random_flip). One CNN serves
+     all tasks (official code: ResNet-18 for rope, water and cloth), and pairs are drawn from images of the whole run.
+
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
-  preference_loss, sample_pairs, RewardNet, PreferenceDataset, RewardModel.  Only numpy and torch.
+Needs numpy and torch only.
+Names: ImageBuffer, sample_pairs, PreferenceDataset, preference_loss, RewardNet, RewardModel (fit, predict).
 
 To use it elsewhere:
     import numpy as np, reward_model
     images = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), np.uint8)
-    images[:, :32] //= 4  # a dark upper half; the goal here: brighter pictures
+    images[:, :32] //= 4  # a dark upper half; the goal here: brighter images
     pairs = reward_model.sample_pairs(images, 100, np.random.default_rng(1))  # (100, 2)
     first, second = images[pairs[:, 0]], images[pairs[:, 1]]
     data = reward_model.PreferenceDataset(100, (64, 64, 3))
@@ -30,6 +38,7 @@ To use it elsewhere:
     print(model.fit(data, epochs=3), model.predict(images).shape)
 """
 import copy
+import zlib
 
 import numpy as np
 import torch
@@ -37,28 +46,68 @@ import torch.nn.functional as F
 from torch import nn
 
 HOLD_OUT = 8  # every eighth answer only measures, and says when to stop
-SHARPNESS = 10.0  # P[second is better] reaches 0.9999 at a difference of one; see "Differs" 3
-PRICED_AT_ONCE = 6 * 2**20  # bytes of pictures: among the fastest here, from 64 to 200 px
-# channels, kernel, stride: the paper's CNN
-LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))
+BETA = 10.0  # inverse temperature of Bradley-Terry: at a difference of one, P[second is better] is 0.9999; "Differs" 3
+PREDICT_BYTES = 6 * 2**20  # bytes of images in one pass of predict(): among the fastest here, from 64 to 200 pixels
+LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))  # channels, kernel, stride: the paper's CNN
 
 
 # ---- STEP 2: pick pairs of images ----
+class ImageBuffer:
+    """I, the images that may be asked about: a reservoir, in which every image offered so far is equally likely to be.
+
+    A run sees more images than it can keep at the VLM's size, so a random sample of them must do. An image that was
+    offered before is not offered again: otherwise a pole that lies still would soon be half of all pairs.
+    large (C, P, P, 3) what the VLM will see; small (C, S, S, 3) what the reward model sees; progress (C,) true
+    progress,
+    which only the books read (how many labels are right), and the oracle.
+    """
+
+    def __init__(self, capacity, large, small, array=None):
+        """large, small: sides in pixels.  array(name, shape, dtype): makes the arrays, if not in memory."""
+        array = array or (lambda name, shape, dtype: np.zeros(shape, dtype))
+        self.capacity, self.offered = int(capacity), 0
+        self.seen = set()  # checksums of all images ever offered
+        self.progress = np.zeros(self.capacity, np.float32)
+        self.large = array("query", (self.capacity, large, large, 3), np.uint8)
+        self.small = array("query_small", (self.capacity, small, small, 3), np.uint8)
+
+    def __len__(self):
+        return min(self.offered, self.capacity)
+
+    def offer(self, large, small, progress, rng):
+        """Algorithm R (Vitter 1985): the n-th image replaces a random one with probability capacity / n."""
+        checksum = zlib.crc32(small)
+        if checksum in self.seen:
+            return
+        self.seen.add(checksum)
+        row = self.offered if self.offered < self.capacity else int(rng.integers(0, self.offered + 1))
+        self.offered += 1
+        if row < self.capacity:
+            self.large[row], self.small[row], self.progress[row] = large, small, progress
+
+    def state_dict(self):
+        return {"offered": self.offered, "progress": self.progress.tolist(), "seen": list(self.seen)}
+
+    def load_state_dict(self, state):
+        self.offered, self.progress[:], self.seen = state["offered"], state["progress"], set(state["seen"])
+
+
+SAMPLERS = ("uniform", "disagreement", "entropy", "best", "diverse")
+
+
 def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
     """Choose which pairs to ask about -> (M, 2) rows of `images`; no row is paired with itself.
 
     images: (N, H, W, 3) uint8.  rng: numpy Generator.  how:
-      uniform       any two pictures that are not equal, all equally likely (the paper's).
-      disagreement  of ten times as many pairs, those on which the members' P[second is better]
-                    spreads most.
-      entropy       of ten times as many pairs, those on which the ensemble's P[second is better]
-                    is closest to 1/2.
-      best          every other pair from the fifth of the pictures with the highest predicted
-                    reward: what a policy does at the end depends on the order near the goal.
-      diverse       one picture of each pair from a set that covers all there is to see (k-center),
-                    the other any: rare pictures are asked about as often as frequent ones.
-    model: RewardModel; best, disagreement and entropy need one; uniform stands in for them while
-    there is none.
+      uniform       any two images that are not equal, all equally likely (the paper's).
+      disagreement  of ten times as many pairs, those on which the members' P[second is better] spreads most.
+      entropy       of ten times as many pairs, those on which the ensemble's P[second is better] is closest to 1/2.
+      best          every other pair from the fifth of the images with the highest predicted reward: what a policy does
+                    at the end depends on the order near the goal.
+      diverse       one image of each pair from a set that covers all there is to see (k-center), the other any: rare
+                    images are asked about as often as frequent ones.
+    model: RewardModel. best, disagreement and entropy need one; uniform stands in for them while there is none.
+    Raises ValueError for fewer than two images, or an unknown name.
     """
     n = len(images)
     if n < 2:
@@ -73,23 +122,19 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
     worth = np.zeros(tries)
     if how in ("disagreement", "entropy"):
         rewards = model.member_rewards(images)  # (members, N)
-        # P[second is better]: (members, tries)
-        p_second = 1 / (1 + np.exp(
-            model.sharpness * (rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]])))
+        # P[second is better], (members, tries)
+        p_second = 1 / (1 + np.exp(model.beta * (rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]])))
         worth = p_second.std(0) if how == "disagreement" else -np.abs(p_second.mean(0) - 0.5)
     same = np.array([np.array_equal(images[a], images[b]) for a, b in pairs])
-    worth[same] = -np.inf  # two equal pictures teach nothing: only when there is nothing else
+    worth[same] = -np.inf  # two equal images teach nothing: they are taken only when there is nothing else
     return pairs[np.argsort(-worth, kind="stable")[:n_pairs]]
-
-
-SAMPLERS = ("uniform", "disagreement", "entropy", "best", "diverse")
 
 
 def uniform_pairs(n, n_pairs, rng):
     """(M, 2) numbers below n, never two equal ones in a pair."""
     first = rng.integers(0, n, n_pairs)
-    # trap: a step of 1 to n - 1 around the ring reaches every other image, the last one too, and
-    # never itself
+    # trap: a step of 1 to n - 1 around the ring reaches every other image, also the last one, and never the image
+    # itself
     second = (first + rng.integers(1, n, n_pairs)) % n
     return np.stack([first, second], axis=1)
 
@@ -103,19 +148,20 @@ def best_pairs(predicted, n_pairs, rng):
 
 
 def diverse_pairs(images, n_pairs, tries, rng):
-    """(tries, 2): each of the n_pairs pictures that k_centers() finds, in turn, with any other."""
+    """(tries, 2): each of the n_pairs images that k_centers() finds, in turn, with any other image."""
     thumbs = images[:, ::4, ::4].reshape(len(images), -1).astype(np.float32)  # (N, pixels / 16 * 3)
     centers = k_centers(thumbs, min(n_pairs, len(images)), rng)
     pairs = uniform_pairs(len(images), tries, rng)  # (tries, 2)
-    shift = (pairs[:, 1] - pairs[:, 0]) % len(images)  # never 0
+    step = (pairs[:, 1] - pairs[:, 0]) % len(images)  # never 0
     pairs[:, 0] = np.resize(centers, tries)
-    pairs[:, 1] = (pairs[:, 0] + shift) % len(images)
-    flip = rng.random(tries) < 0.5  # the rare picture should not always be the first
+    pairs[:, 1] = (pairs[:, 0] + step) % len(images)
+    # trap: the rare image must not always be the first. Real VLMs lean to one side, and would then always favour it.
+    flip = rng.random(tries) < 0.5
     return np.where(flip[:, None], pairs[:, ::-1], pairs)
 
 
 def k_centers(points, k, rng):
-    """Greedy k-center (Gonzalez 1985): each new center is the point farthest from all so far.
+    """Greedy k-center (Gonzalez 1985): each new center is the point farthest from all centers so far.
 
     points: (N, D) -> (k,) rows, the first at random.
     """
@@ -127,17 +173,11 @@ def k_centers(points, k, rng):
     return np.array(centers)
 
 
-def check_pictures(stored, images, answers):
-    """ValueError unless images are uint8, of the stored ones' size, one for each answer."""
-    shape, images = (len(answers), *stored.shape[1:]), np.asarray(images)
-    if images.dtype != np.uint8 or images.shape != shape:
-        raise ValueError(f"pictures must be {shape} uint8, not {images.shape} {images.dtype}")
-
-
+# ---- STEP 4: fit the reward model to the answers ----
 class PreferenceDataset:
-    """A ring of answered pairs: first, second (N, H, W, 3) uint8; label (N,) 0 or 1.
+    """D, a ring of answered pairs: first, second (N, H, W, 3) uint8; label (N,) 0 or 1, the y of the paper.
 
-    held_out (N,) bool: these only measure.
+    held_out (N,) bool: these answers are not fitted, they only measure.
     """
 
     ARRAYS = ("first", "second", "label", "held_out")
@@ -153,13 +193,12 @@ class PreferenceDataset:
         return min(self.added, self.capacity)
 
     def add(self, first, second, label):
-        """Store M sure answers: first, second (M, H, W, 3) uint8, label (M,) in {0, 1}."""
+        """Store M sure answers: first, second (M, H, W, 3) uint8, label (M,) in {0, 1}. Raises ValueError."""
         label = np.asarray(label)
-        check_pictures(self.first, first, label)
-        check_pictures(self.second, second, label)
+        check_images(self.first, first, label)
+        check_images(self.second, second, label)
         if not np.isin(label, (0, 1)).all():
-            raise ValueError(f"labels must be 0 or 1, got {sorted(set(label.tolist()))}; "
-                             "leave out what is unsure")
+            raise ValueError(f"labels must be 0 or 1, got {sorted(set(label.tolist()))}; leave out what is unsure")
         for one, two, answer in zip(first, second, label):
             row = self.added % self.capacity
             self.first[row], self.second[row], self.label[row] = one, two, answer
@@ -179,8 +218,7 @@ class PreferenceDataset:
     def state_dict(self):
         n = len(self)
         arrays = ((name, getattr(self, name)[:n]) for name in self.ARRAYS)
-        return {"added": self.added,
-                **{name: torch.from_numpy(array.copy()) for name, array in arrays}}
+        return {"added": self.added, **{name: torch.from_numpy(array.copy()) for name, array in arrays}}
 
     def load_state_dict(self, state):
         self.added = state["added"]
@@ -188,229 +226,179 @@ class PreferenceDataset:
             getattr(self, name)[: len(self)] = state[name].numpy()
 
 
-# ---- STEP 4: fit the reward model to the answers ----
+def check_images(stored, images, answers):
+    """ValueError unless images are uint8, of the size of the stored ones, and one for each answer."""
+    shape, images = (len(answers), *stored.shape[1:]), np.asarray(images)
+    if images.dtype != np.uint8 or images.shape != shape:
+        raise ValueError(f"images must be {shape} uint8, not {images.shape} {images.dtype}")
+
+
 def preference_loss(r0, r1, label):
-    """Bradley-Terry cross-entropy: how surprised the reward model is by the VLM's answers.
+    """Bradley-Terry cross-entropy: how unlikely the reward model finds the VLM's answers.
 
-        P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[image picked]
+        P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[the image that was picked]
 
-    r0, r1: (B,) rewards of the first and second image, already times the sharpness k.
-    label: (B,) int64, 0 = first better, 1 = second better.
+    r0, r1: (B,) rewards of the first and second image, already times beta.
+    label: (B,) int64, 0 = the first is better, 1 = the second is better.
     Example: r0 == r1 -> log 2 = 0.693, whatever the labels.
     """
     assert r0.ndim == 1 and r0.shape == r1.shape == label.shape, (r0.shape, r1.shape, label.shape)
-    logits = torch.stack([r0, r1], dim=-1)  # (B, 2); the column is the label: no sign to get wrong
-    # trap: tanh rewards differ by at most 2: unsharpened, a perfect fit costs log(1 + e^-2) = 0.127
+    logits = torch.stack([r0, r1], dim=-1)  # (B, 2); the column is the label, so there is no sign to get wrong
     return F.cross_entropy(logits, label)
 
 
-def as_input(images, device, dtype=torch.float32):
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) of dtype in [0, 1], still laid out pixel by pixel.
-
-    The permuted view *is* "channels last" memory: no copy, and the layout in which convolutions on
-    a CPU are fastest.
-    """
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.ascontiguousarray(images))
-    assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3, (
-        images.dtype, images.shape)
-    return images.to(device).permute(0, 3, 1, 2).to(dtype).div_(255)
-
-
-def shifted(images, most, rng):
-    """Move each picture by up to `most` pixels each way, repeating its edge: (N, H, W, 3) -> same.
-
-    An answer stays true wherever the camera points; from few answers a network does not learn that
-    by itself (random shifts: 2004.13649).
-    """
-    if most == 0:
-        return images
-    count, height, width, _ = images.shape
-    wide = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
-    corners = rng.integers(0, 2 * most + 1, (count, 2))  # row and column where each is cut out
-    return np.stack([image[row : row + height, column : column + width]
-                     for image, (row, column) in zip(wide, corners)])
-
-
-def mirrored(images, rng):
-    """(N, H, W, 3) -> the same, each with left and right exchanged by the toss of a coin."""
-    toss = rng.random((len(images), 1, 1, 1)) < 0.5
-    return np.where(toss, images[:, :, ::-1], images)
-
-
 class RewardNet(nn.Module):
-    """r(image): (B, 3, H, W) in [0, 1] -> (B,) in (-1, 1). Four convolutions, one linear, tanh."""
+    """r(image): (B, 3, H, W) in [0, 1] -> (B,) in (-1, 1). Four convolutions, one linear layer, tanh."""
 
-    def __init__(self, height, width, paper=False):
+    def __init__(self, height, width, beta=BETA, normalise=True):
         super().__init__()
         parts, channels = [], 3
-        self.softness = 1.0 if paper else SHARPNESS  # so that SHARPNESS * r is nearly linear
+        self.beta = beta
         for out, kernel, stride in LAYERS:
-            # one group: over all channels and pixels of a picture, so no picture sees its batch
-            norm = nn.Identity() if paper else nn.GroupNorm(1, out)
+            # One group: over all channels and pixels of one image. So its reward does not depend on its batch.
+            norm = nn.GroupNorm(1, out) if normalise else nn.Identity()
             parts += [nn.Conv2d(channels, out, kernel, stride), norm, nn.ReLU(inplace=True)]
-            height, width, channels = (
-                (height - kernel) // stride + 1, (width - kernel) // stride + 1, out)
+            height, width, channels = (height - kernel) // stride + 1, (width - kernel) // stride + 1, out
         if min(height, width) < 1:
             raise ValueError("the reward network needs images of at least 47 x 47 pixels")
         self.convolutions = nn.Sequential(*parts)
         self.head = nn.Linear(channels * height * width, 1)
 
     def forward(self, x):
-        features = self.convolutions(x).flatten(1)
-        # trap: with eight significant bits, a reward near 1 would move in steps of 0.004
-        with torch.autocast(x.device.type, enabled=False):
-            logit = self.head(features.float())  # (B, 1)
-        return torch.tanh(logit / self.softness).squeeze(-1)
+        features = self.convolutions(x).flatten(1)  # (B, channels * height * width)
+        # r = tanh(z / beta), and the loss uses beta * r: almost z itself while |z| < 5, and never above 10. So tanh
+        # hardly changes the gradients, and small differences near the goal survive.
+        return torch.tanh(self.head(features) / self.beta).squeeze(-1)  # (B, 1) -> (B,)
 
 
 class RewardModel:
-    """An ensemble of RewardNets: their mean is the reward, their spread says where it is not sure.
+    """r_psi, an ensemble of RewardNets: their mean is the reward, their spread says where it is not sure.
 
-    fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;
-    member_rewards(same) -> (members, N) in (-1, 1).
-    batch: answers in one step of a fit; 64 in the official code.
-    patience: a fit ends when the held-out answers have not become less surprising for more epochs
-    than that; 0: they have no say.  shift, mirror: see shifted() and mirrored(); mirror only where
-    the goal has no left and right: a picture is then worth what its mirror image is.
-    paper: fit as the paper does (see the header).
-    bfloat16: convolutions in half the bits: faster on a processor with AVX512-BF16 or AMX, above
-    all with large pictures (bench.py measures it); slower on one without.
-    record: cuda_graph.Recorded, for a GPU: one launch for a step of fit().
+    fit(data, epochs) -> dict;  predict((N, H, W, 3) uint8) -> (N,) float32;  member_rewards(same) -> (members, N).
+    The members disagree where the answers do not decide: they differ only in what is random, their first weights, the
+    order in which they see the answers, and how images are augmented.
+    batch: answers in one step of a fit.  patience: a fit ends when the loss on the held-out answers has not fallen for
+    more epochs than that; 0: they do not stop it.
+    random_shift: pixels by which a fit moves an image at most.  random_flip: a fit flips half of the images left to
+    right. Use it only where the goal knows no left and right; an image is then worth what its mirror image is worth.
     """
 
-    def __init__(self, image_shape, members=3, lr=3e-4, device="cpu", seed=0, batch=16,
-                 patience=3, shift=0, mirror=False, paper=False, bfloat16=False, record=None):
-        self.image_shape, self.members = image_shape, members
-        self.patience, self.shift, self.mirror, self.paper = patience, shift, mirror, paper
-        self.device, self.batch, self.record = torch.device(device), batch, record
-        # of pictures and convolutions.  trap: pictures handed over in float32 would be converted
-        # again by each member's first convolution
-        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
-        self.sharpness = 1.0 if paper else SHARPNESS  # of the rewards in P
-        self.rng = np.random.default_rng(seed)
-        self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over the fitted pictures
+    beta, normalise = BETA, True  # of its networks; a subclass may change them
+
+    def __init__(self, image_shape, ensemble_size=3, lr=3e-4, device="cpu", seed=0, batch=16, patience=3,
+                 random_shift=0, random_flip=False):
+        self.image_shape, self.ensemble_size, self.batch, self.patience = image_shape, ensemble_size, batch, patience
+        self.random_shift, self.random_flip = random_shift, random_flip
+        self.device, self.rng = torch.device(device), np.random.default_rng(seed)
+        self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over all images in D
         self.nets = self._new_networks()
-        self.optimizer = torch.optim.Adam(self.nets.parameters(), lr=lr, fused=True,
-                                          capturable=self.device.type == "cuda")
-        self._recorded = {}  # batch size -> a step of that size, recorded
+        self.optimizer = self._adam(lr)
+
+    def _adam(self, lr):
+        return torch.optim.Adam(self.nets.parameters(), lr=lr, fused=True)
 
     def _new_networks(self):
-        """Drawn from the model's own generator."""
+        """Networks whose first weights are drawn from the model's own generator."""
         height, width, _ = self.image_shape
-        # layers draw their first weights from torch's global generator
+        # Layers draw their first weights from torch's global generator; fork_rng leaves it as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(self.rng.integers(2**31)))
-            nets = nn.ModuleList(RewardNet(height, width, self.paper) for _ in range(self.members))
+            nets = nn.ModuleList(RewardNet(height, width, self.beta, self.normalise) for _ in range(self.ensemble_size))
         return nets.to(self.device, memory_format=torch.channels_last)
 
     def fresh_networks(self):
-        """New weights, and an optimiser that has seen nothing."""
-        # trap: written over the old ones, for a replay works on the tensors it was recorded with
+        """New weights, and an optimiser that has seen nothing. Both are written over the old tensors, in place."""
         self.nets.load_state_dict(self._new_networks().state_dict())
         for moments in self.optimizer.state.values():
             for moment in moments.values():  # Adam starts with zeros, its count of steps too
                 moment.zero_()
 
     def fit(self, data, epochs, stop_accuracy=0.97):
-        """Go over all training answers up to `epochs` times -> dict(loss, train_accuracy,
-        heldout_accuracy, epochs).
+        """Go over all fitted answers up to `epochs` times -> dict(loss, train_accuracy, heldout_accuracy, epochs).
 
-        Members differ only in what is random: their first weights, the order in which they see the
-        answers, and how pictures are moved and mirrored.  train_accuracy: of single members, while
-        they learn, on pictures as a fit sees them; heldout_accuracy: of the fitted ensemble.
-        Stops after an epoch in which their mean accuracy exceeded stop_accuracy (more would only
-        sharpen what is ordered already), or when more than `patience` epochs have not made the
-        held-out answers less surprising; goes back to the epoch when they surprised it least.
-        Fewer than four held-out answers have no say.
+        Stops after an epoch in which the accuracy exceeded stop_accuracy, as in the official code: to go on would only
+        push apart what is ordered already. Stops also by the held-out answers ("Differs" 1), if there are at least
+        four of them.
+        train_accuracy: of single members, while they learn, on augmented images; heldout_accuracy: of the fitted
+        ensemble.
+        Raises ValueError if there is nothing to fit.
         """
         if epochs < 1:
             raise ValueError(f"epochs must be at least 1, not {epochs}")
         if len(data.rows()) == 0:
             raise ValueError("no answers to fit: every pair was unsure, unreadable or unanswered")
-        if not self.paper:
-            self.fresh_networks()
-        least, best = np.inf, 0  # best: the epoch in which the held-out answers surprised least
-        judges = self.patience and not self.paper and len(data.rows(held_out=True)) >= 4
+        self.fresh_networks()
+        least, best = np.inf, 0  # the least loss on the held-out answers, and its epoch
+        judges = self.patience and len(data.rows(held_out=True)) >= 4
         for epoch in range(1, epochs + 1):
             loss, accuracy = self.one_epoch(data)
-            if judges and (surprise := self.surprise(data)) < least:
-                least, best, kept = surprise, epoch, copy.deepcopy(self.nets.state_dict())
+            if judges and (heldout := self.heldout_loss(data)) < least:
+                least, best, kept = heldout, epoch, copy.deepcopy(self.nets.state_dict())
                 of_best = loss, accuracy
             if accuracy > stop_accuracy or (judges and epoch - best > self.patience):
                 break
         if judges:
             self.nets.load_state_dict(kept)
             loss, accuracy = of_best
-        if not self.paper:
-            self.standardise(np.concatenate([data.first[: len(data)], data.second[: len(data)]]))
+        self.standardise(np.concatenate([data.first[: len(data)], data.second[: len(data)]]))
         return {"loss": loss, "train_accuracy": accuracy, "epochs": epoch,
                 "heldout_accuracy": self.accuracy(data, held_out=True)}
 
     def one_epoch(self, data):
-        """Each member once over all training answers -> mean loss, share it had in order."""
+        """Each member once over all fitted answers, in an order of its own -> mean loss, share of answers in order."""
         losses, right = [], []
         for batches in zip(*(data.batches(self.batch, self.rng) for _ in self.nets)):
-            # one pass for both, not two: (2 B, H, W, 3); a generator: one member's pictures at a
-            # time stay in the cache.  trap: not in _step: a recording would freeze numpy's draws
-            images = (torch.from_numpy(self.views(np.concatenate([first, second])))
-                      for first, second, _ in batches)
-            labels = [torch.from_numpy(label) for *_, label in batches]  # (B,) each
-            if self.record:
-                loss, agrees = self._recorded_step(len(labels[0]))(*images, *labels)
-            else:
-                loss, agrees = self._step(images, labels)
-            losses.append(loss.clone())  # trap: a replay overwrites what the last one returned
-            right.append(agrees.clone())
-        # read at the end of the epoch: a GPU would have to be waited for each time
+            # Both images of a pair in one pass, not two: (2 B, H, W, 3) for each member.
+            images = (torch.from_numpy(self.augment(np.concatenate([first, second]))) for first, second, _ in batches)
+            loss, agrees = self.step(images, [torch.from_numpy(label) for *_, label in batches])
+            losses.append(loss)
+            right.append(agrees)
+        # Read at the end of the epoch only: a GPU would have to be waited for each time.
         return float(torch.cat(losses).double().mean()), float(torch.cat(right).double().mean())
 
-    def _recorded_step(self, batch):
-        """_step for this batch size, one recording for each: the last batch may be smaller."""
-        if batch not in self._recorded:
-            self._recorded[batch] = self.record(
-                lambda *both: self._step(both[: self.members], both[self.members :]), self.device)
-        return self._recorded[batch]
-
-    def _step(self, images, labels):
+    def step(self, images, labels):
         """One gradient step of every member.
 
-        images: (2 B, H, W, 3) uint8 for each, the first ones before the second; labels: (B,) each
+        images: for each member (2 B, H, W, 3) uint8, the first images before the second ones; labels: (B,) for each
         -> losses (members,); whether the rewards are in the order of the answer (members * B,).
         """
         losses, right = [], []
         self.optimizer.zero_grad(set_to_none=True)
         for net, both, label in zip(self.nets, images, labels):
-            with self.precision():
-                r0, r1 = net(as_input(both, self.device, self.dtype)).chunk(2)
+            r0, r1 = self.rewards(net, both).chunk(2)  # (B,) each
             answer = label.to(self.device)  # (B,)
-            loss = preference_loss(self.sharpness * r0, self.sharpness * r1, answer)
-            loss.backward()  # at once: one member's activations at a time stay in the cache
+            # trap: tanh rewards differ by at most 2. Without beta, a perfect fit still costs log(1 + e^-2) = 0.127.
+            loss = preference_loss(self.beta * r0, self.beta * r1, answer)
+            loss.backward()  # member by member, so that one member's activations at a time are in the cache
             losses.append(loss.detach())
             right.append((r1 > r0) == answer.bool())
-        self.optimizer.step()  # the members share nothing, so one optimiser serves all
+        self.optimizer.step()  # the members share no weights, so one optimiser serves all
         return torch.stack(losses), torch.cat(right)
 
-    def precision(self):
-        """The context in which networks are called."""
-        half = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+    def rewards(self, net, images):
+        """One network's rewards of images (N, H, W, 3) uint8 -> (N,)."""
+        return net(as_input(images, self.device))
 
-    def views(self, images):
-        """The pictures as a fit sees them: the same scenes, moved or mirrored at random."""
-        images = shifted(images, self.shift, self.rng)
-        return mirrored(images, self.rng) if self.mirror else images
+    def augment(self, images):
+        """The images as a fit sees them: the same scenes, moved or flipped at random."""
+        images = random_shift(images, self.random_shift, self.rng)
+        return random_flip(images, self.rng) if self.random_flip else images
 
-    def surprise(self, data):
+    def heldout_loss(self, data):
         """Mean loss of the members on the held-out answers."""
         rows = data.rows(held_out=True)
-        r0, r1 = (torch.from_numpy(self.sharpness * self.member_rewards(images[rows]))
-                  for images in (data.first, data.second))  # (members, H)
+        r0, r1 = (torch.from_numpy(self.beta * self.member_rewards(images[rows]))
+                  for images in (data.first, data.second))  # (members, held out) each
         label = torch.from_numpy(data.label[rows])
         return float(np.mean([preference_loss(one, two, label) for one, two in zip(r0, r1)]))
 
     def standardise(self, images):
-        """From now on predict() has mean 0 and deviation 1 over these pictures."""
+        """From now on predict() has mean 0 and deviation 1 over these images.
+
+        Preferences say nothing about the zero and the unit of a reward, and every fit begins with fresh networks. So
+        without this, each fit would shift and stretch all rewards; Q-values, sums of some 1 / (1 - discount) rewards,
+        would be off by a hundred times the shift, and the critics would first have to learn that.
+        """
         rewards = self.member_rewards(images).mean(0)  # (N,)
         self.mean, self.deviation = float(rewards.mean()), max(float(rewards.std()), 1e-6)
 
@@ -424,16 +412,15 @@ class RewardModel:
     def member_rewards(self, images):
         """(N, H, W, 3) uint8 -> (members, N) float32, each network's own opinion."""
         parts = []
-        at_once = PRICED_AT_ONCE * (1 if self.device.type == "cpu" else 32)  # few slow a GPU down
-        chunk = max(1, at_once // (int(np.prod(self.image_shape)) * self.dtype.itemsize))
+        # A GPU is idle with small batches, so give it 32 times as many images at once.
+        at_once = PREDICT_BYTES * (1 if self.device.type == "cpu" else 32)
+        chunk = max(1, at_once // (4 * int(np.prod(self.image_shape))))  # 4 bytes in a float32
         for start in range(0, len(images), chunk):
-            x = as_input(images[start : start + chunk], self.device, self.dtype)
-            views = (x, x.flip(-1)) if self.mirror else (x,)
-            with self.precision():
-                rewards = torch.stack([sum(net(view) for view in views) for net in self.nets])
+            part = torch.from_numpy(np.ascontiguousarray(images[start : start + chunk]))  # (chunk, H, W, 3)
+            views = (part, part.flip(2)) if self.random_flip else (part,)
+            rewards = torch.stack([sum(self.rewards(net, view) for view in views) for net in self.nets])
             parts.append((rewards / len(views)).cpu().numpy())
-        return (np.concatenate(parts, axis=1) if parts
-                else np.zeros((len(self.nets), 0), np.float32))
+        return np.concatenate(parts, axis=1) if parts else np.zeros((len(self.nets), 0), np.float32)
 
     def predict(self, images):
         """(N, H, W, 3) uint8 -> (N,) float32: the mean of the members, standardised."""
@@ -441,50 +428,77 @@ class RewardModel:
 
     def state_dict(self):
         return {"nets": self.nets.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "rng": self.rng.bit_generator.state,
-                "mean": self.mean, "deviation": self.deviation}
+                "rng": self.rng.bit_generator.state, "mean": self.mean, "deviation": self.deviation}
 
     def load_state_dict(self, state):
         self.nets.load_state_dict(state["nets"])
-        # trap: an optimiser takes over the step counter it is given: without the copy, two models
-        # would share it
+        # trap: an optimiser takes over the step counter it is given: without the copy, two models would share it
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.rng.bit_generator.state, self.mean, self.deviation = (
-            state["rng"], state["mean"], state["deviation"])
-        self._recorded = {}  # trap: the optimiser now has other tensors than were recorded
+        self.rng.bit_generator.state = state["rng"]
+        self.mean, self.deviation = state["mean"], state["deviation"]
 
 
-def demo_pictures(n, rng, size=64):
-    """Pictures of a dark pole, its foot in the middle, within 45 degrees of upright.
+def as_input(images, device):
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in [0, 1].
 
-    -> (n, size, size, 3) uint8, angles (n,).
+    The permuted view is "channels last" memory: it needs no copy, and convolutions on a CPU are fastest in it.
+    """
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.ascontiguousarray(images))
+    assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[-1] == 3, (images.dtype, images.shape)
+    return images.to(device).permute(0, 3, 1, 2).float().div_(255)
+
+
+def random_shift(images, most, rng):
+    """Move each image by up to `most` pixels each way, repeating its edge: (N, H, W, 3) -> the same shape.
+
+    An answer stays true wherever the camera points. From few answers a network does not learn that by itself
+    (random shifts: arXiv 2004.13649).
+    """
+    if most == 0:
+        return images
+    count, height, width, _ = images.shape
+    wide = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    corners = rng.integers(0, 2 * most + 1, (count, 2))  # row and column where each image is cut out
+    return np.stack([image[row : row + height, column : column + width]
+                     for image, (row, column) in zip(wide, corners)])
+
+
+def random_flip(images, rng):
+    """(N, H, W, 3) -> the same images, each with left and right exchanged by the toss of a coin."""
+    toss = rng.random((len(images), 1, 1, 1)) < 0.5
+    return np.where(toss, images[:, :, ::-1], images)
+
+
+# ---- demo: python reward_model.py ----
+def demo_images(n, rng, size=64):
+    """Images of a dark pole, its foot in the middle, within 45 degrees of upright -> (n, size, size, 3) uint8, angles
+    (n,).
     """
     angle = rng.uniform(-45, 45, n)  # degrees
-    # the foot is the origin
-    y, x = np.mgrid[0:size, 0:size] / size - np.array([0.75, 0.5])[:, None, None]
+    y, x = np.mgrid[0:size, 0:size] / size - np.array([0.75, 0.5])[:, None, None]  # the foot is the origin
     radians = np.radians(angle)[:, None, None]
     along, across = (x * np.sin(radians) - y * np.cos(radians),
                      x * np.cos(radians) + y * np.sin(radians))  # (n, size, size) each
     pole = (along > 0) & (along < 0.5) & (np.abs(across) < 0.03)  # (n, size, size)
-    grey = rng.integers(200, 256, (n, size, size))  # noise behind, so that no pixel is memorised
+    grey = rng.integers(200, 256, (n, size, size))  # noise behind the pole, so that no single pixel tells the answer
     return np.where(pole, 60, grey)[..., None].repeat(3, -1).astype(np.uint8), angle
 
 
 def demo():
-    """Learn "the pole should stand upright" from 200 answers; then order unseen pictures."""
+    """Learn "the pole should stand upright" from 200 answers, then order unseen images -> share that is right."""
     rng = np.random.default_rng(0)
-    images, angle = demo_pictures(400, rng)
+    images, angle = demo_images(400, rng)
     data = PreferenceDataset(200, images.shape[1:])
     pairs = sample_pairs(images, 200, rng)
     better = np.abs(angle[pairs[:, 1]]) < np.abs(angle[pairs[:, 0]])
     data.add(images[pairs[:, 0]], images[pairs[:, 1]], better.astype(int))
     model = RewardModel(images.shape[1:])
     print({key: round(value, 3) for key, value in model.fit(data, epochs=50).items()})
-    unseen, angle = demo_pictures(500, rng)
+    unseen, angle = demo_images(500, rng)
     pairs = sample_pairs(unseen, 2000, rng)
     reward = model.predict(unseen)
-    right = (reward[pairs[:, 1]] > reward[pairs[:, 0]]) == (
-        np.abs(angle[pairs[:, 1]]) < np.abs(angle[pairs[:, 0]]))
+    right = (reward[pairs[:, 1]] > reward[pairs[:, 0]]) == (np.abs(angle[pairs[:, 1]]) < np.abs(angle[pairs[:, 0]]))
     print(f"unseen pairs ordered correctly: {right.mean():.1%} (expected: above 90%)")
     return float(right.mean())
 

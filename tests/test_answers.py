@@ -203,7 +203,7 @@ def test_half_a_file_is_refused(tmp_path, name):
     Image.fromarray(noise).save(tmp_path / name)
     raw = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(raw[:len(raw) * 2 // 3])
-    with pytest.raises(VLMError, match="not a picture that can be used"):
+    with pytest.raises(VLMError, match="not an image that can be used"):
         load_image(tmp_path / name)
 
 

@@ -15,6 +15,8 @@ import envs
 import sac
 import train
 import vlm_query
+from support import settings
+from support.run import prepare
 
 
 class Bar(gymnasium.Env):
@@ -48,9 +50,9 @@ class Bar(gymnasium.Env):
         return {}
 
     def render(self):
-        picture = np.full((64, 64, 3), 255, np.uint8)
-        picture[20:44, 30:35] = (200, 0, 0)
-        return picture
+        image = np.full((64, 64, 3), 255, np.uint8)
+        image[20:44, 30:35] = (200, 0, 0)
+        return image
 
 
 @pytest.fixture
@@ -218,7 +220,7 @@ def test_an_environment_that_cannot_be_made_to_draw_is_one_line(made, words, ini
 
 
 TINY = ["--goal", "to go", "--total-steps", "60", "--seed-steps", "10", "--explore-steps", "20", "--eval-every", "30", "--eval-episodes",
-        "1", "--batch-size", "8", "--hidden", "8", "--reward-size", "47", "--query-size", "47", "--horizon", "10"]
+        "1", "--batch-size", "8", "--hidden", "8", "--reward-image-size", "47", "--vlm-image-size", "47", "--horizon", "10"]
 
 
 @pytest.mark.parametrize("changes", [
@@ -227,7 +229,7 @@ TINY = ["--goal", "to go", "--total-steps", "60", "--seed-steps", "10", "--explo
     dict(render=lambda self: Bar.render(self) * (np.nan if self.t else 1.0)), dict(seen=lambda self: self.x * (np.nan if self.t else 1)),
     dict(reward=lambda self: np.nan), dict(info=lambda self: {"progress": np.inf})])
 def test_what_cannot_be_used_leaves_no_run_folder_behind(made, tmp_path, capsys, changes):
-    """Reset, picture and one step are tried before anything is made: exit 2 and one line."""
+    """Reset, image and one step are tried before anything is made: exit 2 and one line."""
     Tried = type("Tried", (Bar,), changes)
     gymnasium.register("Tried-v0", entry_point=Tried)
     try:
@@ -264,7 +266,7 @@ def test_the_trial_before_a_run_changes_no_random_number(monkeypatch):
     """The generators of both environments must be where they are without it."""
     made, make = [], envs.make
     monkeypatch.setattr(envs, "make", lambda *args: made.append(make(*args)) or made[-1])
-    train.prepare(train.parse_args(["--env", "CartPole", "--seed", "5", "--out", "nowhere"]))
+    prepare(settings.parse_args(["--env", "CartPole", "--seed", "5", "--out", "nowhere"]))
     for env in made:
         fresh = make("CartPole", 5)
         assert env.action_space.sample() == fresh.action_space.sample()
@@ -321,7 +323,7 @@ def test_an_action_that_is_clipped_in_place_is_a_copy():
     assert action[0] == 0.5 and Greedy.got == [0.5, 0.5]
 
 
-# ---- pictures ----
+# ---- images ----
 RED = Bar.render(None)
 ON_BLACK = np.dstack([RED, np.full((64, 64), 255, np.uint8)])
 ON_BLACK[RED.min(-1) == 255] = 0  # black, and fully transparent: white is seen
@@ -338,21 +340,21 @@ GREYS = {"grey": GREY, "channel": GREY[..., None], "first": GREY[None], "bool": 
 
 @pytest.mark.parametrize("size", [64, 32, 90])
 @pytest.mark.parametrize("kind", [*KINDS, *(f"grey {kind}" for kind in GREYS)])
-def test_whatever_render_gives_is_the_same_picture(made, kind, size):
+def test_whatever_render_gives_is_the_same_image(made, kind, size):
     """Every kind must look like the plain one, at every size, and lie in memory as the buffer wants it."""
     drawn = GREYS[kind[5:]] if kind.startswith("grey ") else KINDS[kind]
     plain = np.repeat(GREY[..., None], 3, 2) if kind.startswith("grey ") else RED
     env, expected = made(render=lambda self: drawn), made(render=lambda self: plain)
     env.reset(seed=0), expected.reset(seed=0)
-    image = env.picture(size)
+    image = env.image(size)
     assert image.dtype == np.uint8 and image.shape == (size, size, 3) and image.flags.c_contiguous
-    assert np.abs(image.astype(int) - expected.picture(size)).max() <= (1 if "16" in kind else 0)
+    assert np.abs(image.astype(int) - expected.image(size)).max() <= (1 if "16" in kind else 0)
 
 
 def test_half_transparent_is_half_white():
     """Red at half its strength over white is (255, 128, 128)."""
     drawn = np.full((4, 4, 4), (255, 0, 0, 128), np.uint8)
-    assert envs.as_picture(drawn)[0, 0].tolist() == [255, 127, 127]
+    assert envs.as_image(drawn)[0, 0].tolist() == [255, 127, 127]
 
 
 @pytest.mark.parametrize("drawn, says", [
@@ -360,11 +362,11 @@ def test_half_transparent_is_half_white():
     (np.zeros((9, 9, 2)), r"\(9, 9, 2\)"), (np.zeros((0, 4, 3)), r"\(0, 4, 3\)"), (np.zeros((4, 4, 3), object), "object"),
     (np.full((4, 4, 3), np.nan), "nan"), (np.full((4, 4, 3), np.inf), "inf"), (np.full((4, 4, 3), -0.5), "-0.5"),
     (np.full((4, 4, 3), 65535, np.uint16), "65535"), (np.full((4, 4, 3), -9), "-9"), ([[1, 2], [3]], "list")])
-def test_what_is_no_picture_is_one_line(made, drawn, says):
+def test_what_is_no_image_is_one_line(made, drawn, says):
     """What was drawn, and what is possible."""
     env = made(render=lambda self: drawn)
     env.reset(seed=0)
-    refused(f"drew no picture, but .*{says}.*at a reset", env.picture, 64)
+    refused(f"drew no image, but .*{says}.*at a reset", env.image, 64)
 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), RuntimeError("no\ndisplay"), TypeError("needs mode")])
@@ -375,11 +377,11 @@ def test_a_render_that_fails_is_one_line(made, error):
 
     env = made(render=render)
     env.reset(seed=0)
-    refused(f"cannot draw itself here: {type(error).__name__}", env.picture, 64)
+    refused(f"cannot draw itself here: {type(error).__name__}", env.image, 64)
 
 
 @pytest.mark.parametrize("shape", [(20, 60), (60, 20), (31, 64), (200, 31)])
-def test_the_whole_of_an_oblong_picture_is_seen(shape):
+def test_the_whole_of_an_oblong_image_is_seen(shape):
     """Red in the first corner, blue in the last: both must be there, in proportion, on a plain ground."""
     image = np.full((*shape, 3), 255, np.uint8)
     image[:5, :5], image[-5:, -5:] = (255, 0, 0), (0, 0, 255)
@@ -394,7 +396,7 @@ def test_the_whole_of_an_oblong_picture_is_seen(shape):
 
 
 def test_each_edge_goes_on_in_its_own_colour():
-    """A blue sky stays above, and brown ground below; left and right where a picture is tall."""
+    """A blue sky stays above, and brown ground below; left and right where an image is tall."""
     image = np.full((10, 30, 3), (0, 0, 255), np.uint8)
     image[5:] = (90, 60, 0)
     for turned in (image, image.swapaxes(0, 1)):
@@ -403,23 +405,23 @@ def test_each_edge_goes_on_in_its_own_colour():
         assert (seen[:15] == [0, 0, 255]).all() and (seen[15:] == [90, 60, 0]).all()
 
 
-def test_a_picture_that_is_drawn_into_one_array_is_a_copy(made):
-    """Also where it has the right size already, and from an environment with a picture(size) of its own."""
+def test_an_image_that_is_drawn_into_one_array_is_a_copy(made):
+    """Also where it has the right size already, and from an environment with an image(size) of its own."""
     class Own(Bar):
         canvas = np.zeros((64, 64, 3), np.uint8)
 
-        def picture(self, size):
+        def image(self, size):
             self.canvas += 1
             return self.canvas
 
         def render(self):
-            return self.picture(64)
+            return self.image(64)
 
-    for env in (made(base=Own), made(base=Own, picture=None, render=lambda self: Own.picture(self, 64))):
+    for env in (made(base=Own), made(base=Own, image=None, render=lambda self: Own.image(self, 64))):
         env.reset(seed=0)
-        first = env.picture(64)
+        first = env.image(64)
         before = first[0, 0, 0]
-        env.picture(64)
+        env.image(64)
         assert first[0, 0, 0] == before
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import code_as_reward
-import train
 from code_as_reward import (CodeAsRewardError, Program, ProgramError, ProgramReward, describe_subtasks, extract_code,
                             learn_programs, load_programs, verification_table)
-from run import UserError
+from support import given_rewards
+from vlm_query import VLMError
 
 BLACK = np.zeros((2, 16, 16, 3), np.uint8)
 DEF = "def progress(images, first_image):\n    "
@@ -165,17 +165,16 @@ def test_what_could_not_be_used_is_forgotten_by_the_cache(tmp_path, monkeypatch,
     bar = np.stack([np.repeat(np.uint8(np.arange(16) == x)[None, :, None], 16, 0).repeat(3, 2) * 255 for x in range(16)])
     monkeypatch.setattr(code_as_reward, "collect_episodes", lambda *_, **__: {
         "expert_episodes": [bar] * 4, "random_episodes": [bar[:4]] * 4, "success": None})
-    monkeypatch.setattr(train, "start_picture", lambda *_: bar[0])
-    monkeypatch.setattr(train, "run_episode", lambda *_: (bar[:2],))
     import envs
+    monkeypatch.setattr(envs, "rollout", lambda *_: (bar[:2],))
     monkeypatch.setattr(envs, "make", lambda *_: None)
     monkeypatch.setattr(envs, "expert", lambda *_: None)
-    config = types.SimpleNamespace(programs="", env="CartPole", seed=0, query_size=16, reward_size=16, goal="g", rounds=1,
+    config = types.SimpleNamespace(labels="vlm", env="CartPole", seed=0, vlm_image_size=16, reward_image_size=16, goal="g", rounds=1,
                                    unverified="stop")
     vlm = types.SimpleNamespace(ask=ask, forget=forgotten.append, name="x/y")
-    folder = types.SimpleNamespace(path=lambda *names: str(tmp_path.joinpath(*names)))
-    with pytest.raises((UserError, CodeAsRewardError)):
-        train.learn_programs(config, folder, None, types.SimpleNamespace(vlm=vlm))
+    env = types.SimpleNamespace(reset=lambda seed: None, image=lambda size: bar[0])
+    with pytest.raises((VLMError, CodeAsRewardError)):
+        given_rewards.learn_programs(config, str(tmp_path), env, vlm, 0)
     assert len(questions) == asked_before_failure and len(forgotten) == 1 and forgotten[0] is questions[-1]
 
 
@@ -193,7 +192,7 @@ def test_a_program_survives_the_thread_that_used_it_first():
 
 
 def test_threads_that_share_a_program_get_their_own_answers():
-    """Eight threads at once: each must get the value of its own picture."""
+    """Eight threads at once: each must get the value of its own image."""
     program, right = Program(GRAY), []
 
     def work(value):
@@ -240,7 +239,7 @@ def test_a_set_of_words_has_the_same_order_in_every_process():
 
 
 def test_a_slow_program_that_fails_is_given_up_in_time():
-    """The search for the pictures to blame must end when the time of the whole episode is over; a fast one's may not."""
+    """The search for the images to blame must end when the time of the whole episode is over; a fast one's may not."""
     slow = Program(DEF + "for i in range(3_000_000):\n        pass\n    raise ValueError('no')", seconds=1.0)
     images, calls = np.zeros((64, 16, 16, 3), np.uint8), []
     batch = slow._batch
@@ -259,5 +258,4 @@ def test_a_fall_has_a_finite_price_where_the_discount_is_1():
         assert price == pytest.approx([-49, -49, -100])
         assert np.isfinite(reward.episode_rewards(BLACK, BLACK[0], True, 1.0)).all()
         assert reward.episode_rewards(BLACK, BLACK[0], True, 1.0, horizon=2)[-1] == -1
-        config = types.SimpleNamespace(reward="code", discount=1, potential="level", horizon=50)
-        assert train.seen_rewards(config, reward, BLACK, BLACK[0], True)[-1] == -49
+        assert given_rewards.ProgramsReward(reward, 1, False, 50).of_images(BLACK, BLACK[0], True)[-1] == -49

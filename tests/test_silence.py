@@ -10,16 +10,17 @@ import struct
 import types
 
 import gymnasium
-import imageio
 import numpy as np
 import pytest
 
 import envs
-import report
+from support import report
 import reward_model
-import run
+from support import run
+from support import settings
 import sac
-import score_reward
+from support import baselines, given_rewards
+from support.labeler import Labeler
 import train
 
 SMALL = (48, 48, 3)
@@ -27,17 +28,19 @@ SMALL = (48, 48, 3)
 
 # ---- doubts: what teaches nothing, from the books of a run ----
 def books(pictures=None, labels=(), scores=None, rewards=None, terminated=False, step=1000, episodes=9, programs=None,
-          counts=None, exhausted=False, explores=False, **settings):
+          counts=None, exhausted=False, explores=False, kept=None, **changes):
     """What doubts() looks at, as of a run of 1,000 steps that is healthy but for what is named."""
-    config = run.Config(**{**dict(reward="preference", total_steps=1000, seed_steps=100, explore_steps=100, horizon=50,
-                                  eval_every=100), **settings})
+    config = settings.Config(**{**dict(reward="preference", total_steps=1000, seed_steps=100, explore_steps=100, horizon=50,
+                                       eval_every=100), **changes})
+    if kept:
+        config.labels = kept
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (30, *SMALL), np.uint8) if pictures is None else pictures
-    pool = train.Candidates(50, 48, 48, None)
+    pool = reward_model.ImageBuffer(50, 48, 48)
     pool.offered, pool.small[:len(pictures)] = len(pictures), pictures
     data = reward_model.PreferenceDataset(100, SMALL)
     if scores is not None:
-        data = score_reward.ScoreDataset(100, SMALL)
+        data = baselines.ScoreDataset(100, SMALL)
         data.add(np.zeros((len(scores), *SMALL), np.uint8), None, np.array(scores))
     elif len(labels):
         zeros = np.zeros((len(labels), *SMALL), np.uint8)
@@ -46,16 +49,16 @@ def books(pictures=None, labels=(), scores=None, rewards=None, terminated=False,
     buffer.added = step
     rewards = rng.normal(size=step) if rewards is None else np.asarray(rewards, np.float32)
     buffer.reward[:len(rewards)], buffer.terminated[:step] = rewards, terminated
-    books = dict.fromkeys(train.Labeler.COUNTS, 0)
+    books = dict.fromkeys(Labeler.COUNTS, 0)
     books.update({**dict.fromkeys(("asked", "labels", "judged"), len(data)), **(counts or {})})
-    labeler = types.SimpleNamespace(counts=books, exhausted=exhausted, programs=programs,
-                                    compares=config.reward in ("preference", "score"))
-    return config, {"step": step, "episode": episodes, "explores": explores}, labeler, pool, buffer, data
+    labeler, compares = types.SimpleNamespace(counts=books, exhausted=exhausted), config.reward in ("preference", "score")
+    at = train.Progress(step=step, episodes=episodes, explored=not explores)
+    return config, at, labeler, pool if compares else None, buffer, data if compares else None, programs
 
 
 def causes(**case):
-    config, at, labeler, pool, buffer, data = books(**case)
-    return set(run.doubts(config, at, labeler, pool, buffer, data, at["episode"]))
+    config, at, labeler, pool, buffer, data, programs = books(**case)
+    return set(run.doubts(config, at, labeler, pool, buffer, data, programs, at.episodes))
 
 
 BLACK, FAIR = np.zeros((1, *SMALL), np.uint8), [0, 1] * 20
@@ -77,14 +80,14 @@ class Says:
     (dict(reward="true", explore_steps=1000, step=1, rewards=()), "late"),
     (dict(horizon=2000, episodes=0, step=500, rewards=()), "endless"),
     (dict(horizon=2000, episodes=0, step=1000, rewards=(), reward="true", explores=True), "endless"),
-    (dict(pictures=BLACK, step=200, rewards=()), "pictures"), (dict(pictures=BLACK[:0], rewards=()), "pictures"),
-    (dict(pictures=np.random.default_rng(0).integers(100, 107, (40, *SMALL), np.uint8)), "pictures"),  # nothing but noise
+    (dict(pictures=BLACK, step=200, rewards=()), "images"), (dict(pictures=BLACK[:0], rewards=()), "images"),
+    (dict(pictures=np.random.default_rng(0).integers(100, 107, (40, *SMALL), np.uint8)), "images"),  # nothing but noise
     (dict(exhausted=True, rewards=(), step=300, counts={"asked": 7, "unsure": 7}), "limit"),
     (dict(exhausted=True, rewards=(), step=300), "limit"),
     (dict(rewards=(), step=300, counts={"asked": 40, "unsure": 40}), "answers"),
     (dict(rewards=(), step=300, counts={"asked": 40, "no_answer": 20, "unreadable": 20}), "answers"),
     (dict(labels=[1] * 40), "same"), (dict(labels=[0] * 40), "same"), (dict(labels=[0] * 39 + [1]), "same"),
-    (dict(labels=[1] * 25, labels_from="x", counts={"judged": 0}, exhausted=True), "same"),
+    (dict(labels=[1] * 25, kept="x", counts={"judged": 0}, exhausted=True), "same"),
     (dict(scores=[0.5] * 25, reward="score"), "same"),
     (dict(labels=FAIR, counts={"judged": 0}), "judged"),
     (dict(labels=FAIR, rewards=np.full(300, 0.7), step=300), "reward"),  # learned: as soon as it is fitted
@@ -105,7 +108,7 @@ def test_what_teaches_nothing_is_doubted(case, cause):
 @pytest.mark.parametrize("case", [
     dict(labels=FAIR), dict(labels=[1] * 12), dict(labels=[1] * 19), dict(labels=[0, 1, 1, 1] * 10),
     dict(counts={"asked": 12, "unsure": 12}, step=300), dict(labels=FAIR, counts={"asked": 400, "unsure": 360}),
-    dict(labels=FAIR, labels_from="x", counts={"judged": 0}, exhausted=True),
+    dict(labels=FAIR, kept="x", counts={"judged": 0}, exhausted=True),
     dict(labels=FAIR, exhausted=True), dict(pictures=BLACK, step=50), dict(pictures=BLACK, step=99),
     dict(pictures=np.repeat(BLACK, 30, 0) + 20 * (np.arange(30, dtype=np.uint8) == 29)[:, None, None, None], labels=FAIR),
     dict(horizon=2000, episodes=0, step=400, rewards=()), dict(horizon=50, episodes=0, step=40, rewards=()),
@@ -118,27 +121,31 @@ def test_chance_and_a_slow_beginning_are_not_doubted(case):
     """A wrong alarm is as bad as none."""
     case = dict(case)
     if case.get("reward") == "code":  # two different pictures, of which the programs say different things
-        config, at, labeler, pool, buffer, data = books(**case)
+        config, at, labeler, pool, buffer, data, programs = books(**case)
         buffer.image[1] = 200
-        assert run.doubts(config, at, labeler, pool, buffer, data, 9) == {} and labeler.programs.failed_frames == 3
+        assert run.doubts(config, at, labeler, pool, buffer, data, programs, 9) == {} and programs.failed_frames == 3
     else:
         assert causes(**case) == set()
 
 
 def test_a_doubt_is_printed_once_though_its_numbers_change(capsys):
     """Looked at after every session and evaluation, a cause must be said the first time alone, also where it went away."""
-    config, at, *others = books(labels=[1] * 30, step=300, total_steps=1000)
+    config, at, labeler, pool, buffer, data, _ = books(labels=[1] * 30, step=300, total_steps=1000)
+    this = types.SimpleNamespace(config=config, at=at, labeler=labeler, parts={"I": pool, "B": buffer, "D": data}, watched=0)
     for asked in (30, 40, 50):
-        others[0].counts["asked"] = asked
-        at["doubts"] = run.warn(config, at, *others, False, False)
-    assert set(at["doubts"]) == {"same"} and capsys.readouterr().err.count("warning: 30 of 30 labels prefer the second") == 1
-    others[-1].label[:30:2] = 0
-    at["doubts"] = run.warn(config, at, *others, True, False)
-    assert at["doubts"] == {"same": ""}
-    others[-1].label[:30] = 1
-    at["doubts"] = run.warn(config, at, *others, True, False)
-    assert at["doubts"]["same"] and "warning" not in capsys.readouterr().err
-    assert run.warn(config, {**at, "step": 301, "doubts": {}}, *others, False, False) == {}  # no session, no evaluation
+        labeler.counts["asked"] = asked
+        run.Run.warn(this, False)
+    assert set(at.doubts) == {"same"} and capsys.readouterr().err.count("warning: 30 of 30 labels prefer the second") == 1
+    data.label[:30:2] = 0
+    run.Run.warn(this, False)
+    assert at.doubts == {"same": ""}
+    data.label[:30] = 1
+    at.step, at.sessions = 301, 1  # no evaluation, but a query session
+    run.Run.warn(this, False)
+    assert at.doubts["same"] and "warning" not in capsys.readouterr().err
+    at.step, at.doubts = 302, {}  # neither of the two
+    run.Run.warn(this, False)
+    assert at.doubts == {}
 
 
 class Scene(gymnasium.Env):
@@ -173,23 +180,23 @@ for look in ("bar", "black"):
     gymnasium.register(f"Silent{look}-v0", entry_point=Scene, kwargs={"draws": look})
 
 TINY = dict(goal="x", labels="oracle", total_steps=80, seed_steps=20, explore_steps=20, feedback_every=40, horizon=20,
-            pairs_per_session=20, max_pairs=20, batch_size=16, hidden=16, reward_epochs=1, eval_every=40, members=1,
-            eval_episodes=1, candidates=60, reward_size=48, query_size=48, updates=1)
+            pairs_per_session=20, max_pairs=20, batch_size=16, hidden=16, reward_epochs=1, eval_every=40, ensemble_size=1,
+            eval_episodes=1, image_buffer=60, reward_image_size=48, vlm_image_size=48, updates=1)
 
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(env="Silentblack-v0"), "all pictures look the same"),
+    (dict(env="Silentblack-v0"), "all images look the same"),
     (dict(env="Silentbar-v0", explore_steps=300), "none is left to learn"),
     (dict(env="Silentbar-v0", horizon=1000), "no episode has ended"),
-    (dict(env="Silentbar-v0", vlm_mistakes=0.1), None),
+    (dict(env="Silentbar-v0", labels="oracle:mistakes=0.1"), None),
     (dict(env="Silentbar-v0", reward="sparse", labels="vlm"), "no success was seen"),
 ])
 def test_a_run_says_it_once_and_in_its_closing_words(tmp_path, monkeypatch, capsys, changes, says):
     """On the terminal a warning when it shows, one sentence at the end, the same rows and exit code as ever."""
     monkeypatch.setattr(report, "write_report", lambda folder: Path(folder, "report.html").touch())
-    monkeypatch.setattr(train, "write_gif", lambda *_: None)
-    monkeypatch.setattr(train, "write_episodes", lambda *_: float("nan"))
-    rows = train.train(run.Config(**{**TINY, **changes, "out": str(tmp_path / "run")}))
+    monkeypatch.setattr(run.Run, "film", lambda *_: None)
+    monkeypatch.setattr(run, "write_episodes", lambda *_: float("nan"))
+    rows = train.train(settings.Config(**{**TINY, **changes, "out": str(tmp_path / "run")}))
     said = capsys.readouterr()
     closing = json.loads((tmp_path / "run" / "summary.json").read_text())["text"]
     assert rows[-1]["step"] == 80 and closing in said.out
@@ -208,21 +215,27 @@ def test_the_bar_says_nothing_of_what_nobody_knows():
 
 
 # ---- memory ----
+def a_run(folder, env):
+    """As much of a Run as write_episodes() reads."""
+    config = types.SimpleNamespace(reward_image_size=48, seed=0)
+    return types.SimpleNamespace(eval_env=env, config=config, path=folder.joinpath, seed=lambda kind, number: number)
+
+
 @pytest.mark.parametrize("steps", [1, 50, 100, 101, 200, 201, 3000])
 def test_a_film_holds_at_most_a_hundred_pictures_and_draws_few_more(steps, monkeypatch):
     """Of an episode of any length, spread over all of it; up to 200 steps exactly the pictures of ever."""
     env = envs.make("Silentbar-v0", goal="x", horizon=steps)
     env.reset(seed=0)
-    kept, most, drawn = [], 0, 0
+    drawn = 0
 
-    def picture(size):
+    def image(size):
         nonlocal drawn
         drawn += 1
         return np.full((2, 2, 3), env.unwrapped.t % 251, np.uint8)
 
-    monkeypatch.setattr(env, "picture", picture)
-    images, reward, progress, success = train.run_episode(env, lambda obs: np.zeros(1, np.float32), 0, 2, train.IN_A_FILM)
-    every = train.apart(len(images), steps)
+    monkeypatch.setattr(env, "image", image)
+    images, reward, progress, success = envs.rollout(env, lambda obs: np.zeros(1, np.float32), 0, 2, run.IN_A_FILM)
+    every = run.apart(len(images), steps)
     assert len(reward) == len(progress) == len(success) == steps and 50 <= len(images) + 50 * (steps < 100) <= 150
     assert len(images) <= 100 and drawn <= 100 + 50 * 5
     assert images[:, 0, 0, 0].tolist() == [(t + 1) % 251 for t in range(steps)][::every]
@@ -231,45 +244,41 @@ def test_a_film_holds_at_most_a_hundred_pictures_and_draws_few_more(steps, monke
 
 
 def test_which_pictures_were_kept_is_known_from_their_number():
-    """For every length of an episode, apart() must find the stride that run_episode() ended with."""
+    """For every length of an episode, apart() must find the stride that rollout() ended with."""
     for most in (100, 1000):
         for steps in [*range(1, 5000), 99_999, 100_000, 10_000_000]:
             every = 1
             while -(-steps // every) > most:
                 every *= 2
-            assert train.apart(-(-steps // every), steps) == every
+            assert run.apart(-(-steps // every), steps) == every
 
 
 def test_evaluation_draws_nothing_and_a_reward_without_pictures_tries_without_them(monkeypatch):
     """An evaluation needs no picture; nor does a trial by the true reward, whose return is exact however long it is."""
-    monkeypatch.setattr(train, "IN_AN_EPISODE", 20)
+    monkeypatch.setattr(run, "IN_AN_EPISODE", 20)
     env = envs.make("Silentbar-v0", goal="x", horizon=300)
     agent = sac.SAC(2, env.action_space, (4, 4))
-    config = run.resolve(run.Config(env="CartPole", reward="true", keep_best=1, eval_episodes=1, reward_size=48))
     before = getattr(Scene, "drawn", 0)
-    train.evaluate(agent, env, config)
+    train.evaluate(agent.best_action, env, 1, 0)
     assert getattr(Scene, "drawn", 0) == before
-    kept = train.KeptPolicy(agent, config)
-    trial = kept.trial(agent, env, 0)
-    assert Scene.drawn <= before + 1 and kept.worth([trial], None) == trial[1].sum() and len(trial[1]) == 300
+    kept = run.BestPolicy(agent, env, given_rewards.TrueReward(), 1, 0, 48)
+    trial = kept.trial(agent, 0)
+    assert Scene.drawn <= before + 1 and kept.worth([trial]) == trial[1].sum() and len(trial[1]) == 300
 
 
 def test_a_long_trial_and_long_episodes_are_priced_by_the_pictures_that_were_kept(tmp_path, monkeypatch):
     """300 steps: 100 pictures at most, and about the return of all; in episodes.csv each row names its own step."""
-    class Time:
-        def predict(self, images):  # the step that the picture's corner tells
-            return images[:, 0, 0, 0].astype(float)
+    reward = given_rewards.LearnedReward(lambda images: images[:, 0, 0, 0].astype(float))  # the step that the corner tells
 
-    monkeypatch.setattr(train, "IN_AN_EPISODE", 100)
+    monkeypatch.setattr(run, "IN_AN_EPISODE", 100)
     env = envs.make("Silentbar-v0", goal="x", horizon=300)
-    env.picture = lambda size: np.full((size, size, 3), env.unwrapped.t // 2, np.uint8)
+    env.image = lambda size: np.full((size, size, 3), env.unwrapped.t // 2, np.uint8)
     agent = sac.SAC(2, env.action_space, (4, 4))
-    config = run.resolve(run.Config(env="CartPole", keep_best=1, reward_size=48))
-    kept = train.KeptPolicy(agent, config)
-    trial = kept.trial(agent, env, 0)
+    kept = run.BestPolicy(agent, env, reward, 1, 0, 48)
+    trial = kept.trial(agent, 0)
     assert len(trial[0]) == 75 and not trial[4]  # it was cut off, not ended
-    assert kept.worth([trial], Time()) == pytest.approx(sum(t // 2 for t in range(1, 301)), rel=0.04)
-    train.write_episodes(tmp_path / "episodes.csv", env, train.learned_policy(agent), Time(), config, random_episodes=1)
+    assert kept.worth([trial]) == pytest.approx(sum(t // 2 for t in range(1, 301)), rel=0.04)
+    run.write_episodes(a_run(tmp_path, env), agent.best_action, reward, random_episodes=1)
     rows = report.read_table(tmp_path / "episodes.csv")
     assert rows["t"][:3] == ["0", "4", "8"] and rows["t"][74] == "296" and len(rows["t"]) == 150
     assert [float(x) for x in rows["learned_reward"][:75]] == [(t + 1) // 2 for t in range(0, 300, 4)]
@@ -278,9 +287,8 @@ def test_a_long_trial_and_long_episodes_are_priced_by_the_pictures_that_were_kep
 def test_a_reward_that_never_differs_has_no_rank_correlation(tmp_path, recwarn):
     """nan, without scipy's warning on the terminal; also where there was but one picture."""
     env = envs.make("Silentblack-v0", goal="x", horizon=5)
-    price = types.SimpleNamespace(predict=lambda images: np.zeros(len(images), np.float32))
-    config = run.resolve(run.Config(env="CartPole", reward_size=48))
-    spearman = train.write_episodes(tmp_path / "e.csv", env, lambda obs: np.zeros(1, np.float32), price, config)
+    reward = given_rewards.LearnedReward(lambda images: np.zeros(len(images), np.float32))
+    spearman = run.write_episodes(a_run(tmp_path, env), lambda obs: np.zeros(1, np.float32), reward)
     assert np.isnan(spearman) and not len(recwarn)
 
 
@@ -344,7 +352,7 @@ def test_no_run_folder_is_too_absurd_for_a_report(tmp_path, name):
     if name == "a mark first":
         assert "env: Marked" in page
     if name == "no pictures":
-        assert "000002.png is no picture" in page and "000001.png is too large" in page and "data:image/png" not in page
+        assert "000002.png is no image" in page and "000001.png is too large" in page and "data:image/png" not in page
         assert "root:x" not in page
 
 

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pytest
 
-import run
+
+from support import settings
 import vlm_query
 from vlm_query import VLM, VLMError, label_pairs, printable
 
@@ -329,7 +330,7 @@ def test_a_dead_server_is_given_up_after_one_deadline_not_once_a_question(serve,
 
     def ask():
         with pytest.raises(VLMError, match="gives no answer: ") as caught:
-            label_pairs(vlm.ask, *pictures(23), "g", stages=1, workers=2, log=kept.append)
+            label_pairs(vlm, *pictures(23), "g", stages=1, workers=2, log=kept.append)
         return caught
 
     began = time.monotonic()
@@ -347,7 +348,7 @@ def test_one_question_that_is_never_answered_does_not_end_the_batch(serve):
         time.sleep(0.02)
         return connection.sendall(http(b"", "500 No") if body == bad[0] else http(words("0"))) or True
 
-    labels, counts = label_pairs(client(serve(handler), deadline=0.4).ask, *pictures(60), "g", stages=1, workers=2)
+    labels, counts = label_pairs(client(serve(handler), deadline=0.4), *pictures(60), "g", stages=1, workers=2)
     assert counts["no_answer"] == 1 and counts["label0"] == 59
 
 
@@ -369,7 +370,7 @@ def test_eight_workers_before_a_server_that_answers_one_at_a_time_compute_little
     """Behind seven others an answer would come too late; so there must be fewer."""
     handler, done = one_at_a_time(0.1)
     vlm = client(serve(handler), timeout=(2, 0.5), deadline=1.0)
-    labels, counts = label_pairs(vlm.ask, *pictures(20), "g", stages=1, workers=8)
+    labels, counts = label_pairs(vlm, *pictures(20), "g", stages=1, workers=8)
     assert counts["label0"] == 20 and len(done) <= 24, (counts, len(done))
 
 
@@ -394,23 +395,23 @@ def test_the_queue_does_not_count_against_a_questions_deadline(serve):
     """Ten answers of 0.15 s, one at a time, are longer than a deadline of 0.5 s, and all arrive."""
     handler, _ = one_at_a_time(0.15)
     vlm = client(serve(handler), timeout=(2, 0.29), deadline=0.5)
-    assert label_pairs(vlm.ask, *pictures(10), "g", stages=1, workers=8)[1]["label0"] == 10
+    assert label_pairs(vlm, *pictures(10), "g", stages=1, workers=8)[1]["label0"] == 10
 
 
 def test_an_answer_slower_than_the_deadline_can_arrive_and_the_flag_says_how_slow(serve):
     """--timeout, also on resume."""
     server = serve(lambda connection, body, n: time.sleep(0.5) or connection.sendall(http(words("0"))))
     assert client(server, timeout=(2, 5), deadline=0.1).ask(["hi"]).text == "0"
-    assert run.resolve(run.Config(timeout=600.0)).timeout == 600 and "timeout" in run.MAY_CHANGE
+    assert settings.resolve(settings.Config(timeout=600.0)).timeout == 600 and "timeout" in settings.MAY_CHANGE
     for wrong in (0.0, -1.0, 1e9, float("nan"), float("inf")):
-        with pytest.raises(run.UserError, match="--timeout"):
-            run.resolve(run.Config(timeout=wrong))
+        with pytest.raises(settings.UserError, match="--timeout"):
+            settings.resolve(settings.Config(timeout=wrong))
 
 
 def test_workers_are_bounded_everywhere():
     """A queue of two thousand million places must not be made."""
-    with pytest.raises(run.UserError, match="--workers 257: it must be at least 1, at most 256"):
-        run.resolve(run.Config(workers=257))
+    with pytest.raises(settings.UserError, match="--workers 257: it must be at least 1, at most 256"):
+        settings.resolve(settings.Config(workers=257))
     with pytest.raises(VLMError, match="workers must be 1 to 256"):
         VLM("local/m", url="http://h/v1", workers=2**31)
     with pytest.raises(ValueError, match="at most 256"):
@@ -424,7 +425,7 @@ def test_two_processes_beside_one_cache_pay_once(serve, tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(Path(vlm_query.__file__).parent)!r})\nimport numpy as np, vlm_query\n"
             "first, second = np.random.default_rng(0).integers(0, 255, (2, 6, 16, 16, 3), np.uint8)\n"
             f"vlm = vlm_query.VLM('local/m', url={server.url!r}, cache={str(tmp_path / 'c')!r})\n"
-            "print(flush=True)\nsys.stdin.read(1)\nprint(vlm_query.label_pairs(vlm.ask, first, second, 'g', stages=1)[1]['label0'])\n")
+            "print(flush=True)\nsys.stdin.read(1)\nprint(vlm_query.label_pairs(vlm, first, second, 'g', stages=1)[1]['label0'])\n")
     both = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for _ in range(2)]
     for process in both:
@@ -517,7 +518,7 @@ def test_useless_answers_that_stop_a_run_are_asked_again_by_the_run_that_goes_on
 
     done = set()
     server = serve(handler)
-    ask = lambda: label_pairs(client(server, cache=tmp_path, workers=1).ask, *pictures(6), "g", stages, workers=1)
+    ask = lambda: label_pairs(client(server, cache=tmp_path, workers=1), *pictures(6), "g", stages, workers=1)
     with pytest.raises(VLMError, match="got no usable answer"):
         ask()
     before = len(server.bodies)
@@ -528,7 +529,7 @@ def test_useless_answers_that_stop_a_run_are_asked_again_by_the_run_that_goes_on
 def test_useless_answers_that_stop_nothing_are_kept(serve, tmp_path):
     """A resumed run must meet what the first one met."""
     server = serve(lambda connection, body, n: connection.sendall(http(words("0" if n > 2 else "?"))) or True)
-    counts = [label_pairs(client(server, cache=tmp_path).ask, *pictures(6), "g", 1, workers=1)[1] for _ in range(2)]
+    counts = [label_pairs(client(server, cache=tmp_path), *pictures(6), "g", 1, workers=1)[1] for _ in range(2)]
     assert counts[0]["unreadable"] == counts[1]["unreadable"] == 2 and len(server.bodies) == 6
 
 
@@ -542,7 +543,7 @@ ESCAPED = "".join(f"\\u{ord(c):04x}" for c in KEY)
     base64.b64encode(f"user:{KEY}".encode()).decode(), base64.urlsafe_b64encode(KEY.encode()).decode()])
 def test_the_key_is_redacted_before_anything_is_kept_or_shown(serve, tmp_path, quoted, capfd):
     """In answers, in fields that nobody reads, in errors; in whatever way JSON, a URL or base64 writes it."""
-    raw = words("QUOTED\n0").replace(b"}]", b'}], "debug": "Bearer QUOTED"', 1).replace(b"QUOTED", quoted.encode())
+    raw = words("It said QUOTED.\n0").replace(b"}]", b'}], "debug": "Bearer QUOTED"', 1).replace(b"QUOTED", quoted.encode())
     error = b'{"error": {"message": "QUOTED is wrong"}}'.replace(b"QUOTED", quoted.encode())
     server = serve(lambda connection, body, n: connection.sendall(
         http(error, "401 No") if b"bad" in body else http(error, "503 No") if n == 1 else http(raw)) or True)

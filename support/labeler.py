@@ -1,0 +1,176 @@
+"""Who answers: a VLM over HTTP, the offline stand-in, the oracle, or answers that were kept; and the books of it.
+
+What this is: STEP 3 of train.py, all but the question itself, which is in vlm_query.py. Every answer goes into the log
+of
+the run (labels.jsonl) and every pair into its folder (pairs/) before anything is learned from it.
+Which STEPs: 3 ask the VLM which image is closer to the goal.
+Differs from the paper: an oracle and a stand-in can answer in place of a VLM; every banner says who did.
+Shapes: M pairs asked, L pairs that got a label, S and P pixels.  Names: Labeler, ScoreLabeler, make_labeler.
+
+To use it elsewhere: support/run.py shows how a labeler is made; the header of vlm_query.py shows how to ask without
+one.
+"""
+import json
+import os
+
+import imageio
+import numpy as np
+
+import vlm_query
+from support import cached_labels, offline_vlm, settings
+from support.settings import UserError
+
+UNCERTAIN = ("asked", "unsure", "unreadable", "no_answer", "identical")  # counts that vlm_query gives
+
+
+class Labeler:
+    """labeler(images, pairs, step, rng) -> the pairs that got a label: first, second (L, S, S, 3) uint8, y (L,) 0 or 1.
+
+    vlm: a vlm_query.VLM, or None: the oracle answers, from true progress.  mistakes: share of wrong answers of the
+    oracle.
+    kept: (first, second, label) of answers that are there already; all of them are given at the first call.
+    log: the LabelLog of the run, and folder: where images of pairs are written; the run hands them over when it has
+    them.
+    counts: asked, labels, unsure, unreadable, no_answer, identical, and `right` of `judged` labels by true progress.
+    """
+
+    COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "right", "judged")
+
+    def __init__(self, goal, vlm=None, stages=2, workers=8, max_pairs=1000, mistakes=0.0, kept=None, server=None):
+        self.goal, self.vlm, self.stages, self.workers = goal, vlm, stages, workers
+        self.max_pairs, self.mistakes, self.kept, self.server = max_pairs, mistakes, kept, server
+        self.counts = dict.fromkeys(self.COUNTS, 0)
+        self.exhausted = False  # a limit on calls or money was reached: training goes on with the reward there is
+        self.log, self.folder, self.logged = None, None, 0  # logged: lines in labels.jsonl
+
+    def __call__(self, images, pairs, step, rng):
+        """STEP 3 for M pairs (M, 2) of rows in images, an ImageBuffer.  step: for the log.  rng: for the oracle."""
+        if self.kept is not None:
+            self.exhausted = True
+            self.counts.update(asked=len(self.kept[2]), labels=len(self.kept[2]))
+            return self.kept
+        before, after = images.progress[pairs[:, 0]], images.progress[pairs[:, 1]]  # (M,) true progress, for the books
+        true_labels = vlm_query.oracle_labels(before, after, rng)
+        first, second = images.large[pairs[:, 0]], images.large[pairs[:, 1]]  # (M, P, P, 3)
+
+        def log(record):
+            pair = record.pop("pair")
+            self.write(pair, np.hstack([first[pair], second[pair]]),
+                       {"step": step, **record, "true_label": int(true_labels[pair]),
+                        "progress": [float(before[pair]), float(after[pair])]})
+
+        self.start = self.logged
+        if self.vlm is None:
+            labels = vlm_query.oracle_labels(before, after, rng, self.mistakes)
+            for pair, label in enumerate(labels):
+                log({"pair": pair, "label": int(label), "kind": "label" if label >= 0 else "unsure", "answers": []})
+            counts = {"asked": len(labels), "unsure": int((labels == -1).sum())}
+        else:
+            labels, counts = vlm_query.label_pairs(self.vlm, first, second, self.goal, self.stages, self.workers, log)
+        self.count(counts, labels=labels >= 0, judged=(labels >= 0) & (true_labels >= 0), right=labels == true_labels)
+        usable = labels >= 0
+        return images.small[pairs[usable, 0]], images.small[pairs[usable, 1]], labels[usable]
+
+    def write(self, number, image, record):
+        """Question `number` of this session: its image into pairs/, its record into labels.jsonl."""
+        index = self.start + number
+        imageio.imwrite(os.path.join(self.folder, f"{index:06d}.png"), image)
+        self.log.append({"index": index, **record})
+        self.logged += 1
+
+    def count(self, counts, labels, judged, right):
+        """counts: of vlm_query.  labels, judged, right: (M,) bool, for each question."""
+        self.exhausted = counts.get("limit", 0) > 0
+        for name in UNCERTAIN:
+            self.counts[name] += counts.get(name, 0)
+        self.counts["labels"] += int(labels.sum())
+        self.counts["judged"] += int(judged.sum())
+        self.counts["right"] += int(right[judged].sum())
+
+    def room(self, pairs):
+        """How many of so many pairs may be asked in this session."""
+        return 0 if self.exhausted else max(0, min(pairs, self.max_pairs - self.counts["asked"]))
+
+    def accuracy(self):
+        return self.counts["right"] / self.counts["judged"] if self.counts["judged"] else float("nan")
+
+    def usd(self):
+        return self.vlm.usd if self.vlm else None
+
+    def row(self):
+        """What metrics.csv says about the labels so far."""
+        names = {"pairs_asked": "asked", **{name: name for name in self.COUNTS[1:6]}}
+        return {**{column: self.counts[name] for column, name in names.items()}, "label_accuracy": self.accuracy()}
+
+    def state_dict(self):
+        return {"counts": dict(self.counts), "exhausted": self.exhausted, "vlm": self.vlm and self.vlm.state_dict()}
+
+    def load_state_dict(self, state):
+        self.counts = state["counts"]
+        if self.vlm:
+            self.vlm.load_state_dict(state["vlm"])
+        # a limit may have been raised since
+        self.exhausted = state["exhausted"] and not (self.vlm and self.vlm.room(self.stages))
+
+    def close(self):
+        if self.server:
+            self.server.stop()
+
+
+class ScoreLabeler(Labeler):
+    """VLM Score, the paper's baseline: the VLM sees one image at a time and gives it a number from 0 to 1."""
+
+    def __call__(self, images, pairs, step, rng):
+        """-> images (L, S, S, 3), None, scores (L,): of the images in the pairs, as many as there are pairs."""
+        rows = np.array(list(dict.fromkeys(pairs.T.ravel().tolist()))[:len(pairs)])  # no image twice
+        large, progress, self.start = images.large[rows], images.progress[rows], self.logged
+
+        def log(record):
+            number = record.pop("image")
+            self.write(number, large[number], {"step": step, **record, "progress": [float(progress[number])]})
+
+        scores, counts = vlm_query.score_images(self.vlm, large, self.goal, self.stages, self.workers, log)
+        known = np.isfinite(scores)
+        # right: the share of neighbours in this batch whose scores are in the true order
+        order = np.diff(scores[known]) * np.diff(progress[known])  # (L - 1,), above 0: the true order
+        self.count(counts, labels=known, judged=order != 0, right=order > 0)
+        return images.small[rows[known]], None, scores[known]
+
+
+def make_labeler(config):
+    """Whoever the settings name, ready to be asked. UserError, in one line, where that is not possible.
+
+    Where nothing has to be asked (a reward that needs no VLM), the labeler has none. VLM-CaR asks its `vlm` itself.
+    """
+    flaws, kept, compares = settings.flaws_of(config), None, config.reward in ("preference", "score")
+    folder, kind = settings.kept_folder(config), settings.labels_kind(config)
+    if folder and compares:
+        try:
+            *kept, source = cached_labels.read_labels(folder, config.reward_image_size)
+            settings.say(f"{len(kept[2])} labels from {source}")
+        except cached_labels.CachedLabelsError as error:
+            raise UserError(f"--labels {error}") from None
+    vlm, server = None, None
+    if kind == "vlm" and (compares or config.reward == "code"):
+        vlm, server = make_vlm(config, flaws)
+    make = ScoreLabeler if config.reward == "score" else Labeler
+    return make(config.goal, vlm, config.stages, config.workers, config.max_pairs, flaws["mistakes"], kept, server)
+
+
+def make_vlm(config, flaws):
+    """-> the VLM, which has told black from white, and its server if it is the stand-in, which runs in this process."""
+    name, url, server = settings.vlm_name(config), config.vlm_url, None
+    if name == "offline":
+        if config.goal not in offline_vlm.READERS:
+            raise UserError(f'the offline stand-in is not a VLM and knows only these goals: '
+                            f'{"; ".join(offline_vlm.READERS)}. For "{config.goal}" name a real one with --vlm')
+        server = offline_vlm.OfflineVLM(**flaws, seed=config.seed)
+        name, url = f"offline/{server.model}", server.start()
+    # One cache for all runs beside each other: a question that was paid for once is never paid for again.
+    cache = os.path.join(os.path.dirname(os.path.abspath(config.out)), "vlm_cache")
+    vlm = vlm_query.VLM(name, url=url, cache=cache, workers=config.workers, max_calls=config.max_calls,
+                        extra=json.loads(config.vlm_extra), max_usd=config.max_usd,
+                        usd_per_mtok=settings.price_of(config), timeout=(10, config.timeout),
+                        deadline=max(300, 2.5 * config.timeout))  # time for a second try, and a third
+    vlm.check_sight()
+    return vlm, server

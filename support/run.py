@@ -1,0 +1,836 @@
+"""The folder that a run leaves behind: what was set, measured and paid for, and how a run goes on.
+
+What this is: everything around the loops of train.py that is neither the algorithm nor a setting. One class, Run, owns
+the run folder.
+Which STEPs: none.
+
+The run folder:
+  config.json    every setting, the labeler's name, and the command that makes the run again
+  metrics.csv    a row per evaluation; no clock in it, so the same seed gives the same bytes
+  timing.csv     the clock
+  labels.jsonl   a line per pair asked, on disk before it is used: answers in full, label, true
+                 label, tokens, seconds
+  pairs/*.png    what was asked, first image left, second right
+  checkpoint/    state.pt: everything that `--resume` needs and that is in no other file
+  buffer/        the images
+  episodes.csv   learned reward beside true progress, step by step, at the end
+  eval_*.gif, summary.json, report.html; code_as_reward/: the programs of --reward code
+  .lock          held by the process that is at work here
+
+A run folder given to --resume may be a stranger's: claim(), read_json() and to_name_again() see to
+it that it runs no code, gets no key and leads no write astray; its settings are checked as flags.
+
+The same run, byte for byte, after `kill -9`: all numbers are drawn from seeded generators whose
+state is in the checkpoint, every episode starts from a seed of its own, and answers that were paid
+for come from the cache.
+
+Shapes: none. Names: Run, claim, make_folder. Needs torch (for checkpoints) and vlm_query (for labels.jsonl).
+"""
+import contextlib
+import copy
+import csv
+import dataclasses
+import functools
+import json
+import math
+import mmap
+import os
+import shlex
+import shutil
+import stat
+import sys
+import time
+import types
+import zipfile
+import zlib
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing keeps two processes apart
+    fcntl = None
+
+import imageio
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import code_as_reward
+import envs
+import vlm_query
+from reward_model import PreferenceDataset, RewardModel
+from sac import SAC, ReplayBuffer, StoredArrayError
+from support import baselines, fast, given_rewards, interrupts, report
+from support.labeler import make_labeler
+from support.settings import (UserError, command_line, kept_folder, labels_kind, must_stay, resolve, resume_command,
+                              say, vlm_name, who_labels)
+
+# No training episode has these seeds (--seed below 10).
+EVAL_SEED, FRESH_SEED, TRIAL_SEED = 1_000_000, 2_000_000, 3_000_000
+SOLVED = 0.99  # share of evaluation steps with success at which the run's clock of "seconds until solved" stops
+# Images that are kept of one episode, evenly spaced: in a film, and where an episode is judged.
+IN_A_FILM, IN_AN_EPISODE = 100, 1000
+METRICS = (
+    "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical",
+    "label_accuracy", "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return",
+    "eval_success", "eval_success_any", "eval_success_frames", "eval_progress", "critic_loss",
+    "q_mean", "alpha",
+)
+TIMING = ("step", "seconds")
+
+
+# ---- the run folder ----
+def make_folder(path, unique=False):
+    """Make a run folder -> its name. unique: where it exists, with a number behind the name."""
+    name = path
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        for number in range(2, 1000):
+            try:
+                os.mkdir(name)
+                return name
+            except FileExistsError:
+                if not unique:
+                    break
+                name = f"{path}-{number}"
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path[:100]}: this run folder cannot be made ({error}); choose another "
+                        "--out") from None
+    raise UserError(f"{name} exists already; choose another --out, or go on with it: "
+                    f"--resume {shlex.quote(name)}")
+
+
+def claim(folder):
+    """Make sure of a run folder before anything in it is changed -> its lock, a file to be closed.
+
+    The kernel lets go of the lock when the process dies. UserError where another process holds it,
+    or where what we write would end up elsewhere.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        lock = open(os.path.join(folder, ".lock"), "rb",
+                    opener=lambda path, _: os.open(path, flags, 0o666))
+    except OSError as error:
+        raise UserError(f"{folder}: no run folder that can be written to "
+                        f"({error.strerror})") from None
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is at work on this run; wait for its end, or "
+                        "stop it first") from None
+    except OSError:
+        pass  # a disk that knows no locks
+    # trap: who sends a run folder could lead our writing to any file of the user, by either kind of
+    # link. Only the buffer may be elsewhere, on a larger disk; but not in another run.
+    buffer = os.path.join(folder, "buffer")
+    beside = os.path.dirname(os.path.realpath(buffer))
+    linked = os.path.islink(buffer) and os.path.isdir(buffer) and not os.path.exists(
+        os.path.join(beside, "config.json"))
+    for place, folders, files in (*os.walk(folder), *os.walk(buffer)):
+        for path in (os.path.join(place, name) for name in folders + files):
+            about = os.lstat(path)
+            plain = stat.S_ISREG(about.st_mode) and about.st_nlink == 1
+            if not plain and not stat.S_ISDIR(about.st_mode) and not (linked and path == buffer):
+                raise UserError(f"--resume {folder}: {path} is a link or no plain file; put a copy "
+                                "in its place")
+    return lock
+
+
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """A file to write to, which takes the name once it is whole and on the disk, or never."""
+    # trap: under another name first, so that a kill half-way leaves the old one whole; and without
+    # fsync the name may be on the disk before the bytes are, when the power fails
+    with open(path + ".new", mode, newline=None if "b" in mode else "") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".new", path)
+
+
+class Run:
+    """The run folder: what was set, measured and paid for. With resume: as of its checkpoint.
+
+    unique: a new one gets a number behind its name where that exists.
+    env, eval_env, labeler, reward: what started() made for this run.
+    """
+
+    env = eval_env = labeler = reward = None
+    finished = False  # whether every step was taken
+
+    def __init__(self, config, unique=False):
+        self.folder, self.started = config.resume or make_folder(config.out, unique), time.time()
+        self.config = dataclasses.replace(config, out=self.folder, resume=None)
+        self.state = self._load() if config.resume else None  # the last checkpoint
+        # trap: the first file of all: a folder without it could neither be resumed nor used again
+        fields = {**dataclasses.asdict(self.config), "labeler": who_labels(config),
+                  "command": command_line(config)}
+        write_json(self.path("config.json"), fields)
+        os.makedirs(self.path("pairs"), exist_ok=True)
+        state = self.state or {"rows": [], "times": [], "seconds": 0.0, "logged": 0}
+        self.rows, self.seconds_before = state["rows"], state["seconds"]
+        self.logged = state["logged"]  # lines in labels.jsonl, as of the checkpoint
+        if self.logged:
+            self._count_labels(vlm_query.LabelLog)
+        # what was written after the checkpoint is about to happen again
+        self.times = state.get("times") or self._old_times()  # of the rows, in seconds
+        self._write("metrics.csv", METRICS, map(metrics_of, self.rows))
+        self._write("timing.csv", TIMING, self.times)
+        self.labels = vlm_query.LabelLog(self.path("labels.jsonl"), keep=self.logged)
+
+    def _load(self):
+        """The checkpoint, or None where there is none yet. UserError where it cannot be used."""
+        path = self.path("checkpoint", "state.pt")
+        if not os.path.exists(path):
+            return None
+        try:
+            with zipfile.ZipFile(path) as parts:
+                # trap: torch reads a flipped bit without a word; and it packs nothing, a bomb does
+                if any(part.compress_type for part in parts.infolist()) or parts.testzip():
+                    raise ValueError("it is damaged")
+            # weights_only: tensors, numbers and strings; a foreign run folder cannot run code here
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # a damaged file may raise anything
+            raise UserError(f"--resume {self.folder}: its checkpoint cannot be read "
+                            f"({' '.join(str(error).split())[:120]})") from None
+        try:
+            state["seconds"], kept = float(state["seconds"]), state.get("config") or {}
+            right = type(state["logged"]) is type(state["B"]["added"]) is int and all(
+                isinstance(value, (int, float, type(None)))
+                for row in state["rows"] for value in row.values())
+            times = [[float(value) for value in pair] for pair in state.get("times", ())]
+            if not (right and all("step" in row and "eval_return" in row for row in state["rows"])
+                    and state["rows"] and len(times) in (0, len(state["rows"]))):
+                raise ValueError("its rows")
+            now, kept = must_stay(dataclasses.asdict(self.config)), must_stay(kept)
+            changed = [name for name in now if name in kept and now[name] != kept[name]]
+        except Exception as error:  # an older version's, or changed by hand
+            raise UserError(unusable(self.folder, error)) from None
+        if changed:
+            name = changed[0]
+            raise UserError(f"--resume {self.folder}: config.json says {name} {now[name]!r}, and the "
+                            f"run began with {kept[name]!r}: put that back")
+        return state
+
+    def _count_labels(self, log):
+        """UserError where lines of labels.jsonl are lost that the checkpoint counts."""
+        path = self.path("labels.jsonl")
+        count = len(log.read(path)) if os.path.exists(path) else 0
+        if count < self.logged:
+            raise UserError(f"--resume {self.folder}: {count} of {self.logged} answers are left in "
+                            "labels.jsonl; put a copy of it back, or begin anew: what was paid for "
+                            "is in the vlm_cache beside the run")
+
+    def _old_times(self):
+        """Checkpoints once had no times: those of timing.csv, as far as it goes."""
+        times = []
+        if self.rows and os.path.exists(self.path("timing.csv")):
+            with open(self.path("timing.csv"), newline="", errors="replace") as file:
+                times = [row for row in csv.reader(file) if len(row) == 2][1:len(self.rows) + 1]
+        return times + [[row["step"], ""] for row in self.rows[len(times):]]
+
+    def path(self, *names):
+        return os.path.join(self.folder, *names)
+
+    def seconds(self):
+        return self.seconds_before + time.time() - self.started
+
+    def _write(self, name, columns, rows):
+        """A table anew; without rows, an empty file."""
+        # trap: emptied, and killed before it is full again, it would have lost them for good
+        with replacing(self.path(name)) as file:
+            csv.writer(file).writerows([columns, *rows] if self.rows else [])
+
+    def seed(self, kind, number=0):
+        """The seed of an episode that is not trained on: kind EVAL_SEED, FRESH_SEED or TRIAL_SEED -> 0 to 2**32 - 1."""
+        return (kind + 1000 * self.config.seed + number) % 2**32
+
+    # ---- what the loops of train.py call ----
+    def begin(self, at, rng, **parts):
+        """Register what travels in checkpoints -> whether the run goes on from one; everything is then as it was.
+
+        at: Progress.  rng: the loop's generator.  parts: objects with state_dict() and load_state_dict().
+        """
+        self.parts, self.at, self.rng = parts, at, rng
+        self.sums, self.saved = Checksums(parts["B"]), None
+        if not self.state:
+            return False
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(self.state[name])
+            for field, value in self.state["at"].items():
+                setattr(at, field, value)
+            rng.bit_generator.state = self.state["rng"]
+            self.labeler.row()
+            counts = [at.step, at.episodes, at.sessions]
+            if min(counts) < 0 or any(type(count) is not int for count in counts) or at.step != parts["B"].added:
+                raise ValueError(f"it is at step {at.step} with {parts['B'].added} rows stored")
+            self.sums.compare(self.state["sums"])
+        except Exception as error:  # a file from elsewhere may raise anything
+            raise UserError(unusable(self.folder, error)) from None
+        return True
+
+    @contextlib.contextmanager
+    def steps(self):
+        """The steps that are left, under a progress bar. Ctrl-C ends them early; the run can then be resumed."""
+        at, total = self.at, self.config.total_steps
+        with tqdm(range(at.step, total), initial=at.step, total=total, unit="step") as self.bar:
+            if self.labeler.vlm:
+                self.labeler.vlm.waits = lambda waiting: self.bar.set_postfix_str(
+                    "waiting for the server" if waiting else status(self.rows[-1], self.labeler))
+            try:
+                yield self.bar
+                self.finished = True
+            except KeyboardInterrupt:
+                self.finished = False
+
+    def log(self, evaluation, losses, episodes):
+        """One evaluation: a line in metrics.csv (without the clock) and one in timing.csv.
+
+        evaluation: of train.evaluate().  losses: of SAC.update().  episodes: training episodes that have ended.
+        """
+        step = self.at.step
+        labels = self.labeler.row() if step else {}  # nothing has been asked before the first step
+        row = {"step": step, "episodes": episodes, **labels, **self.at.fit, **evaluation,
+               **{name: float(value) for name, value in losses.items()}}
+        self.rows.append(row)
+        self.times.append([step, round(self.seconds(), 2)])
+        if self.at.solved is None and row.get("eval_success_frames", 0) >= SOLVED:
+            self.at.solved = [step, self.seconds()]
+        for name, columns, values in (("metrics.csv", METRICS, metrics_of(row)),
+                                      ("timing.csv", TIMING, self.times[-1])):
+            with open(self.path(name), "a", newline="") as file:
+                csv.writer(file).writerows([columns, values] if len(self.rows) == 1 else [values])
+
+    def warn(self, episode_over, programs=None):
+        """Print each doubt about the run when it first shows: after a query session, an evaluation, at step 1."""
+        at, before = self.at, self.at.doubts
+        nothing_new = at.sessions == self.watched and at.step % self.config.eval_every
+        if nothing_new and at.step not in (1, self.config.total_steps):
+            return
+        self.watched = at.sessions
+        I, B, D = map(self.parts.get, "IBD")
+        found = doubts(self.config, at, self.labeler, I, B, D, programs, at.episodes + episode_over)
+        for cause in found:
+            if cause not in before:
+                tqdm.write(f"warning: {found[cause]}", file=sys.stderr)  # print() would tear the progress bar
+        at.doubts = {**dict.fromkeys(before, ""), **found}  # "" for a doubt that has gone
+
+    watched = 0  # query sessions that warn() has seen
+
+    def checkpoint(self):
+        """At the end of an episode: keep all that a resumed run needs and no file has, if there is anything new.
+
+        trap: right after a query session, because later steps overwrite images in I: a run that goes on from before the
+        session could not ask about the same images again.
+        """
+        self.bar.set_postfix_str(status(self.rows[-1], self.labeler))
+        news = len(self.rows), self.at.sessions
+        if news == self.saved:
+            return
+        self.saved = news
+        for part in (self.parts["B"], self.parts.get("I")):
+            for array in vars(part).values() if part else ():
+                if isinstance(array, np.memmap):
+                    array.flush()  # of use after a power failure, as the checkpoint is
+        os.makedirs(self.path("checkpoint"), exist_ok=True)
+        state = {**{name: part.state_dict() for name, part in self.parts.items()}, "at": dataclasses.asdict(self.at),
+                 "rng": self.rng.bit_generator.state, "sums": self.sums.now(), "rows": self.rows, "times": self.times,
+                 "seconds": self.seconds(), "logged": self.labeler.logged, "config": dataclasses.asdict(self.config)}
+        # the old checkpoint stays until the new one is whole
+        with replacing(self.path("checkpoint", "state.pt"), "wb") as file:
+            torch.save(state, file)
+
+    def film(self, name, policy):
+        """The first evaluation episode, as the VLM would see it, in at most 100 images and about four seconds."""
+        images = envs.rollout(self.eval_env, policy, self.seed(EVAL_SEED), self.config.vlm_image_size, IN_A_FILM)[0]
+        imageio.mimsave(self.path(name), list(images), duration=4000 / max(len(images), 4), loop=0)
+
+    def finish(self, policy, reward, programs=None):
+        """Watch the policy once more, write summary.json and the report, print the closing words -> rows of
+        metrics.csv.
+
+        policy: obs -> action.  reward: given_rewards.Reward.
+        """
+        at, labeler = self.at, self.labeler
+        self.film("eval_after.gif", policy)
+        spearman = write_episodes(self, policy, reward)
+        text = closing_text(self.config, self, at, labeler, programs, spearman)
+        third = [row["eval_success"] for row in self.rows if "eval_success" in row and 3 * row["step"] > 2 * at.step]
+        solved = at.solved or [None, None]
+        vlm = {key: labeler.vlm and getattr(labeler.vlm, key) for key in ("calls", "tokens_in", "tokens_out", "usd")}
+        write_json(self.path("summary.json"), {
+            "text": text, "finished": self.finished, "labeler": who_labels(self.config), "steps": at.step,
+            "seconds": self.seconds(), "solved_step": solved[0], "seconds_until_solved": solved[1],
+            "spearman": spearman, "label_accuracy": labeler.accuracy(), **labeler.counts, **vlm,
+            "success_last_third": sum(third) / len(third) if third else None,
+            **{key: value for key, value in self.rows[-1].items() if key.startswith("eval_")}})
+        report.write_report(self.folder)
+        if self.finished:
+            remove_buffer(self)
+        say("", text)
+        return self.rows
+
+    def resumable(self, error):
+        """What stopped the run, and how it goes on."""
+        return UserError(f"{error} [nothing is lost; go on with: {self.resume_command()}]")
+
+    def resume_command(self):
+        return resume_command(self.config, self.folder)
+
+
+def unusable(folder, error):
+    """Why a checkpoint that can be read cannot be gone on from, in one line."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    return (f"--resume {folder}: its checkpoint does not fit; it is of another version of train.py, "
+            f"or it or config.json was changed ({reason})")
+
+
+def metrics_of(row):
+    """A row's cells in metrics.csv."""
+    return [f"{v:.6g}" if isinstance(v, float) else v for v in map(row.get, METRICS)]
+
+
+def write_json(path, content):
+    with replacing(path) as file:
+        json.dump(content, file, indent=1)
+
+
+# ---- before the first step ----
+@contextlib.contextmanager
+def started(config):
+    """All that a loop of train.py needs around it -> Run, whose folder is ours alone until the loop has ended.
+
+    What goes wrong from then on is one line that ends with the command by which the run goes on.
+    """
+    unique = not config.out  # a folder that we name may get a number, too
+    with contextlib.ExitStack() as at_the_end:
+        if config.resume:
+            at_the_end.enter_context(claim(config.resume))  # first of all, and before a question is paid for
+        config, env, eval_env = prepare(config)
+        check_disk(config, env)
+        # Make the CLIP model and the labeler before the run folder, so that a missing model, a wrong key or an unknown
+        # goal fails without leaving an empty folder.
+        reward, labeler = given_rewards.known_reward(config), make_labeler(config)
+        at_the_end.callback(labeler.close)
+        run = Run(config, unique)
+        run.env, run.eval_env, run.labeler, run.reward = env, eval_env, labeler, reward
+        labeler.log, labeler.folder, labeler.logged = run.labels, run.path("pairs"), run.logged
+        if not config.resume:
+            at_the_end.enter_context(claim(run.folder))
+        say(f"{config.env}: {config.goal}", f"labels from: {who_labels(config)}", f"run folder: {run.folder}")
+        try:
+            interrupts.wind_up(f"go on with: {run.resume_command()}")
+            open_buffer(run)
+            yield run
+        except KeyboardInterrupt:  # before the first step, or while the run was wound up
+            raise KeyboardInterrupt(str(run.resumable("interrupted"))) from None
+        except (vlm_query.VLMError, code_as_reward.CodeAsRewardError, envs.BadEnvironment, StoredArrayError,
+                OSError) as error:  # OSError: the disk is full, or was taken away
+            raise run.resumable(error) from None
+
+
+def prepare(config):
+    """Settle every setting before anything is made -> (config, training environment, evaluation environment)."""
+    config = resolve(config)
+    programs = config.reward == "code" and kept_folder(config)
+    try:
+        env, eval_env = (envs.make(config.env, config.seed, config.goal, config.horizon, config.action_repeat)
+                         for _ in range(2))
+        eval_env.reset(seed=config.seed)
+        eval_env.image(config.reward_image_size)  # now, not later, if there is no OpenGL
+        # Take a step, too, so that an environment that cannot be used leaves nothing behind. The action is drawn from a
+        # generator of its own, and every episode is reset with its seed: the run does not notice.
+        eval_env.step(random_action(eval_env.action_space, np.random.default_rng(config.seed)))
+        eval_env.image(config.vlm_image_size)
+        if config.reward == "code" and not programs:
+            envs.expert(env)  # programs are verified on its episodes
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if programs:
+        given_rewards.read_programs(programs).close()  # a wrong folder should leave nothing behind
+    kind, vlm = labels_kind(config), vlm_name(config)
+    who = "offline_stand-in" if vlm.startswith("offline") else vlm.replace("/", "_")
+    who = who if kind == "vlm" else kind
+    name = f"{config.reward}-{who}" if config.reward in ("preference", "score", "code") else config.reward
+    name = f"{config.env}-{name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = config.resume or config.out or os.path.join("runs", name.replace(":", "_").replace("/", "_"))
+    if not config.resume:  # tried before anything is paid for, and made for good when there is something to put in
+        out = make_folder(out, unique=not config.out)
+        os.rmdir(out)
+    return dataclasses.replace(config, goal=env.goal, horizon=env.horizon, out=out), env, eval_env
+
+
+def random_action(space, rng):
+    """Uniform over a Box -> (A,) float32 in [-1, 1], or over a Discrete space -> int."""
+    return int(rng.integers(space.n)) if hasattr(space, "n") else rng.uniform(-1, 1, space.shape).astype(np.float32)
+
+
+def looks_at_images(config):
+    """Does the reward come from images? Otherwise none are drawn while training."""
+    return config.reward not in ("true", "sparse")
+
+
+def most_pairs(config):
+    """So many pairs the schedule can ask at most: with --max-pairs 1e9, memory is not needed for a billion."""
+    sessions = max(0, config.total_steps - config.explore_steps) // config.feedback_every + 1
+    return min(config.max_pairs, sessions * config.pairs_per_session)
+
+
+def check_disk(config, env):
+    """Room for every step, image and pair?  UserError if not."""
+    place = os.path.abspath(os.path.join(config.out, "buffer"))
+    # a resumed run has some of it already
+    there = sum(path.stat().st_blocks * 512 for path in Path(place).glob("*.npy")) if config.resume else 0
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    # of every step two observations and an action, each number of four bytes (of a Discrete action eight)
+    numbers = 2 * env.observation_space.shape[0] + max(2, *env.action_space.shape, 0)
+    needed = 4 * numbers * config.total_steps
+    if looks_at_images(config):
+        # of every step the small image; of every image that may be asked about both
+        pixels = (config.total_steps + config.image_buffer) * config.reward_image_size**2
+        needed += 3 * (pixels + config.image_buffer * config.vlm_image_size**2)
+    if config.reward in ("preference", "score") and not kept_folder(config):
+        needed += most_pairs(config) * 2 * config.vlm_image_size**2  # of every pair a PNG, a third of its six bytes
+    free = shutil.disk_usage(place).free + there
+    if needed > free:  # trap: the file is sparse at first; a disk that fills up later kills the run without a word
+        raise UserError(f"the {config.total_steps:,} steps and {config.image_buffer:,} images to ask about need "
+                        f"{needed / 2**30:,.1f} GiB of disk for observations and images, and {free / 2**30:,.1f} are "
+                        "free: fewer --total-steps or --image-buffer, or --set reward_image_size=SMALLER")
+
+
+# ---- what a run is made of ----
+def choose_parts(config):
+    """The classes a run is made of: SAC, ReplayBuffer, RewardModel, PreferenceDataset, or variants that settings ask
+    for.
+
+    -> a namespace with these names. Who wants other classes (tools/ablations.py) hands train() one of these, changed.
+    """
+    sac, bases, dataset = SAC, [RewardModel], PreferenceDataset
+    options = {}
+    if config.fast:
+        gpu = config.device == "cuda"
+        options = {"bfloat16": not gpu and fast.has_bfloat16(), "record": fast.Recorded if gpu else None}
+        sac, bases = functools.partial(fast.FastSAC, **options), [fast.FastRewardModel]
+    if config.schedule == "paper":
+        bases.insert(0, baselines.PaperFit)
+    if config.reward == "score":
+        bases.insert(0, baselines.ScoreFit)
+        dataset = baselines.ScoreDataset
+    model = type("RewardModel", tuple(bases), {}) if len(bases) > 1 else bases[0]
+    return types.SimpleNamespace(SAC=sac, ReplayBuffer=ReplayBuffer, RewardModel=functools.partial(model, **options),
+                                 PreferenceDataset=dataset)
+
+
+class BestPolicy:
+    """Whom STEP 7 evaluates: the newest policy or, with episodes > 0, the best so far by the reward that is learned
+    from.
+
+    SAC finds a good policy and loses it again. So each policy is tried on a few episodes, and the images of the best
+    one
+    are judged again by every new reward (checkpoints of TD7, arXiv 2306.02451). The environment's own words count only
+    as far as they are what is learned from: with --reward true, sparse and, beside the programs, code. These episodes
+    are not counted as steps.
+    """
+
+    def __init__(self, pi, env, reward, episodes, seed, size):
+        """reward: given_rewards.Reward.  seed: of the first episode.  size: side of the images that reward looks at."""
+        self.pi, self.env, self.reward = pi, env, reward
+        self.episodes, self.seed, self.size = episodes, seed, size
+        self.trials = []  # of the best policy: the arguments of reward.of_episode(), for each episode
+
+    def best_action(self, obs):
+        return self.pi.best_action(obs)
+
+    def offer(self, pi, has_reward):
+        """Try the policy pi; keep a copy if it is worth no less than the best one, or if there is no reward yet."""
+        if not self.episodes:
+            return
+        trials = [self.trial(pi, (self.seed + n) % 2**32) for n in range(self.episodes)]
+        if not (has_reward and self.trials) or self.worth(trials) >= self.worth(self.trials):
+            self.trials = trials
+            self.keep(pi)
+
+    def keep(self, pi):
+        # A shallow copy will do: acting needs the actor, copied here, and obs_mean and obs_std, which are never
+        # written to.
+        self.pi = copy.copy(pi)
+        self.pi.actor = copy.deepcopy(pi.actor)
+
+    def trial(self, pi, seed):
+        """One episode of the policy, as Reward.of_episode() wants it: images (T, S, S, 3) and the rest.
+
+        Of a long episode only some of the images, (K, S, S, 3); for a reward that looks at none, none.
+        """
+        self.env.reset(seed=seed)
+        start_image = self.env.image(self.size)
+        size = self.size if self.reward.looks else None
+        images, true_rewards, _, successes = envs.rollout(self.env, pi.best_action, seed, size, IN_AN_EPISODE)
+        images = np.zeros((len(true_rewards), 0), np.uint8) if images is None else images
+        return images, true_rewards, successes, start_image, len(true_rewards) < self.env.horizon
+
+    def worth(self, trials):
+        """Mean return of the trials, by the reward as it is now."""
+        returns = []
+        for images, true_rewards, successes, *rest in trials:
+            every = apart(len(images), len(true_rewards))  # 1, but in long episodes
+            successes = np.append(successes[::every][:-1], successes[-1])  # how it ended is what counts
+            rewards = self.reward.of_episode(images, true_rewards[::every], successes, *rest)
+            # each image stands for all steps up to the next one
+            returns.append(np.append(np.repeat(rewards[:-1], every), rewards[-1]).sum())
+        return np.mean(returns)
+
+    def state_dict(self):
+        # trap: pi may since have changed the mean and deviation by which it sees observations
+        return {"actor": self.pi.actor.state_dict(), "obs_mean": self.pi.obs_mean, "obs_std": self.pi.obs_std,
+                "trials": [[torch.as_tensor(part) for part in trial] for trial in self.trials]}
+
+    def load_state_dict(self, state):
+        if state["trials"]:
+            self.trials = [[part.numpy() for part in trial] for trial in state["trials"]]
+            self.keep(self.pi)
+            self.pi.actor.load_state_dict(state["actor"])
+            self.pi.obs_mean, self.pi.obs_std = state["obs_mean"], state["obs_std"]
+
+
+def apart(kept, steps):
+    """Which of rollout()'s images were kept of an episode of so many steps: every 1st, 2nd, 4th, 8th ..."""
+    return 1 << (-(-steps // kept) - 1).bit_length()
+
+
+# ---- the part of the run folder that only a resumed run needs ----
+def buffer_files(config):
+    """The files in buffer/ that this run has: names without .npy."""
+    asked = ["query", "query_small"] * (config.reward in ("preference", "score"))
+    return ["obs", "next_obs", "action", *asked] + ["image"] * looks_at_images(config)
+
+
+def open_buffer(run):
+    """Before arrays are mapped into buffer/: with a checkpoint all must be there, without one none is of use."""
+    folder = run.path("buffer")
+    if run.state:
+        for name in buffer_files(run.config):
+            if not os.path.exists(os.path.join(folder, name + ".npy")):
+                raise UserError(f"--resume {run.folder}: {name}.npy is missing in its buffer/; put it back, or begin "
+                                "anew: answers that were paid for are in the vlm_cache beside the run")
+    elif not os.path.islink(folder):
+        shutil.rmtree(folder, ignore_errors=True)  # a kill may have left half a file
+
+
+def remove_buffer(run):
+    """Gigabytes that only an unfinished run needs. Behind a link, only what is surely ours goes."""
+    folder = run.path("buffer")
+    if not os.path.islink(folder):
+        return shutil.rmtree(folder)
+    for name in buffer_files(run.config):
+        os.remove(os.path.join(folder, name + ".npy"))
+    os.remove(folder)
+
+
+class Checksums:
+    """CRCs of the replay buffer's memory-mapped arrays: a resumed run must find what was stored, and not other bytes.
+
+    Every row is read once, for rows are only added; once the ring has wrapped that is no longer so, and there are none.
+    """
+
+    def __init__(self, B):
+        self.B, self.rows, self.sums = B, 0, {}  # rows of which sums has the checksums
+
+    def now(self):
+        if self.B.added > self.B.capacity:
+            return {}
+        for name in ("obs", "next_obs", "action", "image"):
+            array = getattr(self.B, name)
+            if isinstance(array, np.memmap):
+                for row in range(self.rows, self.B.added, 1024):
+                    part = array[row : min(row + 1024, self.B.added)].tobytes()
+                    self.sums[name] = zlib.crc32(part, self.sums.get(name, 0))
+                array._mmap.madvise(mmap.MADV_DONTNEED)  # see ReplayBuffer.relabel
+        self.rows = self.B.added
+        return dict(self.sums)
+
+    def compare(self, stored):
+        """ValueError where a file is not the one that was stored."""
+        for name, crc in self.now().items() if stored else ():
+            if crc != stored[name]:
+                raise ValueError(f"{name}.npy is not the one that was stored with it")
+
+
+# ---- a run that cannot learn says so ----
+ENOUGH = 20  # of answers or images that are all alike, fewer of them say nothing
+FAINT = 8  # of 255; images whose channels differ by less look the same (vlm_query.looks_identical)
+
+
+def doubts(config, at, labeler, pool, buffer, data, programs, episodes):
+    """Why this run learns nothing, or nothing of its goal, as far as it shows by now -> {cause: sentence}.
+
+    pool: I.  data: D (both None where no images are compared).  programs: VLM-CaR's, or None.  episodes: that have
+    ended. Only what chance or a slow beginning cannot explain: a wrong alarm teaches users to
+    read past the right one.
+    """
+    step, steps, counts, found = at.step, config.total_steps, labeler.counts, {}
+    over, explore = step == steps, max(config.seed_steps, config.explore_steps)
+    if explore >= steps:
+        found["late"] = (f"of {steps:,} steps (--total-steps) the first {explore:,} explore without a reward "
+                         "(--explore-steps, --seed-steps): none is left to learn from one")
+    if not episodes and config.horizon > steps <= 2 * step:
+        found["endless"] = (f"no episode has ended in {step:,} steps, and questions and rewards come where one ends: "
+                            "give a shorter --horizon or more --total-steps")
+    if pool is not None:
+        # from 200 steps, one in ten at least, come some ENOUGH images
+        if step >= config.explore_steps and (step >= 10 * ENOUGH or over) and alike(pool.small[:len(pool)]):
+            found["images"] = ("all images look the same, so that nothing can be learned from comparing them: look "
+                                 "at what the environment draws (eval_before.gif in the run folder)")
+        elif labeler.exhausted and not counts["labels"]:
+            found["limit"] = "a limit (--max-calls, --max-usd) was reached before there was any label"
+        elif counts["asked"] >= ENOUGH and 20 * counts["labels"] <= counts["asked"]:
+            found["answers"] = (f"of {counts['asked']} questions only {counts['labels']} got a label "
+                                f"({counts['unsure']} unsure, {counts['unreadable']} unreadable, "
+                                f"{counts['no_answer']} unanswered)")
+        else:
+            found.update(same_answers(config, counts, data))
+    rewards = buffer.reward[np.isfinite(buffer.reward)]  # of all steps that have one
+    # Of the environment's own rewards, and of programs, the first that differs may come late. One that is always the
+    # same can be learned from all the same where it is not 0 and an episode can end early.
+    late = pool is not None or 2 * step >= steps
+    lives = config.reward == "true" and rewards.any() and buffer.terminated.any()
+    if len(rewards) >= ENOUGH and late and not lives:
+        if np.ptp(rewards) <= 1e-6 * np.abs(rewards).max():
+            found["reward"] = (f"the reward is {rewards[0]:.3g} in every one of {len(rewards):,} steps so far"
+                               + ": no success was seen" * (config.reward == "sparse" and not rewards.any()))
+        elif programs and say_nothing(programs, buffer, rewards):
+            found["reward"] = "the programs say the same of every image: only success itself is rewarded"
+    if over and not at.explored and not found.keys() & {"late", "endless", "images", "limit", "answers"}:
+        found["nothing"] = ("there was no reward in time for the policy to learn from"
+                            + f" ({counts['labels']} labels of {counts['asked']} questions)" * (pool is not None))
+    return found
+
+
+def alike(images):
+    """Do all of (N, S, S, 3) uint8 look like the first?  Of fewer than two, yes."""
+    first = images[0].astype(np.int16) if len(images) else None
+    return all(np.abs(first - other).max() < FAINT for other in images[1:])  # stops at the first that differs
+
+
+def say_nothing(programs, buffer, rewards):
+    """Is all that differs in the rewards (N,) the 1 that success adds to what the programs say?"""
+    values, rows = np.unique(rewards, return_index=True)
+    if len(values) != 2 or not math.isclose(values[1] - values[0], 1, abs_tol=1e-6):
+        return False
+    failed, images = programs.failed_frames, buffer.image[rows]  # (2, S, S, 3), the first of either value
+    said = programs.progress(images, images[0])  # (2, programs)
+    programs.failed_frames = failed  # these two were counted when they were priced
+    return bool((said[0] == said[1]).all())
+
+
+def same_answers(config, counts, data):
+    """What ENOUGH answers have in common that they should not -> {cause: sentence}."""
+    if len(data) < ENOUGH:
+        return {}
+    if config.reward == "score":
+        if np.ptp(data.score[:len(data)]) == 0:
+            return {"same": f"all {len(data)} scores are {data.score[0]:.3g}, whatever the image"}
+    else:
+        second = int(data.label[:len(data)].sum())
+        often, which = max((second, "second"), (len(data) - second, "first"))
+        if 20 * often >= 19 * len(data):  # the order of a pair is random: by chance in one run of ten thousand
+            return {"same": f"{often} of {len(data)} labels prefer the {which} image, whatever the two show"}
+    if not counts["judged"] and not kept_folder(config):
+        return {"judged": "nobody knows how right the labels are: true progress (info['progress'], or the reward) is "
+                          "the same in both images of every pair"}
+    return {}
+
+
+# ---- the words a run ends with ----
+def status(row, labeler):
+    """The numbers behind the progress bar."""
+    parts = [f"return {row['eval_return']:.0f}"]
+    if "eval_success" in row:
+        parts += [f"success {row['eval_success']:.0%}"]
+    if labeler.counts["asked"]:
+        parts += [f"pairs {labeler.counts['asked']}"]
+    if labeler.counts["judged"]:
+        parts += [f"labels right {labeler.accuracy():.0%}"]
+    if row.get("reward_accuracy", math.nan) == row.get("reward_accuracy"):  # known, and not nan
+        parts += [f"reward right {row['reward_accuracy']:.0%}"]
+    if labeler.usd():
+        parts += [f"${labeler.usd():.2f}"]
+    return ", ".join(parts)
+
+
+def closing_text(config, run, at, labeler, programs, spearman):
+    """What was learned, from how many pairs, by which labeler, how right; and where to read on."""
+    first, last, counts = run.rows[0], run.rows[-1], labeler.counts
+    text = [f"{config.env}, {'finished' if run.finished else 'interrupted'} after "
+            f"{at.step:,} steps and {run.seconds():.0f} s: "
+            f"return {last['eval_return']:.1f} (before: {first['eval_return']:.1f})"]
+    if "eval_success" in last:
+        text[0] += (f"; success at the end of {last['eval_success']:.0%} of {config.eval_episodes} "
+                    f"evaluation episodes, and on {last['eval_success_frames']:.0%} of their steps")
+    text[0] += "."
+    if config.reward in ("preference", "score"):
+        things = "images" if config.reward == "score" else "pairs of images"
+        text += [f"Learned from {counts['labels']} answers to {counts['asked']} {things} "
+                 f"({counts['unsure']} unsure, {counts['unreadable']} unreadable, "
+                 f"{counts['no_answer']} unanswered) by {who_labels(config)}."]
+        if counts["judged"]:
+            text += [f"{labeler.accuracy():.0%} of them were right."]
+        if "reward_accuracy" in at.fit:
+            right = at.fit["reward_accuracy"]
+            text += ["The learned reward has the true order on "
+                     f"{'an unknown share' if math.isnan(right) else format(right, '.0%')} of image pairs; Spearman "
+                     "with the true reward over fresh random episodes: "
+                     f"{'unknown' if math.isnan(spearman) else format(spearman, '.2f')}."]
+    elif config.reward == "code":
+        text += [f"The reward is {len(programs.subtasks)} verified programs "
+                 f"({'; '.join(programs.subtasks)}), written by {who_labels(config)}."]
+        if programs.failed_frames:
+            text += [f"They failed on {programs.failed_frames} images, which earned nothing."]
+    else:
+        text += [f"Learned from the {config.reward} reward; labels: {who_labels(config)}."]
+    if labeler.vlm:
+        cost = "" if labeler.vlm.usd is None else f", ${labeler.vlm.usd:.2f}"
+        text += [f"{labeler.vlm.calls} calls ({labeler.vlm.cached_calls} from the cache), "
+                 f"{labeler.vlm.tokens_in + labeler.vlm.tokens_out:,} tokens{cost}."]
+    doubts = [sentence for sentence in at.doubts.values() if sentence]
+    if doubts:
+        text += [f"Warning: {'; '.join(doubts)}."]
+    text += [f"Report: {run.path('report.html')}"]
+    return " ".join(text + (
+        [] if run.finished else [f"- go on with: {run.resume_command()}"]))
+
+
+def write_episodes(run, policy, reward, random_episodes=5):
+    """Learned reward, true progress, true reward at each step -> episodes.csv; the rank correlation of learned and true
+    reward on random episodes. (Of --reward code: the programs' part, without what success adds.)
+
+    For the correlation each different image counts once: half of CartPole's random steps lie still at the clamp.
+    It is nan where one of the two never differs. Of more than IN_AN_EPISODE steps, as many are written, evenly spaced.
+    """
+    env, size = run.eval_env, run.config.reward_image_size
+    rng, seen = np.random.default_rng(FRESH_SEED + run.config.seed), {}  # seen: image -> (learned, true reward)
+    episodes = [("random", lambda obs: random_action(env.action_space, rng))] * random_episodes
+    episodes += [("after", policy)]
+    try:
+        episodes += [("expert", envs.expert(env))]
+    except ValueError:
+        pass  # a foreign environment has no scripted expert
+    with open(run.path("episodes.csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("kind", "episode", "t", "learned_reward", "progress", "true_reward"))
+        for number, (kind, act) in enumerate(episodes):
+            seed = run.seed(FRESH_SEED, number)
+            env.reset(seed=seed)
+            start_image = env.image(size)
+            images, rewards, progress, _ = envs.rollout(env, act, seed, size, IN_AN_EPISODE)
+            learned = reward.of_images(images, start_image)
+            every = apart(len(images), len(rewards))
+            rewards, progress = rewards[::every], progress[::every]
+            for t, values in enumerate(zip(learned, progress, rewards)):
+                writer.writerow((kind, number, every * t, *(f"{value:.6g}" for value in values)))
+            if kind == "random":
+                seen.update({hash(image.tobytes()): pair for image, pair in zip(images, zip(learned, rewards))})
+    differ = reward.looks and all(len(set(values)) > 1 for values in zip(*seen.values()))
+    return report.rank_correlation(*zip(*seen.values())) if differ else float("nan")

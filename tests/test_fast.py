@@ -1,0 +1,187 @@
+"""Speed that must change nothing: bfloat16 and CUDA graphs."""
+import copy
+import functools
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+import reward_model
+import sac
+import train
+from support import fast, run, settings
+from support.fast import FastRewardModel, FastSAC
+from support.report import rank_correlation
+from test_components import box, distance_after_learning, filled_batch, tiny
+
+
+class FakeGraph:
+    """What fast.Recorded asks of its users, on a CPU: the same shapes every time, results that get overwritten."""
+
+    def __init__(self, function, device, generator=None):
+        self.function, self.shapes, self.outputs, self.calls = function, None, None, 0
+
+    def __call__(self, *tensors):
+        shapes, new = [tensor.shape for tensor in tensors], self.function(*tensors)
+        assert self.shapes in (None, shapes)
+        self.shapes, self.calls = shapes, self.calls + 1
+        if self.outputs is None:
+            self.outputs = new
+        pairs = zip(*(x.values() if isinstance(x, dict) else x for x in (self.outputs, new)))
+        for old, fresh in pairs:
+            old.copy_(fresh)
+        return self.outputs
+
+
+def test_a_recorded_update_learns_the_same_and_whatever_replaces_a_tensor_records_anew():
+    """record must change no number, and no replay may go on with critics, units or moments that are gone."""
+    plain, recorded = (sac.SAC(2, box(1), hidden=(32, 32)), FastSAC(2, box(1), hidden=(32, 32), record=FakeGraph))
+    other, before = sac.SAC(2, box(1), hidden=(32, 32), seed=1).state_dict(), None
+    for change in (lambda agent: None, lambda agent: agent.reset_critic(),
+                   lambda agent: agent.normalise_observations(np.eye(2)), lambda agent: agent.load_state_dict(other)):
+        for agent in (plain, recorded):
+            change(agent)
+            values = [float(agent.update(filled_batch(16, seed))["q_mean"]) for seed in range(3)]
+        assert recorded._recorded is not before and recorded._recorded.calls == 3 and len(set(values)) == 3
+        assert all(torch.equal(a, b) for a, b in zip(plain.critic.parameters(), recorded.critic.parameters()))
+        assert float(plain.update(filled_batch(16))["q_mean"]) == float(recorded.update(filled_batch(16))["q_mean"])
+        before, recorded._recorded.calls = recorded._recorded, 0
+
+
+def test_a_recorded_fit_learns_the_same_also_from_a_last_batch_that_is_smaller():
+    """record must change no number of a fit. A replay goes on with the tensors it knows: a fit must not replace them."""
+    images, angle = reward_model.demo_images(60, np.random.default_rng(0))
+    data = reward_model.PreferenceDataset(40, images.shape[1:])  # 35 to fit: batches of 16, 16 and 3
+    data.add(images[:40], images[20:], (abs(angle[20:]) < abs(angle[:40])).astype(int))
+    plain, recorded = (reward_model.RewardModel(images.shape[1:]), FastRewardModel(images.shape[1:], record=FakeGraph))
+    tensors = []
+    for _ in range(2):
+        assert plain.fit(data, epochs=2) == recorded.fit(data, epochs=2)
+        assert np.array_equal(plain.predict(images), recorded.predict(images))
+        moments = (x for state in recorded.optimizer.state.values() for x in state.values())
+        tensors.append([x.data_ptr() for x in (*recorded.nets.parameters(), *moments)])
+    assert tensors[0] == tensors[1] and {size: step.calls for size, step in recorded._recorded.items()} == {16: 8, 3: 4}
+    recorded.load_state_dict(plain.state_dict())  # the optimiser has others now
+    assert plain.fit(data, epochs=2) == recorded.fit(data, epochs=2)
+    assert {size: step.calls for size, step in recorded._recorded.items()} == {16: 4, 3: 2}
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run it where there is one")
+
+
+@needs_gpu
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_replayed_update_is_the_update(discrete):
+    """On a GPU, forty recorded updates must give the weights of forty plain ones, to the bit; so must going on."""
+    space = gymnasium.spaces.Discrete(3) if discrete else box(2)
+    agents = [FastSAC(4, space, device="cuda", record=record) for record in (None, fast.Recorded)]
+    rng, buffer = np.random.default_rng(0), sac.ReplayBuffer(500, (4,), () if discrete else (2,))
+    for _ in range(500):
+        buffer.add(rng.normal(size=4), rng.integers(3) if discrete else rng.uniform(-1, 1, 2), rng.normal(size=4),
+                   rng.random() < 0.1, None, 0.0)
+        buffer.set_rewards([rng.normal()])
+    batches = [buffer.sample(64) for _ in range(40)]
+    for number, batch in enumerate(batches):
+        if number == 20:
+            for agent in agents:
+                agent.reset_critic()
+                agent.normalise_observations(buffer.obs)
+            state = copy.deepcopy(agents[1].state_dict())
+        results = [agent.update(batch) for agent in agents]
+        assert {name: float(x) for name, x in results[0].items()} == {name: float(x) for name, x in results[1].items()}
+    went_on = FastSAC(4, space, device="cuda", seed=5, record=fast.Recorded)
+    went_on.load_state_dict(state)
+    for batch in batches[20:]:
+        went_on.update(batch)
+    for one, two, three in zip(*(agent.critic.parameters() for agent in (*agents, went_on))):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    with pytest.raises(AssertionError):
+        agents[1].update(buffer.sample(32))
+
+
+@needs_gpu
+@pytest.mark.parametrize("answers", [34, 200])  # one whole batch of 30, or ten of 175
+def test_a_replayed_fit_is_the_fit(answers):
+    """On a GPU, a recorded fit must know as much as a plain one, its last and smaller batches included; so must the next."""
+    images, angle = reward_model.demo_images(2 * answers, np.random.default_rng(0))
+    data = reward_model.PreferenceDataset(answers, images.shape[1:])
+    data.add(images[:answers], images[answers:], (abs(angle[answers:]) < abs(angle[:answers])).astype(int))
+    for record in (None, fast.Recorded):
+        model = FastRewardModel(images.shape[1:], device="cuda", record=record)
+        for _ in range(2):
+            assert model.fit(data, epochs=40)["train_accuracy"] > 0.95 and model.accuracy(data, held_out=False) > 0.95
+
+
+@needs_gpu
+def test_a_function_that_draws_noise_draws_another_one_at_every_replay():
+    """Recorded: the generator goes on, inputs are copied in, and what is written in place adds up."""
+    noise, weight = torch.Generator("cuda").manual_seed(0), torch.zeros(3, device="cuda")
+
+    def step(x):
+        weight.add_(x)
+        return weight.sum(), torch.rand(1, device="cuda", generator=noise)
+
+    step = fast.Recorded(step, "cuda", noise)
+    sums, draws = zip(*([float(x) for x in step(torch.full((3,), float(n)))] for n in range(8)))
+    assert sums == (0, 3, 9, 18, 30, 45, 63, 84) and len(set(draws)) == 8
+
+
+def test_in_half_the_bits_are_neither_observations_nor_values_nor_weights():
+    """In bfloat16 only what is between the first layer and the last may be rounded."""
+    agent, kinds = FastSAC(2, box(1), hidden=(32, 32), bfloat16=True), []
+    for layer in agent.critic.q1:
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda module, x, y: kinds.append(y.dtype))
+    obs = torch.linspace(-1, 1, 2000)[:, None].repeat(1, 2)
+    values = agent.critic(obs, obs[:, :1])[0]
+    assert kinds == [torch.float32, torch.bfloat16, torch.float32]
+    assert len(values.unique()) > 2 * len(values.bfloat16().unique())
+    agent.reset_critic()
+    agent.update(filled_batch(16))
+    assert {type(net) for net in (agent.critic.q1, agent.target.q2, agent.actor)} == {fast.HalfMLP}
+    assert {p.dtype for p in (*agent.actor.parameters(), *agent.critic.parameters())} == {torch.float32}
+
+
+def test_in_half_the_bits_the_order_is_learned_too_and_rewards_keep_all_their_bits():
+    """A fit in bfloat16 must order unseen images, and 500 images of a turning pole must not share a few rewards."""
+    images, angle = reward_model.demo_images(160, np.random.default_rng(0))
+    data = reward_model.PreferenceDataset(80, (64, 64, 3))
+    data.add(images[:80], images[80:], (np.abs(angle[80:]) < np.abs(angle[:80])).astype(int))
+    model = FastRewardModel((64, 64, 3), bfloat16=True)
+    kinds = []
+    model.nets[0].convolutions[0].register_forward_hook(lambda module, x, y: kinds.extend([x[0].dtype, y.dtype]))
+    model.member_rewards(images[:2])
+    assert kinds == [torch.bfloat16] * 2  # given so already: converted once, not by each member
+    model.fit(data, epochs=8)
+    unseen, angle = reward_model.demo_images(500, np.random.default_rng(1))
+    reward = model.predict(unseen)
+    assert rank_correlation(reward, -np.abs(angle)) > 0.8
+    assert reward.dtype == np.float32 and len(np.unique(reward)) > 400  # rounded to 8 bits: at most 256 in an octave
+
+
+@pytest.mark.parametrize("asked, half", [(0, False), (1, True)])
+def test_fast_reaches_both_networks_and_only_where_it_is_asked_for(tmp_path, monkeypatch, unreported, asked, half):
+    """--fast 1 must make both of the subclasses, in bfloat16 on a processor that has it; without it neither is used."""
+    made = []
+    monkeypatch.setattr(fast, "has_bfloat16", lambda: True)
+    for kind in (FastSAC, FastRewardModel):
+        monkeypatch.setattr(kind, "__init__", lambda self, *given, real=kind.__init__, name=kind.__name__, **named: (
+            made.append((name, named["bfloat16"], named["record"])), real(self, *given, **named))[1])
+    train.train(tiny(tmp_path, total_steps=100, fast=asked))
+    assert sorted(made) == [("FastRewardModel", True, None), ("FastSAC", True, None)] * half
+
+
+@pytest.mark.parametrize("changes, device", [
+    ({}, "cpu"), ({"fast": 1}, "cuda"), ({"reward": "clip", "goal": "up"}, "cuda"), ({"device": "cuda"}, "cuda"),
+    ({"device": "cpu", "reward": "clip", "goal": "up"}, "cpu")])
+def test_auto_takes_a_gpu_only_where_it_gains(monkeypatch, changes, device):
+    """With a GPU: small kernels that are launched one by one are faster on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert settings.resolve(settings.Config(**changes)).device == device
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_in_half_the_bits_sac_learns_a_point_mass_too(monkeypatch, discrete):
+    """The lesson's point mass, in bfloat16."""
+    monkeypatch.setattr(sac, "SAC", functools.partial(FastSAC, bfloat16=True))
+    assert distance_after_learning(discrete) < 0.25

@@ -1,0 +1,306 @@
+"""train.py: what the lesson leaves out. Other rewards, films, kept policies."""
+import csv
+import json
+import math
+import os
+import types
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from support import baselines
+import code_as_reward
+import envs
+from support import given_rewards
+from support import labeler
+from support import run
+from support import settings
+import sac
+import train
+import vlm_query
+from test_components import TINY, tiny
+from vlm_query import LabelLog
+
+
+@pytest.mark.usefixtures("unreported")
+def test_nothing_is_said_of_success_where_an_environment_does_not_tell(tmp_path, capsys):
+    """Pendulum gives a return and no success: not 0 %, but nothing, in the table, the bar and the closing words."""
+    rows = train.train(tiny(tmp_path, env="Pendulum-v1", goal="up", reward="true", horizon=20, total_steps=120))
+    assert math.isfinite(rows[-1]["eval_return"]) and not any("success" in name for row in rows for name in row)
+    assert "success" not in "".join(capsys.readouterr())
+    assert json.load(open(tmp_path / "run" / "summary.json"))["success_last_third"] is None
+
+
+@pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("reward", ["true", "sparse"])
+def test_baselines_ask_nobody(tmp_path, reward):
+    """With the true or the sparse reward no pair may be asked, and the prices must be that reward."""
+    rows = train.train(tiny(tmp_path, reward=reward))
+    assert rows[-1]["pairs_asked"] == 0 and not os.listdir(tmp_path / "run" / "pairs")
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    prices = state["B"]["reward"]
+    assert torch.equal(prices, state["B"]["true_reward"]) == (reward == "true")
+    assert reward == "true" or set(prices.tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("reward", ["true", "sparse"])
+def test_a_reward_that_looks_at_no_pictures_learns_the_same_without_them(tmp_path, monkeypatch, reward):
+    """No picture may be stored, and with pictures all the same the numbers must be the same, resets included."""
+    add, seen = sac.ReplayBuffer.add, []
+    monkeypatch.setattr(sac.ReplayBuffer, "add", lambda self, *row: seen.append(row[4]) or add(self, *row))
+    train.train(tiny(tmp_path, "blind", reward=reward))
+    assert seen == [None] * 300
+    monkeypatch.setattr(given_rewards.TrueReward, "looks", True)
+    monkeypatch.setattr(train, "looks_at_images", lambda config: True)
+    train.train(tiny(tmp_path, "sees", reward=reward))
+    assert seen[-1].shape == (64, 64, 3)
+    blind, sees = (tmp_path / name / "metrics.csv" for name in ("blind", "sees"))
+    assert blind.read_text() == sees.read_text()
+
+
+def test_the_labeler_is_named_everywhere(tmp_path, capsys):
+    """Banner, config, report and summary must all say that the oracle, not a VLM, spoke."""
+    train.train(tiny(tmp_path, labels="oracle:mistakes=0.3"))
+    said = capsys.readouterr().out
+    texts = [said] + [(tmp_path / "run" / name).read_text() for name in ("config.json", "summary.json", "report.html")]
+    assert all("oracle" in text and "not a VLM" in text and "30%" in text for text in texts)
+
+
+@pytest.mark.usefixtures("unreported")
+def test_wrong_labels_show_in_the_label_accuracy(tmp_path):
+    """A labeler that is wrong in every answer must be reported as 0 % right."""
+    rows = train.train(tiny(tmp_path, labels="oracle:mistakes=1"))
+    assert rows[-1]["label_accuracy"] == 0.0
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_limit_ends_the_questions_and_not_the_training(tmp_path):
+    """With --max-calls used up in the first session the run must still train to its end."""
+    rows = train.train(tiny(tmp_path, max_calls=6))
+    assert rows[-1]["step"] == 300 and rows[-1]["pairs_asked"] <= 3 and rows[-1]["labels"] >= 0
+
+
+def test_scores_of_single_pictures_train_too(tmp_path):
+    """--reward score must log a score a picture, fit to them, say how right their order was, and resume to the same rows."""
+    rows = train.train(tiny(tmp_path, reward="score"))
+    log = LabelLog.read(tmp_path / "run" / "labels.jsonl")
+    assert {record["kind"] for record in log} == {"label"} and all(0 <= record["score"] <= 1 for record in log)
+    assert rows[-1]["labels"] == len(log) == 12 and rows[-1]["label_accuracy"] > 0.9 and 0 < rows[-1]["loss"] < 4
+    assert math.isfinite(rows[-1]["reward_accuracy"]) and "to 12 images" in (tmp_path / "run" / "summary.json").read_text()
+
+
+def test_clip_prices_episodes_without_being_asked(tmp_path, monkeypatch):
+    """--reward clip must hand its settings to ClipReward, price every row with it, and ask nobody."""
+    given = []
+
+    class Stub:
+        def __init__(self, *settings):
+            given.append(settings)
+
+        def predict(self, images):
+            return images.mean((1, 2, 3)).astype(np.float32)
+
+    monkeypatch.setattr(baselines, "ClipReward", Stub)
+    rows = train.train(tiny(tmp_path, reward="clip", clip_goal="the pole is upright", clip_baseline="a pole", clip_alpha=0.5))
+    assert given == [("the pole is upright", "a pole", 0.5, baselines.MODEL, "cpu")] and rows[-1]["pairs_asked"] == 0
+    with open(tmp_path / "run" / "episodes.csv") as file:
+        assert all(100 < float(row["learned_reward"]) < 255 for row in csv.DictReader(file))
+
+
+def test_scores_are_asked_of_different_pictures(tmp_path, monkeypatch):
+    """--reward score must not pay twice for one picture within a session."""
+    asked = []
+    monkeypatch.setattr(vlm_query, "score_images", lambda ask, images, *_: (
+        asked.extend(images[:, 0, 0, 0]), (np.full(len(images), 0.5), {}))[1])
+    images = types.SimpleNamespace(large=np.arange(6, dtype=np.uint8)[:, None, None, None], progress=np.arange(6.0),
+                                   small=np.zeros((6, 4, 4, 3), np.uint8))
+    ask = labeler.ScoreLabeler("up", vlm=types.SimpleNamespace(ask=None))
+    small, nothing, scores = ask(images, np.array([[3, 1], [3, 2], [3, 1], [4, 3]]), 0, None)
+    assert asked == [3, 4, 1, 2] and len(small) == len(scores) == 4 and nothing is None
+
+
+def test_a_film_has_at_most_a_hundred_pictures(tmp_path, monkeypatch):
+    """An episode of 150 steps must be thinned to every second picture, not cut."""
+    import imageio as films
+
+    shown = []
+    monkeypatch.setattr(films, "mimsave", lambda path, images, **_: shown.append(len(images)))
+    config = settings.resolve(tiny(tmp_path, horizon=150, vlm_image_size=48))
+    env = envs.make("CartPole", horizon=150)
+    this = types.SimpleNamespace(eval_env=env, config=config, seed=lambda kind: 0, path=str)
+    run.Run.film(this, "film.gif", lambda obs: env.action_space.sample())
+    assert shown == [75]
+
+
+@pytest.mark.usefixtures("unreported")
+def test_an_answer_that_did_not_come_is_no_program(tmp_path, monkeypatch):
+    """A refusal in C1 must be named as what it is, stop the stand-in's server, and leave a run that can go on."""
+    closed, close = [], labeler.Labeler.close
+    monkeypatch.setattr(labeler.Labeler, "close", lambda self: closed.append(self) or close(self))
+    with monkeypatch.context() as refusing:
+        refusing.setattr(vlm_query.VLM, "ask", lambda *_: vlm_query.Reply("", "refused", 0, 0, False))
+        with pytest.raises(settings.UserError, match="wrote no program: refused.*--resume"):
+            train.train(tiny(tmp_path, reward="code"))
+    assert len(closed) == 1
+    assert train.train(settings.parse_args(["--resume", str(tmp_path / "run")]))[-1]["step"] == TINY["total_steps"]
+
+
+@pytest.mark.usefixtures("unreported")
+def test_kept_answers_train_without_asking(tmp_path):
+    """--labels-from a finished run's labels.jsonl must fit the same number of labels and ask nobody."""
+    before = train.train(tiny(tmp_path, "asked"))
+    after = train.train(tiny(tmp_path, "kept", labels=str(tmp_path / "asked" / "labels.jsonl")))
+    assert after[-1]["labels"] == before[-1]["labels"] > 0 and not os.listdir(tmp_path / "kept" / "pairs")
+    assert math.isfinite(after[-1]["reward_accuracy"])
+    config = settings.resolve(settings.Config(labels=str(tmp_path / "asked")))
+    assert "offline stand-in (not a VLM)" in settings.who_labels(config) and "-kept-" in run.prepare(config)[0].out
+
+
+class Brightness:
+    """A reward for the tests: sign times the mean of a picture."""
+
+    sign = 1
+
+    def predict(self, images):
+        return self.sign * images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("reward, sign, kept", [("preference", 1, 2), ("preference", -1, 0), ("true", 1, 1), ("sparse", 1, 0)])
+def test_the_kept_policy_is_the_best_by_the_reward_that_is_learned_from(monkeypatch, reward, sign, kept):
+    """Policies 0, 1, 2 with trials of brightness 3, 5, 9, true rewards 1, 8, 4 and success in the first alone: each
+    reward has its own best, whatever the other rewards say."""
+    bright, true, success, price = (3, 5, 9), (1.0, 8.0, 4.0), (1.0, 0.0, 0.0), Brightness()
+    learned = {"preference": given_rewards.LearnedReward(price.predict), "true": given_rewards.TrueReward(),
+               "sparse": given_rewards.SparseReward()}[reward]
+    agents = [sac.SAC(3, gymnasium.spaces.Box(-1, 1, (1,)), hidden=(4, 4), seed=seed) for seed in range(3)]
+
+    def trial(self, agent, seed):
+        number = agents.index(agent)
+        return (np.full((2, 4, 4, 3), bright[number], np.uint8), np.full(2, true[number]),
+                np.full(2, success[number]), np.zeros((4, 4, 3), np.uint8), False)
+
+    monkeypatch.setattr(run.BestPolicy, "trial", trial)
+    price.sign, best = sign, run.BestPolicy(agents[0], None, learned, 1, 0, 4)
+    for agent in agents:
+        best.offer(agent, has_reward=True)
+    assert torch.equal(best.pi.actor[0].weight, agents[kept].actor[0].weight)
+    before = best.pi.actor[0].weight.clone()
+    for agent in agents:
+        agent.actor[0].weight.data.zero_()  # learning goes on; what is kept must not follow
+    assert torch.equal(best.pi.actor[0].weight, before)
+
+
+def test_the_kept_policy_is_priced_again_by_a_new_reward(monkeypatch):
+    """The trial of the kept policy is bright; when dark becomes better, a darker newcomer must take its place. Before
+    there is any reward the newest is kept; with episodes=0 it is the agent itself."""
+    agents = [sac.SAC(3, gymnasium.spaces.Box(-1, 1, (1,)), hidden=(4, 4), seed=seed) for seed in range(3)]
+    monkeypatch.setattr(run.BestPolicy, "trial", lambda self, agent, seed: (
+        np.full((2, 4, 4, 3), (9, 5, 3)[agents.index(agent)], np.uint8), *[np.zeros(2)] * 3, False))
+    price = Brightness()
+    best = run.BestPolicy(agents[0], None, given_rewards.LearnedReward(price.predict), 1, 0, 4)
+
+    def kept():
+        return [torch.equal(best.pi.actor[0].weight, agent.actor[0].weight) for agent in agents].index(True)
+
+    best.offer(agents[2], has_reward=False)
+    assert kept() == 2
+    best.offer(agents[0], has_reward=True)
+    best.offer(agents[1], has_reward=True)
+    assert kept() == 0
+    price.sign = -1
+    best.offer(agents[1], has_reward=True)
+    assert kept() == 1
+    newest = run.BestPolicy(agents[0], None, best.reward, 0, 0, 4)
+    newest.offer(agents[1], has_reward=True)
+    assert newest.pi is agents[0]
+
+
+@pytest.mark.parametrize("space, different", [(gymnasium.spaces.Discrete(5), 5), (gymnasium.spaces.Box(-1, 1, (2,)), 1)])
+def test_a_discrete_policy_is_evaluated_as_the_stochastic_one_it_is(space, different):
+    """Fresh networks hold all actions about equally good: of 100 evaluations all are drawn; a Box gives one and the same."""
+    act = sac.SAC(3, space, hidden=(8, 8)).best_action
+    assert len({str(act(np.zeros(3))) for _ in range(100)}) == different
+
+
+@pytest.mark.usefixtures("unreported")
+def test_the_last_third_is_the_evaluations_of_the_last_third_of_the_steps(tmp_path, monkeypatch):
+    """Of evaluations at 0, 50, ..., 300 steps, those at 250 and 300; the one before learning is none of them."""
+    shares = iter((0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7))
+    monkeypatch.setattr(train, "evaluate", lambda *_: {
+        "eval_return": 0.0, "eval_success": next(shares), "eval_success_frames": 0.0, "eval_progress": 0.0})
+    train.train(tiny(tmp_path, reward="true", eval_every=50))
+    assert json.load(open(tmp_path / "run" / "summary.json"))["success_last_third"] == pytest.approx(0.6)
+
+
+def test_random_actions_are_held_as_long_as_asked(tmp_path, monkeypatch):
+    """With --hold 40, an episode of 100 random steps must draw three actions."""
+    drawn, draw = [], train.random_action
+    monkeypatch.setattr(train, "random_action", lambda space, rng: drawn.append(1) or draw(space, rng))
+    monkeypatch.setattr(run, "write_episodes", lambda *parts: math.nan)  # draws some more
+    train.train(tiny(tmp_path, reward="true", hold=40, seed_steps=200, explore_steps=200))
+    assert len(drawn) == 6
+
+
+@pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("name, standardised, explore", [("CartPole", 1, 150), ("CartPole", 1, 50), ("DoorKey-5x5", 0, 150)])
+def test_critics_forget_novelty_and_only_unbounded_states_are_standardised(tmp_path, monkeypatch, name, standardised, explore):
+    """With a ready reward too, critics must start afresh when STEP 0 ends; a one-hot state must stay as it is."""
+    calls = []
+    for method in ("reset_critic", "normalise_observations"):
+        old = getattr(sac.SAC, method)
+        monkeypatch.setattr(sac.SAC, method, lambda self, *a, old=old, method=method: calls.append(method) or old(self, *a))
+    train.train(tiny(tmp_path, env=name, reward="sparse", horizon=50, explore_steps=explore, total_steps=200))
+    assert calls == ["reset_critic", *["normalise_observations"] * standardised, "reset_critic"]  # the first: a new agent
+
+
+def test_programs_of_an_attempt_that_was_cut_short_are_not_kept(tmp_path, monkeypatch):
+    """A resumed run that asks again must find none of the programs of before, or they would join the reward."""
+    old = tmp_path / "code_as_reward" / "programs" / "1_old.py"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    monkeypatch.setattr(code_as_reward, "describe_subtasks", lambda *a: 1 / 0)
+    monkeypatch.setattr(code_as_reward, "collect_episodes", lambda *a, **k: dict.fromkeys(
+        ("expert_episodes", "random_episodes", "success")))
+    config = settings.resolve(tiny(tmp_path, reward="code", horizon=5))
+    with pytest.raises(ZeroDivisionError):
+        given_rewards.learn_programs(config, str(tmp_path / "code_as_reward"), envs.make("CartPole", horizon=5), None, 0)
+    assert not old.exists()
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_ready_reward_waits_for_the_first_episode_to_end(tmp_path):
+    """No row has a reward before that: the run must go on exploring, not fail."""
+    rows = train.train(tiny(tmp_path, reward="true", seed_steps=10, explore_steps=10))
+    assert rows[-1]["step"] == 300
+
+
+@pytest.mark.usefixtures("unreported")
+def test_both_loops_learn_the_same_from_the_same_reward(tmp_path, monkeypatch):
+    """Brightness as a "fitted" reward model in train(), and as a given reward in the other loop: the same rows of SAC."""
+    class Bright:
+        def __init__(self, *_, **__):
+            pass
+
+        def fit(self, *_):
+            return {}
+
+        def predict(self, images):
+            return images.mean((1, 2, 3)).astype(np.float32) / 255
+
+        def state_dict(self):
+            return {}
+
+    # One random action alone, for in train() the same generator also draws which images are offered to I.
+    same = dict(seed_steps=1, explore_steps=100, total_steps=260)
+    config = settings.resolve(tiny(tmp_path, "asked", labels="oracle", **same))
+    parts = run.choose_parts(config)
+    parts.RewardModel = Bright
+    asked = train.train(tiny(tmp_path, "asked", labels="oracle", **same), parts)
+    monkeypatch.setattr(given_rewards, "known_reward", lambda config: given_rewards.LearnedReward(Bright().predict))
+    given = train.train(tiny(tmp_path, "given", reward="clip", **same))
+    names = ("step", "eval_return", "eval_progress", "critic_loss", "q_mean", "alpha")
+    assert [[row.get(name) for name in names] for row in asked] == [[row.get(name) for name in names] for row in given]
+    assert given[-1]["critic_loss"] > 0 and asked[-1]["labels"] > 0
