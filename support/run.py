@@ -149,6 +149,56 @@ def replacing(path, mode="w"):
     os.replace(path + ".new", path)
 
 
+def load_checkpoint(config):
+    """The checkpoint in config.resume, or None where there is none yet. UserError where it cannot be used.
+
+    It is read before anything is made, asked or paid for, so that a folder that was changed costs nothing.
+    """
+    folder = config.resume
+    path = os.path.join(folder, "checkpoint", "state.pt")
+    if not os.path.exists(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as parts:
+            # trap: torch reads a flipped bit without a word; and it packs nothing, a bomb does
+            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
+                raise ValueError("it is damaged")
+        # weights_only: tensors, numbers and strings; a foreign run folder cannot run code here
+        state = torch.load(path, weights_only=True)
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f"--resume {folder}: its checkpoint cannot be read "
+                        f"({' '.join(str(error).split())[:120]})") from None
+    try:
+        state["seconds"], kept = float(state["seconds"]), state.get("config") or {}
+        right = type(state["logged"]) is type(state["B"]["added"]) is int and state["logged"] >= 0 and all(
+            isinstance(value, (int, float, type(None))) and (name != "eval_return" or value is not None)
+            for row in state["rows"] for name, value in row.items())
+        for name in {"pi", "r_psi"} & set(state):
+            if not all(tensor.isfinite().all() for tensor in tensors_of(state[name])):
+                raise ValueError("weights that are not finite")
+        times = [[float(value) for value in pair] for pair in state.get("times", ())]
+        if not (right and all("step" in row and "eval_return" in row for row in state["rows"])
+                and state["rows"] and len(times) in (0, len(state["rows"]))):
+            raise ValueError("its rows")
+        now, kept = must_stay(dataclasses.asdict(config)), must_stay(kept)
+        changed = [name for name in now if name in kept and now[name] != kept[name]]
+    except Exception as error:  # an older version's, or changed by hand
+        raise UserError(unusable(folder, error)) from None
+    if changed:
+        name = changed[0]
+        raise UserError(f"--resume {folder}: config.json says {name} {now[name]!r}, and the "
+                        f"run began with {kept[name]!r}: put that back")
+    return state
+
+
+def tensors_of(state):
+    """All tensors in a state_dict, however deep."""
+    if isinstance(state, torch.Tensor):
+        return [state]
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for part in inner for tensor in tensors_of(part)]
+
+
 class Run:
     """The run folder: what was set, measured and paid for. With resume: as of its checkpoint.
 
@@ -159,10 +209,10 @@ class Run:
     env = eval_env = labeler = reward = None
     finished = False  # whether every step was taken
 
-    def __init__(self, config, unique=False):
+    def __init__(self, config, unique=False, state=None):
         self.folder, self.started = config.resume or make_folder(config.out, unique), time.time()
         self.config = dataclasses.replace(config, out=self.folder, resume=None)
-        self.state = self._load() if config.resume else None  # the last checkpoint
+        self.state = state  # the last checkpoint: load_checkpoint()
         # trap: the first file of all: a folder without it could neither be resumed nor used again
         fields = {**dataclasses.asdict(self.config), "labeler": who_labels(config),
                   "command": command_line(config)}
@@ -178,40 +228,6 @@ class Run:
         self._write("metrics.csv", METRICS, map(metrics_of, self.rows))
         self._write("timing.csv", TIMING, self.times)
         self.labels = vlm_query.LabelLog(self.path("labels.jsonl"), keep=self.logged)
-
-    def _load(self):
-        """The checkpoint, or None where there is none yet. UserError where it cannot be used."""
-        path = self.path("checkpoint", "state.pt")
-        if not os.path.exists(path):
-            return None
-        try:
-            with zipfile.ZipFile(path) as parts:
-                # trap: torch reads a flipped bit without a word; and it packs nothing, a bomb does
-                if any(part.compress_type for part in parts.infolist()) or parts.testzip():
-                    raise ValueError("it is damaged")
-            # weights_only: tensors, numbers and strings; a foreign run folder cannot run code here
-            state = torch.load(path, weights_only=True)
-        except Exception as error:  # a damaged file may raise anything
-            raise UserError(f"--resume {self.folder}: its checkpoint cannot be read "
-                            f"({' '.join(str(error).split())[:120]})") from None
-        try:
-            state["seconds"], kept = float(state["seconds"]), state.get("config") or {}
-            right = type(state["logged"]) is type(state["B"]["added"]) is int and all(
-                isinstance(value, (int, float, type(None)))
-                for row in state["rows"] for value in row.values())
-            times = [[float(value) for value in pair] for pair in state.get("times", ())]
-            if not (right and all("step" in row and "eval_return" in row for row in state["rows"])
-                    and state["rows"] and len(times) in (0, len(state["rows"]))):
-                raise ValueError("its rows")
-            now, kept = must_stay(dataclasses.asdict(self.config)), must_stay(kept)
-            changed = [name for name in now if name in kept and now[name] != kept[name]]
-        except Exception as error:  # an older version's, or changed by hand
-            raise UserError(unusable(self.folder, error)) from None
-        if changed:
-            name = changed[0]
-            raise UserError(f"--resume {self.folder}: config.json says {name} {now[name]!r}, and the "
-                            f"run began with {kept[name]!r}: put that back")
-        return state
 
     def _count_labels(self, log):
         """UserError where lines of labels.jsonl are lost that the checkpoint counts."""
@@ -263,7 +279,11 @@ class Run:
                 setattr(at, field, value)
             rng.bit_generator.state = self.state["rng"]
             self.labeler.row()
-            counts = [at.step, at.episodes, at.sessions]
+            counts = [at.step, at.episodes, at.sessions, *self.labeler.counts.values()]
+            for field in dataclasses.fields(at):
+                default, value = getattr(type(at)(), field.name), getattr(at, field.name)
+                if default is not None and type(value) is not type(default):
+                    raise ValueError(f"{field.name} is {type(value).__name__}")
             if min(counts) < 0 or any(type(count) is not int for count in counts) or at.step != parts["B"].added:
                 raise ValueError(f"it is at step {at.step} with {parts['B'].added} rows stored")
             self.sums.compare(self.state["sums"])
@@ -406,15 +426,20 @@ def started(config):
     """
     unique = not config.out  # a folder that we name may get a number, too
     with contextlib.ExitStack() as at_the_end:
+        state = None
         if config.resume:
             at_the_end.enter_context(claim(config.resume))  # first of all, and before a question is paid for
+            state = load_checkpoint(config)
         config, env, eval_env = prepare(config)
         check_disk(config, env)
         # Make the CLIP model and the labeler before the run folder, so that a missing model, a wrong key or an unknown
         # goal fails without leaving an empty folder.
         reward, labeler = given_rewards.known_reward(config), make_labeler(config)
         at_the_end.callback(labeler.close)
-        run = Run(config, unique)
+        try:
+            run = Run(config, unique, state)
+        except OSError as error:  # no room, or a folder where a file should be
+            raise UserError(f"the run folder {config.out} cannot be written: {error}") from None
         run.env, run.eval_env, run.labeler, run.reward = env, eval_env, labeler, reward
         labeler.log, labeler.folder, labeler.logged = run.labels, run.path("pairs"), run.logged
         if not config.resume:

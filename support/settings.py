@@ -116,11 +116,11 @@ CHOICES = {
 # The least and the most that a number may be. Every other int is 0 to MOST, and every other float is above 0.
 MOST = 2**31 - 1
 RANGES = {
-    **dict.fromkeys(("hold", "feedback_every", "reward_batch", "reward_epochs", "updates", "horizon", "action_repeat",
+    **dict.fromkeys(("hold", "feedback_every", "reward_batch", "reward_epochs", "updates", "horizon",
                      "eval_every", "eval_episodes", "rounds", "max_pairs"), (1, MOST)),
     # Beyond these, memory would run out, or a year pass, without a word.
-    "total_steps": (1, 10**8), "pairs_per_session": (1, 10**5), "ensemble_size": (1, 1000), "hidden": (1, 8192),
-    "batch_size": (1, 10**6), "random_shift": (0, 1000), "workers": (1, 256), "timeout": (1, 86_400),
+    "action_repeat": (1, 1000), "total_steps": (1, 10**8), "pairs_per_session": (1, 10**5), "ensemble_size": (1, 1000),
+    "hidden": (1, 8192), "batch_size": (1, 10**6), "random_shift": (0, 1000), "workers": (1, 256), "timeout": (1, 86_400),
     "image_buffer": (2, MOST), "vlm_image_size": (16, 4096), "reward_image_size": (47, 4096),
     "discount": (0, 1), "clip_alpha": (0, 1), "max_usd": (0, sys.float_info.max), "random_flip": (0, 1), "fast": (0, 1),
 }
@@ -404,6 +404,8 @@ def parse_args(arguments):
             raise UserError(f"--set {word[:60]}: write name=value; the names are {', '.join(FIELDS)}")
         given[name] = text
     given = {name: from_text(name, value) for name, value in modern(given).items()}
+    for name in {"out", "resume", "labels"} & set(given):
+        given[name] = os.path.expanduser(given[name])  # trap: in --out=~/run the shell leaves the ~ as it is
     check_values(Config(**given))
     return resumed(given) if "resume" in given else Config(**given)
 
