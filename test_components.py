@@ -821,7 +821,8 @@ def test_the_steps_stand_in_order_in_the_loop():
 
 
 TINY = dict(env="CartPole", total_steps=300, seed_steps=100, explore_steps=100, feedback_every=100, pairs_per_session=6,
-            max_pairs=12, batch_size=16, hidden=16, reward_epochs=2, eval_every=100, eval_episodes=1, image_buffer=50)
+            max_pairs=12, batch_size=16, hidden=16, reward_epochs=2, eval_every=100, eval_episodes=1, image_buffer=50,
+            ensemble_size=1, updates=1, reward_image_size=48, vlm_image_size=100)
 
 
 def tiny(tmp_path, name="run", **changes):

@@ -56,7 +56,7 @@ def test_a_reward_that_looks_at_no_pictures_learns_the_same_without_them(tmp_pat
     monkeypatch.setattr(given_rewards.TrueReward, "looks", True)
     monkeypatch.setattr(train, "looks_at_images", lambda config: True)
     train.train(tiny(tmp_path, "sees", reward=reward))
-    assert seen[-1].shape == (64, 64, 3)
+    assert seen[-1].shape == (48, 48, 3)
     blind, sees = (tmp_path / name / "metrics.csv" for name in ("blind", "sees"))
     assert blind.read_text() == sees.read_text()
 
