@@ -121,8 +121,9 @@ RANGES = {
     # Beyond these, memory would run out, or a year pass, without a word.
     "action_repeat": (1, 1000), "total_steps": (1, 10**8), "pairs_per_session": (1, 10**5),
     "ensemble_size": (1, 1000), "hidden": (1, 8192), "batch_size": (1, 10**6), "random_shift": (0, 1000),
-    "workers": (1, 256), "timeout": (1, 86_400), "image_buffer": (2, MOST), "vlm_image_size": (16, 4096),
-    "reward_image_size": (47, 4096), "discount": (0, 1), "clip_alpha": (0, 1), "max_usd": (0, sys.float_info.max), "random_flip": (0, 1), "fast": (0, 1),
+    "workers": (1, 256), "timeout": (1, 86_400), "image_buffer": (2, MOST),
+    "vlm_image_size": (16, 4096), "reward_image_size": (47, 4096), "discount": (0, 1), "clip_alpha": (0, 1),
+    "max_usd": (0, sys.float_info.max), "random_flip": (0, 1), "fast": (0, 1),
 }
 KINDS = {int: "a whole number", float: "a number", str: "text"}
 # What the stand-in can be told to do wrong: share of wrong and of unsure answers, seconds that an answer takes.
