@@ -171,6 +171,25 @@ def test_a_run_killed_three_times_asks_nothing_twice_and_ends_the_same(tmp_path,
     assert row["kills"] == 3 and row["requests"] > 30
 
 
+def test_the_loop_of_a_given_reward_that_is_killed_ends_the_same(tmp_path):
+    """The other loop of train.py asks nobody; a `kill -9` in its middle must change no byte of metrics.csv either."""
+    settings = dict(total_steps=400, reward="true", seed=0, eval_every=100)
+    with Witness() as server:
+        go(server, tmp_path / "whole", settings)
+        folder = tmp_path / "killed"
+        folder.mkdir()
+        process = subprocess.Popen(command(folder, settings, server.url), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while not (folder / "run" / "checkpoint" / "state.pt").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -9, "it ended before it was killed"
+        go(server, folder, settings)
+        assert not server.asked
+    whole, killed = ((tmp_path / name / "run" / "metrics.csv").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed and whole.count(b"\n") == 6
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="how many in all")
