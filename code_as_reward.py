@@ -636,13 +636,13 @@ def extract_code(text):
 
 # How an entry of a list begins, in the order of the pattern:
 #   indent and quotes  "  ", "> ", "## "
-#   bullet             "- ", "* [ ] ", "•"
+#   bullet             "- ", "* [ ] ", "•", "🔑 "
 #   label              "1. ", "(2) ", "a) ", "iv. ", "5 The"; with a word: "Step 3: ", "Sub-task 4 (goal) - ", "第一步："
 #   text               the rest of the line
 # Example: "  - Step 2 (goal): the door is open" has indent "  ", bullet "- ", label "Step 2 (goal):" with word "Step "
 # and number "2", and the text "the door is open".
 ITEM = re.compile(r"""(?P<indent>\s*) (?:[>\#]+\s+)*
-    (?P<bullet>[^\w\s"'(\[{<|]\s+|[•●▪◦‣·])? (?:\[[ xX]?\]\s+)?
+    (?P<bullet>[^\w\s"'(\[{<|][\ufe0f\u200d\U0001f000-\U0001faff]*\s+|[•●▪◦‣·])? (?:\[[ xX]?\]\s+)?
     (?P<label>[(\[（]? (?P<word>(?:[^\W\d_]+[-\s]){0,3}) [\#№]?
         (?:[^\W\d_]{0,8}?(?P<number>\d{1,2}|[一二三四五])[^\W\d_]{0,2}
            | (?i:[ivx]+|[a-e])(?=[).:\]]+(?:\s|$)))
@@ -650,8 +650,12 @@ ITEM = re.compile(r"""(?P<indent>\s*) (?:[>\#]+\s+)*
         (?:\s?[).:\]）．：、]+-?(?!\d) | \s[-–—]\s | (?<=\d)\s+(?=[A-Z]) | $))?
     \s*(?P<text>.*)""", re.VERBOSE)
 
+# The goal, where it stands after the list and not in it: "Goal: the door is open", "Final sub-task: ...", "## Goal".
+GOAL = re.compile(r"(?i)(?:the )?(?:goal|finally|(?:final|last|end|overall|ultimate)(?: goal)?)"
+                  r"(?: (?:sub-?)?(?:goal|task|step|state|reached|itself))? ?[:：]\s*(?P<text>.*)")
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(eq=False)
 class _List:
     """A list in an answer, which may hold several: sub-tasks, notes, what is nested in an entry."""
 
@@ -660,6 +664,7 @@ class _List:
     numbers: list = dataclasses.field(default_factory=list)  # of its entries; None: without a number
     texts: list = dataclasses.field(default_factory=list)
     open: bool = True  # False once a line such as "Notes:" came after it
+    goals: list = dataclasses.field(default_factory=list)  # of each "Goal:" after it: entries until then, a _List
 
 
 def read_list(text):
@@ -679,6 +684,10 @@ def read_list(text):
         if item["bullet"] or item["label"]:
             current = _list_of(item, lists, intro)
             intro, ended = "", heading and item["text"]
+        elif lists and line[:1] != " " and (goal := GOAL.fullmatch(item["text"] + ":" * bool(heading))):
+            current, ended = _List((), "", texts=[goal["text"].rstrip(":")]), False
+            for one in lists:
+                one.goals.append((len(one.texts), current))
         else:
             said = current.texts[-1][-999:] if current else "."
             ended = ended or len(said) == 999 or re.search(r"[.!?;。]\W{0,9}$", said)
@@ -695,6 +704,7 @@ def read_list(text):
 def _lines(text):
     """An answer -> its lines, with single spaces; what is JSON, or stands in one line, is taken apart first."""
     text = re.sub(r"(?<=\S) +", " ", _from_json(text).expandtabs(4))
+    text = re.sub(r"(?im)(^ *\|.*)|<br ?/?>", lambda found: found[1] or "\n", text)  # the row of a table stays a line
     text = re.sub(r"(?<=[.;,!?]) (?=\(?[2-5][.):] )", "\n", text)  # "1. one 2. two": a whole list in one line
     return [line[:1000] for line in text.split("\n")]  # trap: patterns take for ever over a line without end
 
@@ -724,30 +734,56 @@ def _undecorated(line):
 def _list_of(item, lists, intro):
     """Add an entry to the list that it continues, or to a new one, which joins `lists` -> that list."""
     number = item["number"] and int(unicodedata.numeric(item["number"][-1]))
-    kind = (len(item["indent"]) // 2, (item["bullet"] or "").strip(), bool(item["label"]), bool(item["word"]),
-            number is None)
-    same = [one for one in lists
-            if one.kind == kind and (one.open or number and one.numbers[-1] == number - 1)]
+    bullet = (item["bullet"] or "").strip()
+    if bullet >= "\u2600":  # small drawings such as emoji: each entry may have one of its own
+        bullet = "\u2600"
+    kind = (len(item["indent"]) // 2, bullet, bool(item["label"]), bool(item["word"]), number is None)
+    # trap: a list that was indented as a whole has lost the indentation of its first line where the answer was
+    # stripped. So the number that comes next continues a list whatever the indentation.
+    next_one = [one for one in lists if number and one.kind[1:] == kind[1:] and one.numbers[-1] == number - 1]
+    same = [one for one in lists if one.kind == kind and (one.open or one in next_one)] or next_one
     if not same:
         same = [_List(kind, intro)]
         lists += same
     found = same[-1]
+    found.kind = min(found.kind, kind)
     found.open = True
     found.numbers.append(number)
     found.texts.append(item["text"])
     return found
 
 
+def _rank(intro):
+    """What the line before a list says of it: 2 the answer, 1 sub-tasks, 0 nothing, -1 something else."""
+    if re.search(r"(?i)(answer|list|version)( is)?\W*$|\bfinal\b.*task|\brevis", intro):
+        return 2
+    if re.match(r"(?i)\W*(note|observ|expla|reason|ratio|just|why|evid|detail|comment|remark)", intro):
+        return -1
+    return int("task" in intro.lower())
+
+
 def _entries(lists):
     """The entries of the list of sub-tasks; [] where there is none or its numbers have gaps."""
     if not lists:
         return []
-    # In this order: it is introduced as tasks, is not nested, has labels; of equal ones the first.
-    best = max(lists, key=lambda one: ("task" in one.intro.lower(), -one.kind[0], one.kind[2]))
+    # In this order: it is introduced as the answer or as tasks, is not nested, has labels; of equal ones the first.
+    best = max(lists, key=lambda one: (_rank(one.intro), -one.kind[0], one.kind[2]))
+    # Nothing is guessed: neither between two lists of one kind, a draft and a better one perhaps, nor whether bullets
+    # under a single bullet explain it or go on.
+    for one in lists:
+        alike = one is not best and one.kind[1:] == best.kind[1:]
+        if alike and (one.kind == best.kind and _rank(one.intro) == _rank(best.intro)
+                      or len(best.texts) == 1 and not best.kind[2] and one.kind > best.kind):
+            return []
     count = len(best.numbers)
     if best.numbers not in ([None] * count, [1] * count, [*range(count)], [*range(1, 1 + count)]):
         return []
-    found = [one_line(text).strip("\"'“” ") for text in best.texts]
+    texts = best.texts
+    if best.goals and best.goals[0][0] == count:  # not where each entry has a line "Goal:" of its own
+        texts = texts + best.goals[0][1].texts
+        if len(best.goals) > 1 or not texts[-1]:
+            return []
+    found = [one_line(text).strip("\"'“” ") for text in texts]
     return [text for text in found if re.search(r"\w", text)]
 
 

@@ -259,6 +259,11 @@ class TaskEnv(gymnasium.Wrapper):
         # Some environments never say whether the goal is reached. tells_success remembers that, so that a run reports
         # no success rather than 0 %.
         self.tells_success = self.drawn = False
+        self.white = {}  # what as_image() has learned from the images so far
+        # The environments of this project draw themselves at any size. Others render at one size of their own, and that
+        # image is resized. trap: another member named `image` may be anything, so only image(size) is called.
+        draw = getattr(self.unwrapped, "image", None)
+        self.any_size = inspect.isroutine(draw) and [*inspect.signature(draw).parameters] == ["size"]
         # The networks compute in float32 and take a vector, so observations become one: (2, 3) becomes (6,).
         with np.errstate(over="ignore"):  # a float64 bound may be infinite in float32
             low, high = (bound.ravel().astype(np.float32)
@@ -301,13 +306,10 @@ class TaskEnv(gymnasium.Wrapper):
 
     def image(self, size=300):
         """-> (size, size, 3) uint8: all that can be seen now, a copy."""
-        # The environments of this project draw themselves at any size. Others render at one size of their own, and that
-        # image is resized.
-        own = getattr(self.unwrapped, "image", None)
         with opengl_errors():
-            drawn = own(size) if callable(own) else self._rendered()
+            drawn = self.unwrapped.image(size) if self.any_size else self._rendered()
         try:
-            image = square(as_image(drawn), size)
+            image = square(as_image(drawn, self.white), size)
         except ValueError as error:
             raise self._bad(f"drew {error}") from None
         if not self.drawn:
@@ -348,9 +350,10 @@ class TaskEnv(gymnasium.Wrapper):
         """Any array of the space's shape -> (O,) float32, a copy."""
         shape = self.env.observation_space.shape
         try:
-            numbers = np.asarray(obs, np.float64)
+            numbers = real(obs)
         except Exception:  # whatever is no array of numbers
-            raise self._bad(f"gave an observation of {type(obs).__name__}, not numbers") from None
+            raise self._bad(f"gave an observation of {type(obs).__name__}, not numbers (real ones, none of them "
+                            "masked)") from None
         # Axes of length 1 do not matter: (1, 4) is as good as (4,).
         # trap: numpy would later spread a single number, stored as an observation, over the whole row.
         if numbers.squeeze().shape != tuple(n for n in shape if n != 1):
@@ -366,11 +369,11 @@ class TaskEnv(gymnasium.Wrapper):
     def _number(self, what, value, or_nan=False):
         """A number, or an array of one element -> float."""
         try:
-            number = np.asarray(value, np.float64).item()
+            number = real(value).item()
         except Exception:  # several numbers, a text, anything
             number = math.inf
         if not (abs(number) <= LARGEST or (or_nan and math.isnan(number))):
-            raise self._bad(f"gave {value!r:.60} as {what}; it must be one number, finite and within {LARGEST:g}")
+            raise self._bad(f"gave {value!r:.60} as {what}; it must be one real number, finite and within {LARGEST:g}")
         return number
 
     def _complete(self, info, reward):
@@ -382,8 +385,11 @@ class TaskEnv(gymnasium.Wrapper):
         # Foreign environments rarely tell progress. The true reward of the step then stands in for it.
         # Progress only judges labels, or makes them with `--labels oracle`.
         progress = reward if info.get("progress") is None else info["progress"]
-        return {**info, "success": self._number("success", 0.0 if success is None else success),
-                "progress": self._number("progress", progress, or_nan=self.simulated == 0)}
+        success = self._number("success", 0.0 if success is None else success)
+        if not 0 <= success <= 1:
+            raise self._bad(f"gave {success:g} as success; it must be from 0 to 1")
+        progress = self._number("progress", progress, or_nan=self.simulated == 0)
+        return {**info, "success": success, "progress": progress}
 
 
 def make(name, seed=0, goal=None, horizon=None, action_repeat=None):
@@ -403,13 +409,15 @@ def make(name, seed=0, goal=None, horizon=None, action_repeat=None):
     task = TASKS.get(name) or Task(goal, name, horizon=None, vlm_image_size=None, reward_image_size=None)
     horizon, repeat = horizon or task.horizon, action_repeat or task.action_repeat
     env = task.make() if callable(task.make) else _from_gymnasium(task.make, name)
-    own = getattr(env.unwrapped, "horizon", None)  # of this project's environments that end by themselves
     # limit counts steps of the simulator, horizon counts ours. The first limit that is known holds: the caller's or the
-    # table's; that of a TimeLimit which the environment brings along; the one registered for the id; the environment's
-    # own. An episode must end some time, because query sessions and checkpoints wait for that: hence 1000.
-    limit = (horizon * repeat if horizon else env.spec.max_episode_steps
-             or gymnasium.spec(env.spec.id).max_episode_steps or own or 1000)
-    if own and limit > own:
+    # table's; that of a TimeLimit which the environment brings along; the one registered for the id. An episode must
+    # end some time, because query sessions and checkpoints wait for that: hence 1000. Unless the caller or the table
+    # said so, it is no longer than the environment's own horizon.
+    own = getattr(env.unwrapped, "horizon", None)  # trap: in a foreign environment this may be anything
+    own = own if isinstance(own, (int, np.integer)) and not isinstance(own, bool) and own > 0 else math.inf
+    limit = horizon * repeat if horizon else min(own, env.spec.max_episode_steps
+                                                 or gymnasium.spec(env.spec.id).max_episode_steps or 1000)
+    if limit > own and type(env.unwrapped).__module__.startswith("tasks."):
         raise ValueError(f"{name} ends after {own} steps; a horizon of {limit} is too long")
     return TaskEnv(env, goal or task.goal, limit, seed, repeat, name)
 
@@ -466,15 +474,15 @@ def _from_gymnasium(spelled, name):
     if hasattr(getattr(env.unwrapped, "model", None), "vis"):
         draw_fast(env.unwrapped.model)
     seen, actions = (getattr(env, space, None) for space in ("observation_space", "action_space"))
-    if not isinstance(seen, Box):  # the policy's network takes a vector; dicts and texts are none
-        raise ValueError(one_line(f"{name} observes {seen}; only Box observations will do"))
+    if not isinstance(seen, Box) or 0 in seen.shape:  # the policy's network takes a vector; dicts and texts are none
+        raise ValueError(one_line(f"{name} observes {seen}; only Box observations, of one number or more, will do"))
     if isinstance(actions, Discrete):  # the network has one output per action, and outputs are counted from 0
         return env if actions.start == 0 else gymnasium.wrappers.TransformAction(
             env, lambda action: action + actions.start, Discrete(actions.n))
     # The tanh at the end of SAC's policy gives numbers in [-1, 1], whatever the environment wants. They are stretched
     # to the range of the environment, so that range must have two different ends. One comparison asks for both, and
     # for ends within 2^53, beyond which a float does not tell two integers apart.
-    usable = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded()
+    usable = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded() and actions.shape[0]
     low, high = (actions.low.astype(float), actions.high.astype(float)) if usable else (0, 0)  # (A,) each
     if not np.all((-2.0**53 < low) & (low < high) & (high < 2.0**53)):
         raise ValueError(one_line(f"{name} acts in {actions}; only Discrete and Box (A,) will do, and every number of "
@@ -492,22 +500,36 @@ def _from_gymnasium(spelled, name):
     return gymnasium.wrappers.TransformAction(env, to_integers, Box(-1.0, 1.0, actions.shape, np.float32))
 
 
+def real(value):
+    """A number or an array of numbers -> float64. Raises for complex numbers and masked ones.
+
+    trap: numpy would drop the imaginary part, and the mask.
+    """
+    if np.iscomplexobj(value) or np.ma.is_masked(value):
+        raise TypeError
+    return np.asarray(value, np.float64)
+
+
 def one_line(text):
     """The text without its line breaks: numpy and many libraries break what they say into lines."""
     return " ".join(text.split())
 
 
 # ---- Machinery: images of other environments ----
-def as_image(drawn):
+def as_image(drawn, white=None):
     """Whatever render() returned -> (height, width, 3) uint8, the same image.
 
     Taken are uint8; numbers from 0 to 255; floats from 0 to 1; bool; grey as (H, W) or one channel; three channels, or
     four (what is transparent lies on white), first or last; an image of Pillow; of several frames the last.
-    Raises ValueError, "no image, but ...", for anything else.
+    white: {are they floats?: the number that is white, 1 or 255}, as earlier images told; this image adds to it.
+    Raises ValueError, "no image, but ...", for anything else, and where it cannot be known which number is white.
     """
+    white = {} if white is None else white
     if isinstance(drawn, (list, tuple)) and len(drawn) and not isinstance(drawn[-1], (list, tuple)):
         drawn = drawn[-1]  # of frames; a list of lists is one image, as numbers
     try:
+        if np.ma.is_masked(drawn):  # numpy would drop the mask
+            raise ValueError
         image = np.asarray(drawn.convert("RGBA") if hasattr(drawn, "getbands") else drawn)  # getbands: Pillow's
     except Exception:  # rows of different lengths, a tensor on a GPU
         image = np.array(None)
@@ -521,12 +543,22 @@ def as_image(drawn):
         what = f"{image.dtype} {image.shape}" if image.ndim else type(drawn).__name__
         raise ValueError(f"no image, but {what}; made with render_mode=\"rgb_array\", render() must return "
                          "(height, width, 3)")
-    if image.dtype != np.uint8:
+    if image.dtype.kind == "b":
+        image = image * np.uint8(255)
+    floats = image.dtype.kind == "f"
+    if image.dtype != np.uint8 or floats not in white:
         low, high = float(image.min()), float(image.max())
-        top = 1 if image.dtype.kind in "bf" and high <= 1.01 else 255  # rounding may go a little beyond 1
+        # trap: one image alone does not always tell its scale. Of floats up to 255, a dark image may end at 1; and a
+        # mask of integers 0 and 1 would be black. So the first image that is not all black decides for all.
+        if floats not in white and (1.01 < high < 8 if floats else high == 1):
+            raise ValueError(f"no image, but {image.dtype} numbers from {low:g} to {high:g}, which is no known scale; "
+                             "white must be 255, or 1 in floats, or True")
+        top = white.get(floats) or (1 if floats and high <= 1.01 else 255)
         if not (-0.01 * top <= low and high <= 1.01 * top):  # written so that nan is refused too
-            raise ValueError(f"no image, but numbers from {low:g} to {high:g}; they must go from 0 to 255, or as "
-                             "floats from 0 to 1")
+            needed = f"from 0 to {top}, as before" if floats in white else "from 0 to 255, or as floats from 0 to 1"
+            raise ValueError(f"no image, but numbers from {low:g} to {high:g}; they must go {needed}")
+        if high > 0:
+            white[floats] = top
         image = np.clip(np.rint(image * (255.0 / top)), 0, 255).astype(np.uint8)
     if image.shape[2] == 4:
         opaque = image[..., 3:] / 255.0  # (height, width, 1)

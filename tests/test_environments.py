@@ -124,10 +124,19 @@ def test_any_array_of_the_right_shape_is_an_observation(made, value):
 
 
 @pytest.mark.parametrize("value, says", [(0.5, r"shape \(\)"), (np.zeros(3), r"shape \(3,\)"), ({"x": 1}, "of dict"), (None, "shape"),
-                                         (np.array(["a", "b"]), "not numbers"), ([1, [2, 3]], "of list")])
+                                         (np.array(["a", "b"]), "not numbers"), (np.array([1, 2j]), "not numbers .real"),
+                                         (np.ma.array([1.0, 2.0], mask=[False, True]), "of MaskedArray, .*masked"), ([1, [2, 3]], "of list")])
 def test_an_observation_of_another_shape_is_refused(made, value, says):
     """A single number would otherwise fill a whole row of the buffer."""
     refused(says, made(seen=lambda self: value).reset, seed=0)
+
+
+@pytest.mark.parametrize("space", [Box(-1, 1, (0,)), Box(-1, 1, (2, 0)), Dict({"a": Box(-1, 1, (1,))}), None])
+def test_other_observations_are_refused_in_one_line(made, space):
+    """The policy's network needs a vector with something in it."""
+    with pytest.raises(ValueError, match="observes .*only Box observations, of one number or more") as error:
+        made(observation_space=space)
+    assert "\n" not in str(error.value)
 
 
 def test_a_table_on_its_side_is_not_the_table(made):
@@ -153,6 +162,9 @@ def test_arrays_of_one_element_are_numbers(made):
     ("reward", dict(reward=lambda self: np.nan, info=lambda self: {"progress": 0.0})),
     ("progress", dict(info=lambda self: {"progress": np.nan})), ("progress", dict(info=lambda self: {"progress": "far"})),
     ("success", dict(info=lambda self: {"success": np.inf})), ("success", dict(info=lambda self: {"is_success": np.nan})),
+    ("reward", dict(reward=lambda self: 1 + 2j)), ("reward", dict(reward=lambda self: np.ma.masked)),
+    ("success", dict(info=lambda self: {"success": 1.5})), ("success", dict(info=lambda self: {"is_success": -1})),
+    ("progress", dict(info=lambda self: {"progress": np.complex64(1)})),
     ("terminated", dict(step=lambda self, action: (self.seen(), 0.0, None, False, {})))])
 def test_a_reward_or_progress_that_is_no_number_is_refused(made, what, changes):
     """One line that names what and when."""
@@ -298,7 +310,7 @@ def test_actions_reach_the_whole_range(made, space, arrives):
 @pytest.mark.parametrize("space", [
     Box(0, np.inf, (1,), np.float32), Box(-np.inf, np.inf, (2,), np.float32), Box(-np.inf, 1, (1,), np.int32),
     Box(np.array([0, -1.0]), np.array([0, 1.0])), Box(-3e38, 3e38, (1,), np.float32), Box(0, 2**63 - 1, (1,), np.int64),
-    Box(-1, 1, (2, 2)), Box(np.arange(40.0), np.inf), MultiBinary(3), Dict({"a": Discrete(2)}), None])
+    Box(-1, 1, (2, 2)), Box(-1, 1, (0,)), Box(np.arange(40.0), np.inf), MultiBinary(3), Dict({"a": Discrete(2)}), None])
 def test_other_actions_are_refused_in_one_line(made, space):
     """Without ends, or with both the same, [-1, 1] cannot be stretched to the range: nan would arrive."""
     with pytest.raises(ValueError, match="acts in .*only Discrete and Box") as error:
@@ -351,6 +363,47 @@ def test_whatever_render_gives_is_the_same_image(made, kind, size):
     assert np.abs(image.astype(int) - expected.image(size)).max() <= (1 if "16" in kind else 0)
 
 
+@pytest.mark.parametrize("frames, seen", [
+    ([RED / 255, RED / 255 * 1.3], "from 0 to 1, as before"), ([RED / 255, RED * 1.0], "from 0 to 1, as before"),
+    ([RED * 1.0, RED / 255], [RED, np.rint(RED / 255)]), ([RED * 0.0, RED / 255, RED * 0.0], [RED * 0, RED, RED * 0]),
+    ([RED * 0.0, RED * 1.0, RED / 255], [RED * 0, RED, np.rint(RED / 255)]), ([RED, RED // 255], [RED, RED // 255]),
+    ([RED, RED / 255, RED > 0], [RED, RED, (RED > 0) * 255]), ([RED / 255 * 1.3], "0 to 1.3, which is no known scale"),
+    ([RED / 255 * 7.9], "no known scale"), ([RED * 1.0, RED / 255 * 1.3], [RED, np.rint(RED / 255 * 1.3)]),
+    ([RED // 255], "uint8 numbers from 0 to 1, which is no known scale"), ([(RED // 255).astype(int)], "no known scale"),
+    ([RED * 0, RED // 255], "no known scale")])
+def test_the_first_image_that_tells_it_decides_which_number_is_white(made, frames, seen):
+    """A bright pixel or a dark frame would otherwise turn one image black or white; a change is one line."""
+    left = list(frames)
+    env = made(render=lambda self: left.pop(0))
+    env.reset(seed=0)
+    if isinstance(seen, str):
+        for _ in frames[1:]:
+            env.image(64)
+        refused(f"drew no image, but .*{seen}", env.image, 64)
+    else:
+        assert [np.array_equal(env.image(64), image) for image in seen] == [True] * len(frames)
+
+
+@pytest.mark.parametrize("member", [lambda self: 1 / 0, lambda self, index: 1 / 0, RED, "red.png", lambda self, size, way: 1 / 0, int])
+def test_a_member_that_only_has_the_name_image_is_not_called(made, member):
+    """Only image(size) draws; with any other, render() does."""
+    env = made(image=member)
+    env.reset(seed=0)
+    assert np.array_equal(env.image(64), RED)
+
+
+@pytest.mark.parametrize("member, limit", [(lambda self: 5, 1000), (5, 5), (np.int64(5), 5), (0, 1000), ("5", 1000), (None, 1000), (5.0, 1000),
+                                           (True, 1000), (-5, 1000)])
+def test_a_member_that_only_has_the_name_horizon_is_no_limit(made, member, limit):
+    """A whole number is one, but what the user asks for comes first."""
+    gymnasium.register("Named-v0", entry_point=type("Named", (Bar,), {"horizon": member}))
+    try:
+        assert envs.make("Named-v0", goal="to go").horizon == limit
+        assert envs.make("Named-v0", goal="to go", horizon=9).horizon == 9
+    finally:
+        del gymnasium.registry["Named-v0"]
+
+
 def test_half_transparent_is_half_white():
     """Red at half its strength over white is (255, 128, 128)."""
     drawn = np.full((4, 4, 4), (255, 0, 0, 128), np.uint8)
@@ -360,6 +413,7 @@ def test_half_transparent_is_half_white():
 @pytest.mark.parametrize("drawn, says", [
     (None, "NoneType"), ("a text", "str"), ([], r"float64 \(0,\)"), ({}, "dict"), (3.5, "float"), (np.zeros(5), r"\(5,\)"),
     (np.zeros((9, 9, 2)), r"\(9, 9, 2\)"), (np.zeros((0, 4, 3)), r"\(0, 4, 3\)"), (np.zeros((4, 4, 3), object), "object"),
+    (np.full((4, 4, 3), 1j), "complex128"), (np.ma.masked_less(RED, 9), "MaskedArray"),
     (np.full((4, 4, 3), np.nan), "nan"), (np.full((4, 4, 3), np.inf), "inf"), (np.full((4, 4, 3), -0.5), "-0.5"),
     (np.full((4, 4, 3), 65535, np.uint16), "65535"), (np.full((4, 4, 3), -9), "-9"), ([[1, 2], [3]], "list")])
 def test_what_is_no_image_is_one_line(made, drawn, says):
@@ -411,7 +465,7 @@ def test_an_image_that_is_drawn_into_one_array_is_a_copy(made):
         canvas = np.zeros((64, 64, 3), np.uint8)
 
         def image(self, size):
-            self.canvas += 1
+            self.canvas += 9
             return self.canvas
 
         def render(self):

@@ -59,22 +59,35 @@ LISTS = {
     "colours": f"1. \x1b[1;31m{A}\x1b[0m\n2. \x1b]0;title\x07{B}\x07", "NUL and half an emoji": f"1. {A}\x00\n2. {B} \ud83d",
     "table": f"| # | Sub-task | Seen |\n|---|---|---|\n| **1** | {A} | yes |\n| 2. | {B} | no |",
     "JSON": f'```json\n["{A}",\n "{B}"]\n```', "JSON of dicts": f'{{"g": "x", "tasks": [{{"id": 1, "t": "{A}"}}, {{"id": 2, "t": "{B}"}}]}}',
+    "stripped": f"1. {A}\n  2. {B}", "stripped, far": f"1) {A}\n    2) {B}\n\nNotes:\n1) The door.",
+    "draft before": f"Draft:\n1. The door.\n2. The key.\n\nFinal answer:\n1. {A}\n2. {B}",
+    "revised": f"1. The door.\n2. {B}\n\nWait, let me revise:\n1. {A}\n2. {B}", "bulleted draft": f"Draft:\n- The door.\n\nAnswer:\n- {A}\n- {B}",
+    "images before": f"At the start:\n1. The door.\n\nIn the goal image:\n1. The key.\n\nThe list:\n1. {A}\n2. {B}",
+    "explanation": f"### Sub-tasks\n1. {A}\n2. {B}\n### Explanation\n1. The door.\n2. The key.",
+    "goal after": f"1. {A}\nGoal: {B}", "bold goal after": f"1. {A}\n\n**Goal:** {B}", "final after": f"- {A}\nFinal sub-task: {B}",
+    "goal heading after": f"1. {A}\n\n## Goal\n\n{B}", "wrapped goal": f"1. {A}\n**Final goal**: The agent is on the\ngreen square.",
+    "a goal for each": f"1. {A}\nGoal: the key\n2. {B}\nGoal: the square", "goal before": f"Goal: to win\n1. {A}\n2. {B}",
+    "bold goal": f"- {A}\n**Goal: {B}**", "wrapped goal, blank": f"1. {A}\n\nGoal: The agent is on\nthe green square.",
+    "emoji": f"🔑 {A}\n🚪 {B}", "long emoji": f"🗝️ {A}\n🧑‍🚀 {B}", "br": f"1. {A}<br>2. {B}", "br /": f"1. {A}<BR />- it is gone<br/>2. {B}",
+    "table with br": f"| 1 | {A} | it is<br>gone |\n| 2 | {B} | x |",
     "JSON by number": f'{{"1": "{A}", "2": "{B}"}}',
 }
 
 
 def test_lists_of_sub_tasks_are_read_in_any_notation():
-    """Each of ninety ways to write the same two sub-tasks must give these two, cleaned and in order."""
+    """Each of a hundred ways to write the same two sub-tasks must give these two, cleaned and in order."""
     found = {name: LISTS[name] and tuple(code_as_reward.read_list(code_as_reward.answer_in(LISTS[name]))) for name in LISTS}
     found["twice"] = tuple(asked(LISTS["twice"]))
-    assert len(LISTS) > 85 and {name: got for name, got in found.items() if got != (A, B)} == {}
+    assert len(LISTS) > 105 and {name: got for name, got in found.items() if got != (A, B)} == {}
 
 
 @pytest.mark.parametrize("text", ["I would first pick up the key.", "", None, "1.", "- \n- ", "1. one\n3. three", "2. two",
                                   "I'm sorry: I can't.\nIdea: none", "In the end: it is done", "e.g. this", "---\n***", "{}", "[1]",
-                                  "[" * 9000, "\n".join(f"{i}. x{i}" for i in range(1, 10)), "\n".join(["1. x"] * 6)])
+                                  "[" * 9000, "\n".join(f"{i}. x{i}" for i in range(1, 10)), "\n".join(["1. x"] * 6),
+                                  "Draft:\n1. a x\n2. b x\n\nBetter:\n1. c x\n2. d x", "1. a x\n2. b x\n\nOr:\n1. c x",
+                                  "- a x\n  - b x\n  - c x", "1. a x\n\nGoal:\n- b x", "1. a x\nGoal: b x\nGoal: c x"])
 def test_an_answer_that_is_no_list_of_sub_tasks_stops_in_one_line(text):
-    """Nothing may be guessed: none, too many, or an entry missing is one clear line that names its question."""
+    """Nothing may be guessed: none, several, too many, or an entry missing is one clear line that names its question."""
     with pytest.raises(CodeAsRewardError, match="1 to 5 sub-tasks") as raised:
         asked(text)
     assert "\n" not in str(raised.value) and len(raised.value.questions) == 1
