@@ -1,13 +1,20 @@
-"""Faster SAC and reward model, as subclasses: bfloat16 on a processor that has it, recorded CUDA graphs on a GPU.
+"""Faster SAC and reward model, as subclasses: gradients by hand, bfloat16, recorded CUDA graphs.
 
 What this is: `--fast 1`. The files that are read and copied, sac.py and reward_model.py, know nothing of it.
+  ByHand     SAC without autograd, on a CPU. For networks this small, much of an update is not arithmetic: autograd
+             records every operation in order to go back through them, each layer is a call of its own, and the
+             optimiser handles a tensor for each. Here every derivative is written out, both critics are one batched
+             product, and all weights of an optimiser are one vector. The weights are those that sac.SAC would have,
+             but for rounding. The smaller the network, the more it gains.
   bfloat16   half the bits in the layers that take the time. It pays only on a processor with AVX512-BF16 or AMX.
   Recorded   for networks this small, Python needs longer to launch the kernels of an update than a GPU to run them. A
              CUDA graph remembers the launches, with all addresses, and repeats them at once. The numbers are the same.
              On an H100, SAC then updates 13 times as often (results/bench_cuda.csv).
 Which STEPs: 4 fit the reward model, 6 improve the policy.
 Differs from the paper: it names no such thing.
-Shapes: those of sac.py and reward_model.py.  Names: FastSAC, FastRewardModel, Recorded, has_bfloat16.
+Shapes: those of sac.py and reward_model.py; P the weights of one network, or of all that an optimiser has. L is the
+loss that is minimised, and d_x is short for dL/dx, which has the shape of x.
+Names: FastSAC, FastRewardModel, has_bfloat16, Recorded; ByHand, Networks (forward, backward), FlatAdam, *_gradient.
 
 To use it elsewhere (beside sac.py and reward_model.py):
     from gymnasium.spaces import Box
@@ -15,9 +22,10 @@ To use it elsewhere (beside sac.py and reward_model.py):
     agent = FastSAC(3, Box(-1, 1, (1,)), bfloat16=has_bfloat16())  # on a GPU: device="cuda", record=Recorded
 """
 import torch
+import torch.nn.functional as F
 
 from reward_model import RewardModel, as_input
-from sac import MLP, SAC
+from sac import LOG_STD_MAX, LOG_STD_MIN, MLP, SAC, tanh_gaussian
 
 
 def has_bfloat16():
@@ -81,6 +89,296 @@ def adam(parameters, lr, device):
     return torch.optim.Adam(parameters, lr=lr, fused=True, capturable=device.type == "cuda")
 
 
+# ---- STEP 6, with gradients by hand ----
+def views(vector, tensors):
+    """A vector (P,) as parts with the shapes of the tensors, one after the other, in the memory of the vector."""
+    parts = vector.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def flatten(parameters):
+    """Move the numbers of all parameters to one vector (P,). Each parameter is then a view of its part of it.
+
+    So whoever writes to the vector changes the networks, and the other way round.
+    """
+    vector = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, views(vector, parameters), strict=True):
+        parameter.data = part
+    return vector
+
+
+class Networks:
+    """Equal MLPs whose weights lie in one vector, one network after the other: forward and backward of all at once.
+
+    weights (networks * P,), sizes (in, hidden..., out). gradient (networks * P,): where backward() writes; or None.
+    bfloat16: as HalfMLP does it, in all layers but the first and the last.
+    """
+
+    def __init__(self, weights, networks, sizes, gradient=None, bfloat16=False):
+        self.layers = self._layers(weights.view(networks, -1), sizes)
+        self.gradients = None if gradient is None else self._layers(gradient.view(networks, -1), sizes)
+        self.bfloat16, self.memory = bfloat16, {}
+
+    @staticmethod
+    def _layers(rows, sizes):
+        """rows (networks, P) -> of each layer its weight (networks, out, in), as nn.Linear has it, and its bias
+        (networks, 1, out), as views.
+        """
+        layers, at = [], 0
+        for n_in, n_out in zip(sizes[:-1], sizes[1:]):
+            weight, bias = rows[:, at : at + n_out * n_in], rows[:, at + n_out * n_in : at + n_out * (n_in + 1)]
+            layers.append((weight.unflatten(1, (n_out, n_in)), bias.unsqueeze(1)))
+            at += n_out * (n_in + 1)
+        return layers
+
+    def _into(self, name, like, width):
+        """A tensor (networks, B, width) to write to, the same one at every call: new memory of this size costs as much
+        as a layer, because the system clears each of its pages first.
+        """
+        shape, kept = (*like.shape[:2], width), self.memory.get(name)
+        if kept is None or kept.shape != shape or kept.dtype != like.dtype:
+            kept = self.memory[name] = torch.empty(shape, dtype=like.dtype)
+        return kept
+
+    def forward(self, x):
+        """x (networks, B, in) -> output (networks, B, out), and the input h_l of each layer, for backward():
+
+            h_0 = x,   h_(l+1) = max(0, h_l W_l^T + b_l),   without the max after the last layer
+        trap: the next forward() overwrites what is returned.
+        """
+        inputs, last = [], len(self.layers) - 1
+        for number, (weight, bias) in enumerate(self.layers):
+            if self.bfloat16:
+                dtype = torch.bfloat16 if 0 < number < last else torch.float32
+                x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+            inputs.append(x)
+            # one call: the products of all networks, and the bias
+            x = torch.baddbmm(bias, x, weight.mT, out=self._into(number, x, weight.shape[1]))
+            if number < last:
+                x.relu_()
+        return x, inputs
+
+    def backward(self, d_output, inputs, to_weights=True):
+        """The chain rule through forward(), from the last layer to the first: derivatives of the loss L.
+
+        Let d_l be the derivative by what layer l gives before its max, (networks, B, out). Then
+            d_W_l   = d_l^T h_l              (networks, out, in)
+            d_b_l   = sum of d_l over B      (networks, 1, out)
+            d_h_l   = d_l W_l                (networks, B, in)
+            d_(l-1) = d_h_l where h_l > 0, else 0:   max(0, .) is flat below 0, and has slope 1 above
+        to_weights: d_W and d_b are written to the vector `gradient`. Otherwise they are left out, and d_x is returned
+        (networks, B, in). Nobody needs both.
+        trap: the inputs of all layers but the first are overwritten.
+        """
+        d = d_output
+        for number in reversed(range(len(self.layers))):
+            (weight, _), h = self.layers[number], inputs[number]
+            d = d.to(h.dtype)
+            if to_weights:
+                d_weight, d_bias = self.gradients[number]
+                if h.dtype == d_weight.dtype:
+                    torch.bmm(d.mT, h, out=d_weight)
+                else:  # `out` does not convert bfloat16
+                    d_weight.copy_(torch.bmm(d.mT, h))
+                torch.sum(d, 1, keepdim=True, dtype=d_bias.dtype, out=d_bias)
+                if number == 0:
+                    return None
+            d = torch.bmm(d, weight.to(h.dtype), out=self._into(f"d_{number}", h, weight.shape[2]))
+            if number > 0:
+                d.mul_(h.sign_())  # h is never negative: its sign is 0 or 1. Faster than to multiply by h > 0
+        return d
+
+
+def gaussian_gradient(d_action, action, log_std, tanh_raw, noise, alpha):
+    """The derivative of the actor's loss by its output, back through tanh_gaussian(): (B, 2A), for L = mean over B of
+
+        l = alpha * log pi(a|s) - Q(s, a),   a = tanh(u),   u = mean + std * noise,   std = e^log_std
+
+    First by u. da/du = 1 - a^2. In log pi = log N - log(1 - a^2), log N = -noise^2 / 2 - log_std + constant does not
+    depend on u, because the noise is given; and d log(1 - a^2) / du = -2a (1 - a^2) / (1 - a^2) = -2a. So
+        d log pi / du      = 2a,                       d_u       = d_action (1 - a^2) + alpha / B * 2a
+    Then by the two numbers that u is made of: du/dmean = 1, du/dlog_std = std * noise, and log N has its -log_std:
+        d log pi / dmean    = 2a,                      d_mean    = d_u
+        d log pi / dlog_std = 2a * std * noise - 1,    d_log_std = d_u * std * noise - alpha / B
+    Last, the actor gives raw, with log_std = MIN + (MAX - MIN) / 2 * (tanh(raw) + 1):
+        d_raw = d_log_std * (MAX - MIN) / 2 * (1 - tanh(raw)^2)
+    d_action: the part of L that is -Q / B, by the action; that and the rest (B, A), but alpha, a number.
+    Example: B = A = 1, d_action 1, a 0, log_std 0, tanh_raw 0, noise 2, alpha 0.1 -> d_mean 1, d_raw 1.9 * 3.5 = 6.65.
+    """
+    each = alpha / len(action)
+    d_u = d_action * (1 - action * action) + 2 * each * action
+    d_log_std = d_u * log_std.exp() * noise - each
+    return torch.cat([d_u, d_log_std * (0.5 * (LOG_STD_MAX - LOG_STD_MIN)) * (1 - tanh_raw * tanh_raw)], -1)
+
+
+def min_gradient(q):
+    """d_q (2, B) for L = -mean over B of min(Q1, Q2), from q (2, B): -1 / B for the smaller one, 0 for the larger.
+
+    A minimum passes the derivative on to the one that was chosen. (Of two equal ones to Q2; autograd gives both half.)
+    Example: q [[1, 5], [2, 3]] -> [[-0.5, 0], [0, -0.5]].
+    """
+    first = q[0] < q[1]
+    return torch.stack([first, ~first]) * (-1 / q.shape[1])
+
+
+def categorical_gradient(probs, log_probs, q, alpha):
+    """The same for Discrete actions: d_logits (B, n), for L = mean over B of
+
+        l = sum over actions of p f,   f = alpha * log p - min(Q1, Q2),   p = softmax(logits)
+
+    By p_k: dl/dp_k = f_k + alpha. And dp_k/dlogit_j = p_k (1 if j = k, else 0) - p_k p_j. In the sum over k, alpha
+    cancels, because the p sum to 1:
+        d_logit_j = p_j (f_j - l) / B
+    The critics are not passed through: no action was drawn, and what they say of all n is the same for any actor.
+    probs, log_probs, q (B, n), where q is the minimum of both critics; alpha a number.
+    Example: B = 1, two equal chances, q [1, 0], alpha 0: l = -0.5, d_logits [-0.25, 0.25]. Descent favours the first.
+    """
+    f = alpha * log_probs - q  # (B, n)
+    return probs * (f - (probs * f).sum(-1, keepdim=True)) / len(q)
+
+
+class FlatAdam:
+    """torch.optim.Adam's step on one vector of all weights (P,), with its formula, for k = 1, 2, ...:
+
+        m <- m + (1 - beta1) (g - m),   v <- beta2 v + (1 - beta2) g^2      moving averages of the gradient g and of g^2
+        w <- w - lr * m / (1 - beta1^k) / (sqrt(v / (1 - beta2^k)) + eps)
+    Averages that begin at 0 are too small at first; the divisors 1 - beta^k correct that (Kingma and Ba, 1412.6980).
+    The optimiser stays the owner of weights and averages, which become views: its state_dict() is always up to date.
+    trap: load_state_dict() of the optimiser gives it other averages. Make a new FlatAdam then.
+    """
+
+    def __init__(self, optimizer):
+        self.group, = optimizer.param_groups
+        weights = self.group["params"]
+        states = [optimizer.state[weight] for weight in weights]  # {} before the first step
+        self.weights = flatten(weights)
+        self.gradient, self.scratch = torch.zeros_like(self.weights), torch.empty_like(self.weights)
+        m, v = ([state.get(name, torch.zeros_like(weight)) for state, weight in zip(states, weights, strict=True)]
+                for name in ("exp_avg", "exp_avg_sq"))
+        self.m, self.v = (torch.cat([part.flatten() for part in parts]) for parts in (m, v))
+        # torch counts for each tensor: (tensors,), all the same
+        self.steps = torch.stack([torch.as_tensor(state.get("step", 0.0)) for state in states])
+        for state, step, *averages in zip(states, self.steps, views(self.m, m), views(self.v, v), strict=True):
+            state.update(step=step, exp_avg=averages[0], exp_avg_sq=averages[1])
+        self.k = int(self.steps[0])
+
+    def step(self):
+        """One step down self.gradient (P,), which backward() has written."""
+        lr, (beta1, beta2), eps = (self.group[name] for name in ("lr", "betas", "eps"))
+        self.k += 1
+        self.steps.add_(1)
+        correction1, root2 = 1 - beta1**self.k, (1 - beta2**self.k) ** 0.5
+        self.m.lerp_(self.gradient, 1 - beta1)
+        self.v.mul_(beta2).addcmul_(self.gradient, self.gradient, value=1 - beta2)
+        # Numerator and denominator times root2: that saves a division of the whole vector.
+        torch.sqrt(self.v, out=self.scratch).add_(eps * root2)
+        self.weights.addcdiv_(self.m, self.scratch, value=-lr * root2 / correction1)
+
+
+class ByHand:
+    """SAC._step of an agent without autograd: tensors of a batch -> the same dict, the same weights but for rounding.
+
+    Weights, averages and generator stay the agent's own: act(), state_dict() and SAC._step see every change.
+    trap: whatever replaces one of them (reset_critic, load_state_dict) must make a new ByHand.
+    """
+
+    def __init__(self, agent, bfloat16=False):
+        self.agent = agent
+        self.actor_adam, self.critic_adam = FlatAdam(agent.actor_optimizer), FlatAdam(agent.critic_optimizer)
+        self.target = flatten(list(agent.target.parameters()))
+        self.obs_dim, action_dim, actions, hidden = agent.sizes
+        sizes, adam = (self.obs_dim, *hidden, actions or 2 * action_dim), self.actor_adam
+        self.actor = Networks(adam.weights[:-1], 1, sizes, adam.gradient[:-1], bfloat16)  # [-1] is log alpha
+        sizes, adam = (self.obs_dim + action_dim, *hidden, actions or 1), self.critic_adam
+        self.critics = Networks(adam.weights, 2, sizes, adam.gradient, bfloat16)
+        self.targets = Networks(self.target, 2, sizes, bfloat16=bfloat16)
+
+    def __deepcopy__(self, memo):
+        return None  # a copy of the agent has its weights elsewhere, and makes its own
+
+    # inference_mode does less than no_grad: torch does not even count how often a tensor was written to. What is
+    # returned cannot enter autograd.
+    @torch.inference_mode()
+    def __call__(self, obs, action, reward, next_obs, terminated):
+        agent, batch = self.agent, len(reward)
+        obs, next_obs = (obs - agent.obs_mean) / agent.obs_std, (next_obs - agent.obs_mean) / agent.obs_std
+        # The critics' step leaves the actor as it is, so one pass serves s', for y, and s, for the actor's own step.
+        output, inputs = self.actor.forward(torch.cat([next_obs, obs]).unsqueeze(0))  # (1, 2B, ...)
+        policy = self._policy(output.squeeze(0), batch)
+        next_value, _, _, _ = self._value(self.targets, next_obs, [x[:batch] for x in policy])
+        y = reward + agent.discount * (1 - terminated) * next_value  # (B,)
+        error, q_mean = self._critic_step(obs, action, y)
+        value, entropy = self._actor_step(obs, [x[batch:] for x in policy], [h[:, batch:] for h in inputs])
+        self.target.lerp_(self.critic_adam.weights, agent.tau)  # Polyak: one vector follows another
+        return {"critic_loss": error.square().sum() / batch, "actor_loss": -value.mean(), "q_mean": q_mean,
+                "alpha": agent.log_alpha.exp(), "entropy": entropy}
+
+    def _policy(self, output, batch):
+        """From what the actor gives, (2B, outputs): as SAC._policy does, and what gaussian_gradient() needs besides.
+
+        Box: action (2B, A), log_prob (2B,), and log_std, tanh_raw, noise (2B, A). Discrete: probs, log_probs (2B, n).
+        """
+        agent = self.agent
+        if agent.discrete:
+            log_probs = F.log_softmax(output, dim=-1)
+            return log_probs.exp(), log_probs
+        mean, raw = output.chunk(2, dim=-1)
+        tanh_raw = torch.tanh(raw)
+        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (tanh_raw + 1)
+        # trap: two draws, as sac.py makes two. A single one of (2B, A) would give other numbers.
+        noise = torch.cat([torch.randn(batch, agent.action_dim, generator=agent.rng) for _ in range(2)])
+        return *tanh_gaussian(mean, log_std, noise), log_std, tanh_raw, noise
+
+    def _values(self, critics, obs, *action):
+        """Both critics, like TwinCritic: (2, B), or (2, B, n) of all Discrete actions; the inputs of their layers."""
+        q, inputs = critics.forward(torch.cat([obs, *action], dim=-1).expand(2, -1, -1))
+        return q.squeeze(-1) if action else q, inputs
+
+    def _value(self, critics, obs, policy):
+        """V(s) of the policy and its entropy (B,), by SAC's own formula; and what _values() gives."""
+        q, inputs = self._values(critics, obs, *([] if self.agent.discrete else policy[:1]))
+        return *self.agent._value(lambda *_: q, obs, policy[:2]), q, inputs
+
+    def _critic_step(self, obs, action, y):
+        """A step down L = sum over both critics of the mean over B of (Q - y)^2. So d_Q = 2 (Q - y) / B, (2, B).
+
+        action (B, A) or (B,), as stored; y (B,) -> Q - y (2, B), mean Q.
+        """
+        if not self.agent.discrete:
+            q, inputs = self._values(self.critics, obs, action)
+            d_q = (q - y).unsqueeze(-1) * (2 / len(y))  # (2, B, 1)
+        else:
+            every, inputs = self._values(self.critics, obs)  # (2, B, n)
+            taken = action.expand(2, -1).unsqueeze(-1)
+            q = every.gather(-1, taken).squeeze(-1)
+            # The values of the actions that were not taken are in no loss: their derivative is 0.
+            d_q = torch.zeros_like(every).scatter_(-1, taken, (q - y).unsqueeze(-1) * (2 / len(y)))
+        self.critics.backward(d_q, inputs)
+        self.critic_adam.step()
+        return q - y, q.mean()
+
+    def _actor_step(self, obs, policy, inputs):
+        """A step down L = mean over B of (alpha * log pi - min(Q1, Q2)) for the actor, and down alpha's loss.
+
+        policy: of these obs, as _policy() gives it; inputs: of the actor's layers -> V (B,), mean entropy.
+        """
+        agent, alpha = self.agent, float(self.agent.log_alpha.exp())
+        value, entropy, q, critic_inputs = self._value(self.critics, obs, policy)
+        if agent.discrete:
+            d_output = categorical_gradient(*policy, q.amin(0), alpha)
+        else:
+            # The critics are only passed through, down to their input (obs, action): d_x (2, B, O + A).
+            d_x = self.critics.backward(min_gradient(q).unsqueeze(-1), critic_inputs, to_weights=False)
+            action, _, *rest = policy
+            d_output = gaussian_gradient(d_x[..., self.obs_dim :].sum(0), action, *rest, alpha)
+        self.actor.backward(d_output.unsqueeze(0), inputs)
+        # Alpha's loss is log_alpha * (entropy - target), with the entropy as a constant. Its derivative is the factor.
+        entropy = entropy.mean()
+        self.actor_adam.gradient[-1] = entropy - agent.target_entropy
+        self.actor_adam.step()
+        return value, entropy
+
+
 # ---- STEP 6, faster ----
 class HalfMLP(MLP):
     """An MLP whose layers but the first and the last compute in bfloat16; the weights keep all their bits."""
@@ -97,26 +395,33 @@ class HalfMLP(MLP):
 
 
 class FastSAC(SAC):
-    """SAC with its hidden layers in bfloat16, or with recorded updates.
+    """SAC with gradients by hand on a CPU (its hidden layers in bfloat16 or not), or with recorded updates on a GPU.
 
     record: Recorded, on a GPU. Batches must then be of one size, and an update overwrites what the last one returned.
+    What state_dict() gives, SAC can load, and the other way round.
+    trap: networks and optimisers may be replaced only by the methods below, not from outside.
     """
 
     def __init__(self, *args, bfloat16=False, record=None, **settings):
         self.network = HalfMLP if bfloat16 else MLP
-        self.record = record
+        self.bfloat16, self.record = bfloat16, record
         super().__init__(*args, **settings)
 
     def _adam(self, parameters):
         return adam(parameters, self.lr, self.device)
 
     def _record_anew(self):
-        # trap: a replay works on the tensors it was recorded with. Whatever replaces one (critics, the mean and
-        # deviation of observations, an optimiser that was loaded) must come through here.
+        # trap: a replay works on the tensors it was recorded with, and so does ByHand. Whatever replaces one (critics,
+        # the mean and deviation of observations, an optimiser that was loaded) must come through here.
         self._recorded = self.record and self.record(super()._step, self.device, self.rng)
+        self._by_hand = None
 
     def _step(self, *tensors):
-        return (self._recorded or super()._step)(*tensors)
+        if self.record or self.device.type != "cpu":
+            return (self._recorded or super()._step)(*tensors)
+        if self._by_hand is None:
+            self._by_hand = ByHand(self, self.bfloat16)
+        return self._by_hand(*(x.to(self.device) for x in tensors))
 
     def reset_critic(self):
         super().reset_critic()

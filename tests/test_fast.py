@@ -1,6 +1,7 @@
-"""Speed that must change nothing: bfloat16 and CUDA graphs."""
+"""Speed that must change nothing: gradients by hand, bfloat16 and CUDA graphs."""
 import copy
 import functools
+import io
 
 import gymnasium
 import numpy as np
@@ -13,6 +14,149 @@ from support import fast, run, settings
 from support.fast import FastRewardModel, FastSAC
 from support.report import rank_correlation
 from test_components import box, distance_after_learning, filled_batch, tiny
+
+
+def a_batch(space, seed, size=64):
+    """A batch of transitions with 5 observed numbers, of which some terminate."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    discrete = hasattr(space, "n")
+    action = torch.randint(space.n, (size,), generator=generator) if discrete else draw(size, *space.shape).tanh()
+    return {"obs": 3 * draw(size, 5) + 1, "action": action, "reward": draw(size), "next_obs": 3 * draw(size, 5) + 1,
+            "terminated": (torch.rand(size, generator=generator) < 0.1).float()}
+
+
+def numbers(agent):
+    """All that an agent has learned, as one vector: weights, targets, temperature, the averages of its optimisers."""
+    weights = [*agent.actor.parameters(), *agent.critic.parameters(), *agent.target.parameters(), agent.log_alpha]
+    averages = [state[name] for adam in (agent.actor_optimizer, agent.critic_optimizer) for state in adam.state.values()
+                for name in ("step", "exp_avg", "exp_avg_sq")]
+    return torch.cat([x.detach().flatten() for x in (*weights, *averages)])
+
+
+def assert_same_agent(one, two, tolerance=1e-5):
+    torch.testing.assert_close(numbers(one), numbers(two), rtol=0, atol=tolerance)
+    before = one.rng.get_state()
+    assert torch.equal(before, two.rng.get_state())
+    for obs in torch.eye(5):
+        assert np.allclose(one.act(obs), two.act(obs), rtol=0, atol=tolerance)
+    one.rng.set_state(before), two.rng.set_state(before)
+
+
+SPACES = {"1 number": box(1), "3 numbers": box(3), "discrete": gymnasium.spaces.Discrete(4)}
+every_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+
+
+@pytest.mark.parametrize("size", [32, 256])
+@every_space
+def test_a_hundred_updates_by_hand_are_a_hundred_updates_of_sac(space, size):
+    """Gradients by hand must give SAC's own weights, averages, draws and results, also with fresh critics and units."""
+    plain, fast_one = (kind(5, space, hidden=(size, size)) for kind in (sac.SAC, FastSAC))
+    for number in range(100):
+        if number == 30:
+            plain.reset_critic(), fast_one.reset_critic()
+        if number == 60:
+            observed = a_batch(space, 1000)["obs"]
+            plain.normalise_observations(observed), fast_one.normalise_observations(observed)
+        batch = a_batch(space, number, 64 if number < 90 else 16)
+        (name, expected), (same, got) = (zip(*agent.update(batch).items()) for agent in (plain, fast_one))
+        assert name == same
+        torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=0, atol=1e-5)
+    assert_same_agent(plain, fast_one)
+    assert all(p.grad is None for p in (*fast_one.actor.parameters(), *fast_one.critic.parameters()))  # no autograd
+    assert plain.actor[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("updates", [0, 7])
+@every_space
+def test_checkpoints_of_sac_and_of_updates_by_hand_are_the_same(space, updates):
+    """What either saves, either must load, and go on as if nothing had been; by hand from by hand to the bit."""
+    for first in (sac.SAC, FastSAC):
+        agent = first(5, space, hidden=(32, 32))
+        for number in range(updates):
+            agent.update(a_batch(space, number))
+        file = io.BytesIO()
+        torch.save(agent.state_dict(), file)
+        others = [kind(5, space, hidden=(32, 32), seed=9) for kind in (sac.SAC, FastSAC)]
+        for other in others:
+            other.update(a_batch(space, 99))
+            file.seek(0)
+            other.load_state_dict(torch.load(file, weights_only=True))
+        for number in range(updates, updates + 20):
+            for each in (agent, *others):
+                each.update(a_batch(space, number))
+        for other in others:
+            assert_same_agent(agent, other, 0 if type(other) is first else 1e-5)
+
+
+def test_weights_by_hand_are_those_that_act_and_a_copy_learns_alone():
+    """The actor that acts must be the one that was updated, and a copy of an agent must have weights of its own."""
+    agent, obs = FastSAC(5, box(3), hidden=(32, 32)), np.ones(5, np.float32)
+    agent.update(a_batch(box(3), 0))
+    flat, before = agent._by_hand.actor_adam.weights, agent.act(obs, explore=False)
+    assert agent.actor[0].weight.data_ptr() == flat.data_ptr() and agent.log_alpha.data_ptr() == flat[-1:].data_ptr()
+    other, old = copy.deepcopy(agent), numbers(agent)
+    other.update(a_batch(box(3), 1))
+    assert torch.equal(numbers(agent), old) and not torch.equal(numbers(other), old)
+    agent.update(a_batch(box(3), 1))
+    assert torch.equal(numbers(agent), numbers(other)) and not np.array_equal(agent.act(obs, explore=False), before)
+
+
+def test_each_derivative_by_hand_is_that_of_autograd():
+    """The formulas of fast.py, one by one, against autograd; and their examples."""
+    generator = torch.Generator().manual_seed(0)
+    mean, raw, noise, weight = torch.randn(4, 6, 3, generator=generator).double()
+    mean.requires_grad_(), raw.requires_grad_()
+    log_std = sac.LOG_STD_MIN + 0.5 * (sac.LOG_STD_MAX - sac.LOG_STD_MIN) * (torch.tanh(raw) + 1)
+    action, log_prob = sac.tanh_gaussian(mean, log_std, noise)
+    (0.3 * log_prob - (weight * action).sum(-1)).mean().backward()  # Q = weight * action
+    with torch.no_grad():
+        got = fast.gaussian_gradient(-weight / 6, action, log_std, torch.tanh(raw), noise, 0.3)
+    torch.testing.assert_close(got, torch.cat([mean.grad, raw.grad], -1))
+    ones = torch.ones(1, 1)
+    got = fast.gaussian_gradient(ones, 0 * ones, 0 * ones, 0 * ones, 2 * ones, 0.1)
+    assert got.flatten().tolist() == pytest.approx([1, 6.65])
+
+    logits, q = torch.randn(2, 6, 3, generator=generator).double()
+    log_probs = torch.log_softmax(logits.requires_grad_(), -1)
+    (log_probs.exp() * (0.3 * log_probs - q)).sum(-1).mean().backward()
+    torch.testing.assert_close(fast.categorical_gradient(log_probs.exp(), log_probs, q, 0.3).detach(), logits.grad)
+    half = torch.full((1, 2), 0.5)
+    assert fast.categorical_gradient(half, half.log(), torch.tensor([[1.0, 0.0]]), 0.0).tolist() == [[-0.25, 0.25]]
+
+    assert fast.min_gradient(torch.tensor([[1.0, 5], [2, 3]])).tolist() == [[-0.5, 0], [0, -0.5]]
+
+
+@pytest.mark.parametrize("hidden", [(8,), (8, 7, 6)])
+def test_the_chain_rule_by_hand_is_that_of_autograd(hidden):
+    """Networks: the output of both, and the derivatives by all weights and by the input."""
+    pair = [sac.MLP((4, *hidden, 2)).double() for _ in range(2)]
+    x, d_output = torch.randn(2, 5, 4).double().requires_grad_(), torch.randn(2, 5, 2).double()
+    weights = [p for net in pair for p in net.parameters()]
+    expected = torch.stack([net(one) for net, one in zip(pair, x)])
+    *grads, d_x = torch.autograd.grad(expected, [*weights, x], d_output)
+    vector = fast.flatten(weights)
+    gradient = torch.full_like(vector, np.nan)
+    both = fast.Networks(vector, 2, (4, *hidden, 2), gradient)
+    with torch.no_grad():
+        output, inputs = both.forward(x)
+        torch.testing.assert_close(output, expected)
+        both.backward(d_output, inputs)
+        torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in grads]))
+        _, inputs = both.forward(x)
+        torch.testing.assert_close(both.backward(d_output, inputs, to_weights=False), d_x)
+
+
+def test_in_half_the_bits_by_hand_is_nearer_to_autograd_in_half_the_bits_than_to_all_the_bits():
+    """bfloat16 by hand must round where HalfMLP rounds."""
+    half = type("Half", (sac.SAC,), {"network": fast.HalfMLP})
+    kinds = (half, functools.partial(FastSAC, bfloat16=True), sac.SAC)
+    agents = [kind(5, box(3), hidden=(64, 64, 64)) for kind in kinds]
+    for number in range(50):
+        for agent in agents:
+            agent.update(a_batch(box(3), number))
+    autograd, by_hand, exact = (numbers(agent) for agent in agents)
+    assert (by_hand - autograd).abs().mean() < 0.7 * (by_hand - exact).abs().mean() < 1e-3
 
 
 class FakeGraph:
