@@ -29,12 +29,11 @@ from sac import LOG_STD_MAX, LOG_STD_MIN, MLP, SAC, tanh_gaussian
 
 
 def has_bfloat16():
-    """Does this processor multiply bfloat16 numbers? Elsewhere they are slower than float32. Linux says so; others:
-    no.
-    """
+    """Does this processor multiply bfloat16 numbers? Elsewhere they are slower than float32. Only Linux tells."""
     try:
         with open("/proc/cpuinfo") as file:
-            return any(flag in file.read() for flag in ("avx512_bf16", "amx_bf16"))
+            flags = file.read()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
     except OSError:
         return False
 
