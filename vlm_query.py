@@ -197,12 +197,13 @@ MINUS = r"[\u2010-\u2015\u2212\u207b\u2796\ufe63\uff0d]|\b(?i:minus|negative)\s+
 CLOSER = r"""(?xi) \b(?:(?:since|because)[ ])? (?:image|picture)[ #]*([12])[ ]
     (?:(?:is|looks|seems|appears|clearly|much|slightly|far|a[ ]bit)[ ])* (?:closer|nearer|better|wins)\b
     (?:[ ]to[ ]the[ ]goal)? (?:[ ]than[ ](?:image|picture)[ #]*[12]\b)? [:,.]?[ ]?"""
-# VERDICT finds more of them, in any sentence: "Image 1 is clearly the closer one", "The winner is Image 1". What it finds
-# can only forbid a number, so there is no harm in a long list.
-VERDICT = r"""(?xi) (?: (?:image|picture)[ #]*([12]) (?:[ ](?:is|was|looks|seems|appears|gets|comes|would|to|be|the|one|that|
-          much|far|a|bit|little|more|overall|\w+ly))*[ :,]* \b(?:closer|closest|nearer|nearest|better|best|wins|winner)\b
+# VERDICT finds more of them, in any sentence: "Image 1 is clearly the closer one", "The winner is Image 1". A verdict can
+# only forbid a number, so there is no harm in a long list.
+VERDICT = r"""(?xi) (?:
+      (?:image|picture)[ #]*([12]) (?:[ ](?:is|was|looks|seems|appears|gets|comes|would|to|be|the|one|that|much|far|a|bit
+      |little|more|overall|\w+ly))*[ :,]* \b(?:closer|closest|nearer|nearest|better|best|wins|winner)\b
     | \b(?:closer|closest|nearer|nearest|better|best|winner|winning)\b (?:(?!score)[^.:=\n]){0,60}? (?:\bis|[:=])
-          (?:[ :]|the|clearly|image|picture|number|\#)* \b([12])\b )"""
+      (?:[ :]|the|clearly|image|picture|number|\#)* \b([12])\b )"""
 # A whole line that says a number and nothing about an image. OWN is the word for this kind of number, such as "label".
 LINE = r"""(?xi) (?:\#+[ ])? (?:
       (?:so|thus|therefore|hence)[,:]?[ ] | here(?:[ ]is|s)[ ]
@@ -212,11 +213,11 @@ LINE = r"""(?xi) (?:\#+[ ])? (?:
       |conclusion|decision|verdict|antwort|réponse|respuesta|risposta|resposta|ответ|(?:最终)?答案|回答|答え|정답)
       (?:[ ](?:is|ist|es|est):?[ ]|是?[ ]?[:=：][ ]?|是) )*
     (?: (-?\d+(?:\.\d+)?) (?:[ ]\1)* )? [ .,;!。]*"""
-# A line that is complete: a sentence, what one image shows ("Image 1: dark"), or a measure ("Certainty: 0.9"). A verdict
-# is complete too, and so is a number that LINE knows. All others may be headings.
+# A line that is complete: a sentence, what one image shows ("Image 1: dark"), or a measure ("Certainty: 0.9"). Verdicts
+# are complete too, and so are the numbers that LINE knows. All others may be headings.
 # trap: a heading speaks of the number in the next line: "Closer image" and then "1" name the first image.
 COMPLETE = r"""(?xi) (?!\#) (?: .*[^.…][.。][,;]? | (?:[-•+][ ])?image[ ][12]:[ ].*[^:：?？=,] | .*[:=][ ]-?\d[\d.]+%? )"""
-# A line with -1 whose other words say that the images cannot be told apart: "They look alike: -1", "-1 (no difference)".
+# A line with -1 whose other words say that the images cannot be told apart: "They look alike: -1", "-1 (the same)".
 UNSURE = r"""(?xi) (?!.*\bif\b) (?=.*\b(?:cannot|cant|neither|same|alike|identical|equally|unclear|impossible|none
     |no[ ](?:\w+[ ])?difference)\b) \D*-1\b\D*"""
 
@@ -228,7 +229,7 @@ def after_thinking(text):
 
 
 def with_headings(lines, number_line):
-    """Each line after its headings: ["# Label:", "---", "**1**", "They differ."] -> ["# Label: **1**", "They differ."]"""
+    """Each line is put after its headings: ["They differ.", "# Label:", "---", "1"] -> ["They differ.", "# Label: 1"]"""
     groups, heading = [], False
     for line in (" ".join(line.split()) for line in lines if not re.fullmatch(RULE, line)):
         if not heading:
@@ -500,11 +501,12 @@ def check_images(**arrays):
 #                 reasoning_content; an end that is the server's fault ("error", "abort"). What is empty or the server's
 #                 fault is not kept on disk, so it is asked again the next time.
 #   "unsure"      "-1", also with another minus sign (U+2212).
-#   "unreadable"  "0.5", "0 or 1", "Image 1", "0" and in the next line "Confidence: 1". A label is read only where it
-#                 cannot be the opposite.
+#   "unreadable"  "0.5", "0 or 1", "Image 1", "0" and in the next line "Confidence: 1", "Image 1 is closer." and in the
+#                 next line "1". A label is read only where it cannot be the opposite.
 #
 # It is a label: "<think>...</think> 1", "100% sure: 1" and "Image 2 is better: **1**" are all 1. The finish reason may
-# be "stop", "eos", null or left out, because those who copy OpenAI's format have many words for a whole answer.
+# be "stop", "eos", null or left out, because those who copy OpenAI's format have many words for a whole answer. The status
+# may be 201, 102 and 103 may come before it, and the body may begin with U+FEFF.
 #
 # More than half of the pairs of a batch (of four or more) are "unreadable" or "no answer":
 #     VLMError. --resume goes on, and asks these again. So nobody learns from noise unnoticed.
@@ -792,7 +794,9 @@ class VLM:
                 room -= len(piece)
                 if room < 0:
                     raise requests.RequestException(f"an answer of more than {LARGEST:,} bytes")
-            return response.status_code, response.headers, self._redacted(b"".join(pieces).decode("utf-8", "replace"))
+            raw = b"".join(pieces).decode("utf-8-sig", "replace")  # trap: some servers begin with U+FEFF
+            status = 200 if response.status_code == 201 else response.status_code  # 201: "created", some gateways say
+            return status, response.headers, self._redacted(raw)
 
     def _reason(self, error, late):
         """What an exception means, in one line. requests hides the cause in the innermost of a chain."""
@@ -882,8 +886,9 @@ def ends(complete, cut_off, refused=""):
 
 # A reason that is not listed is the server's fault ("failed"), such as OpenRouter's "error" and vLLM's "abort". Only
 # Gemini has so many reasons for a refusal that all the others count as one.
-OPENAI_ENDS = ends("stop eos eos_token stop_sequence end_turn complete completed",
-                   "length max_tokens model_length tool_calls function_call", "content_filter")
+OPENAI_ENDS = ends("stop eos eos_token stop_sequence end_turn complete completed done end finished "
+                   "finish_reason_stop <|im_end|>",
+                   "length max_tokens max_new_tokens model_length tool_calls function_call", "content_filter")
 GEMINI_ENDS = ends("STOP", "MAX_TOKENS MALFORMED_RESPONSE CONTINUATION LANGUAGE")
 ANTHROPIC_ENDS = ends("end_turn", "max_tokens model_context_window_exceeded stop_sequence tool_use pause_turn",
                       "refusal")
@@ -987,7 +992,7 @@ QUOTA_GONE = r'insufficient_quota|billing_hard_limit|enforced_spend_limit|"quota
 ERROR_STATUS = {"authentication_error": 401, "permission_error": 403, "not_found_error": 404,
                 "invalid_request_error": 400, "billing_error": 402, "rate_limit_error": 429}
 CURE = {401: "check the key", 403: "check the key and what it may use", 402: "check the plan and the spend limit",
-        404: "check the model's name and the URL", 405: "check the URL", 501: "check the URL",
+        404: "check the model's name and the URL", 405: "check the URL", 407: "check the proxy", 501: "check the URL",
         429: "the quota is used up, waiting does not help: check the plan, then go on"}
 
 
@@ -1148,6 +1153,12 @@ class ClockedResponse(http.client.HTTPResponse):
 
         self.fp.raw.readinto = readinto  # self.fp buffers what it reads from self.fp.raw, which is the socket
 
+    def _read_status(self):
+        """The first line of an answer: http.client skips 100 itself, and this skips 102 and 103 with their headers."""
+        while (line := super()._read_status())[1] in (102, 103):
+            http.client.parse_headers(self.fp)
+        return line
+
 
 class Adapter(requests.adapters.HTTPAdapter):
     """Connections, direct or through a proxy, whose answers are ClockedResponse.
@@ -1182,9 +1193,9 @@ def open_session(base, headers, workers):
 
 
 def is_base_url(base):
-    """Can questions be sent there? No user and no query, because these hold secrets."""
+    """Can questions be sent there? No user and no query, because these hold secrets; no fragment, which is never sent."""
     try:
-        return bool(re.fullmatch(r"https?://[^/@?\s]+(/[^@?\s]*)?", base)
+        return bool(re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", base)
                     and (urlsplit(base).port, requests.Request("POST", base).prepare()))
     except ValueError:  # a port that is none, half an IPv6 address
         return False
@@ -1192,9 +1203,11 @@ def is_base_url(base):
 
 def is_loopback(host):
     """Is it this machine, by any of its names: localhost, 127.0.0.1, 127.1, ::1, 0.0.0.0, ::, ...?"""
-    if re.fullmatch(r"(.*\.)?localhost(\.localdomain)?\.?|localhost[46]|ip6-l(ocalhost|oopback)", host):
+    names = r"(.*\.)?localhost(\.localdomain)?\.?|localhost[46](\.localdomain[46])?|ip6-l(ocalhost|oopback)"
+    if re.fullmatch(names, host):
         return True
     try:  # "127.1" and "0" are addresses too; AI_NUMERICHOST: no name is looked up
+        host = re.sub(r"%.*|\.$", "", host)  # "::1%lo" names the network card, "127.0.0.1." the root of all names
         numeric = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)[0][4][0]
         address = ipaddress.ip_address(numeric)
     except (OSError, ValueError):
@@ -1245,6 +1258,13 @@ def load_image(path, most=4096):
 
 def as_seen(image):
     """PIL image of any mode -> RGB, turned upright, on white."""
+    tag, clear = getattr(image, "tag_v2", {}).get, image.info.get("transparency")  # tag: of a TIFF
+    if tag(339) == (2,) and tag(258) == (16,):  # SampleFormat and BitsPerSample: nobody can tell which number is white
+        raise ValueError("16 bits with a sign")
+    # trap: Pillow makes 8 bits of the pixels of RGB with 16 bits, but not of its transparent colour.
+    if isinstance(clear, tuple) and max(clear) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    white_is_zero = tag(262) == 0  # PhotometricInterpretation
     image = ImageOps.exif_transpose(image)  # trap: a phone stores its photos lying on their side
     if image.mode[0] in "IF":  # trap: convert() would clip these at 255
         values, white = np.asarray(image, np.float64), 1.0 if image.mode == "F" else 65535.0
@@ -1253,6 +1273,8 @@ def as_seen(image):
         # as likely a black image as a bright one.
         if not (low >= 0 and high <= white) or (image.mode == "I" and high < 256):
             raise ValueError(f"numbers from {low:g} to {high:g}, and not 0 to {white:g}")
+        # trap: Pillow turns white-is-zero round for 8 bits, but not for 16; and convert() forgets the clear grey of 16.
+        values = np.where(values == clear, white, white - values if white_is_zero else values)
         image = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

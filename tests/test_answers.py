@@ -1,7 +1,9 @@
 """What a VLM says, and images from files: no answer is read as its opposite, no good one is thrown away."""
 import json
+import struct
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -112,14 +114,15 @@ def answered(message, **choice):
 
 
 @pytest.mark.parametrize("choice", [{}, *({"finish_reason": reason} for reason in (
-    None, "", "stop", "STOP", "eos", "EOS", "eos_token", "stop_sequence", "end_turn"))])
+    None, "", "stop", "STOP", "eos", "EOS", "eos_token", "stop_sequence", "end_turn",
+    "<|im_end|>", "done", "end", "finished", "FINISH_REASON_STOP"))])
 def test_a_whole_answer_is_whole_whatever_its_server_calls_that(choice):
     """Together, TGI, KoboldCpp and others have words of their own, or none."""
     assert answered({"content": "0"}, **choice) == ("0", "complete", 5, 0)
     assert answered({"content": ""}, **choice)[1] == "empty"
 
 
-@pytest.mark.parametrize("reason, end", [("length", "cut off"), ("MAX_TOKENS", "cut off"), ("tool_calls", "cut off"),
+@pytest.mark.parametrize("reason, end", [("length", "cut off"), ("MAX_TOKENS", "cut off"), ("max_new_tokens", "cut off"), ("tool_calls", "cut off"),
                                          ("function_call", "cut off"), ("content_filter", "refused"), ("abort", "failed"),
                                          ("error", "failed"), ("insufficient_system_resource", "failed"), ({"type": "stop"}, "failed")])
 def test_an_answer_that_is_not_whole_stays_refused(reason, end):
@@ -228,6 +231,33 @@ def test_other_kinds_of_transparency_and_colour(tmp_path):
         assert saved(tmp_path / name, Image.new("CMYK", (8, 8), 0)).min() == 255
     for name in ("f.png", "f.tif", "f.gif"):
         assert saved(tmp_path / name, Image.new("1", (8, 8), 1)).min() == 255
+
+
+def test_one_clear_colour_of_sixteen_bits_is_white(tmp_path):
+    """Grey and RGB: Pillow forgets the first, and compares the second with eight bits."""
+    for colour, value in ((0, b"\x80\0"), (2, b"\x80\0" * 3)):
+        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0)), (b"tRNS", value),
+                  (b"IDAT", zlib.compress((b"\0" + value * 4) * 3 + b"\0" + bytes(len(value) * 4))), (b"IEND", b"")]
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks))
+        assert load_image(tmp_path / "a.png")[:, 0, 0].tolist() == [255, 255, 255, 0]
+
+
+def sixteen_bit_tiff(path, values, photometric, sample_format):
+    """(H, W) of 16 bits -> a TIFF whose tags Pillow would not write."""
+    tags = {256: values.shape[1], 257: values.shape[0], 258: 16, 259: 1, 262: photometric, 273: 134, 277: 1,
+            278: values.shape[0], 279: values.nbytes, 339: sample_format}
+    path.write_bytes(b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items()) + bytes(4) + values.tobytes())
+    return path
+
+
+def test_sixteen_bits_where_white_is_zero_and_with_a_sign(tmp_path):
+    """The first is turned round, the second refused: half of its range would be lost."""
+    picture = load_image(sixteen_bit_tiff(tmp_path / "a.tif", GREY16, 0, 1))
+    assert (picture == np.arange(255, -1, -1)[:, None]).all()
+    with pytest.raises(VLMError, match="16 bits with a sign"):
+        load_image(sixteen_bit_tiff(tmp_path / "b.tif", (GREY16 // 2).astype(np.int16), 1, 2))
 
 
 def test_of_several_pages_the_first_is_taken(tmp_path):
