@@ -197,11 +197,11 @@ MINUS = r"[\u2010-\u2015\u2212\u207b\u2796\ufe63\uff0d]|\b(?i:minus|negative)\s+
 CLOSER = r"""(?xi) \b(?:(?:since|because)[ ])? (?:image|picture)[ #]*([12])[ ]
     (?:(?:is|looks|seems|appears|clearly|much|slightly|far|a[ ]bit)[ ])* (?:closer|nearer|better|wins)\b
     (?:[ ]to[ ]the[ ]goal)? (?:[ ]than[ ](?:image|picture)[ #]*[12]\b)? [:,.]?[ ]?"""
-# VERDICT finds more of them, in any sentence: "Image 1 is clearly the closer one", "The winner is Image 1". A verdict can
+# VERDICT finds more of them, in any sentence: "Image 1 is clearly the closer one", "The winner is Image 1". These can
 # only forbid a number, so there is no harm in a long list.
 VERDICT = r"""(?xi) (?:
-      (?:image|picture)[ #]*([12]) (?:[ ](?:is|was|looks|seems|appears|gets|comes|would|to|be|the|one|that|much|far|a|bit
-      |little|more|overall|\w+ly))*[ :,]* \b(?:closer|closest|nearer|nearest|better|best|wins|winner)\b
+      (?:image|picture)[ #]*([12]) (?:[ ](?:is|was|looks|seems|appears|gets|comes|would|to|be|the|one|that|much|far|a
+      |bit|little|more|overall|\w+ly))*[ :,]* \b(?:closer|closest|nearer|nearest|better|best|wins|winner)\b
     | \b(?:closer|closest|nearer|nearest|better|best|winner|winning)\b (?:(?!score)[^.:=\n]){0,60}? (?:\bis|[:=])
       (?:[ :]|the|clearly|image|picture|number|\#)* \b([12])\b )"""
 # A whole line that says a number and nothing about an image. OWN is the word for this kind of number, such as "label".
@@ -229,7 +229,7 @@ def after_thinking(text):
 
 
 def with_headings(lines, number_line):
-    """Each line is put after its headings: ["They differ.", "# Label:", "---", "1"] -> ["They differ.", "# Label: 1"]"""
+    """Each line comes after its headings: ["They differ.", "# Label:", "---", "1"] -> ["They differ.", "# Label: 1"]"""
     groups, heading = [], False
     for line in (" ".join(line.split()) for line in lines if not re.fullmatch(RULE, line)):
         if not heading:
@@ -505,8 +505,8 @@ def check_images(**arrays):
 #                 next line "1". A label is read only where it cannot be the opposite.
 #
 # It is a label: "<think>...</think> 1", "100% sure: 1" and "Image 2 is better: **1**" are all 1. The finish reason may
-# be "stop", "eos", null or left out, because those who copy OpenAI's format have many words for a whole answer. The status
-# may be 201, 102 and 103 may come before it, and the body may begin with U+FEFF.
+# be "stop", "eos", null or left out, because those who copy OpenAI's format have many words for a whole answer.
+# The status may be 201, the statuses 102 and 103 may come before it, and the body may begin with U+FEFF.
 #
 # More than half of the pairs of a batch (of four or more) are "unreadable" or "no answer":
 #     VLMError. --resume goes on, and asks these again. So nobody learns from noise unnoticed.
@@ -1193,7 +1193,7 @@ def open_session(base, headers, workers):
 
 
 def is_base_url(base):
-    """Can questions be sent there? No user and no query, because these hold secrets; no fragment, which is never sent."""
+    """Can questions be sent there? No user and no query, as these hold secrets; no fragment, which is never sent."""
     try:
         return bool(re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", base)
                     and (urlsplit(base).port, requests.Request("POST", base).prepare()))
