@@ -158,82 +158,129 @@ def record_of(question, kind, value=None, replies=(), seconds=0.0):
 # trap: "Bild 1", "Option 1" and "Closer: 1" name the first image, but the label 1 is the second image. A list of such
 # names is never complete. So LINE describes the lines that are understood, and all others are unreadable: that costs
 # one question, while a label read wrong teaches the opposite in silence.
+# One rule more: the last verdict in words about an image, anywhere in the answer, must agree with the number.
 def parse_label(text):
     """The text of an answer -> 0, 1, -1, or None where it could mean anything else.
 
     "**0**" -> 0    "100% sure: 1" -> 1    "Image 1 wins: 0" -> 0    "<think>1</think>0" -> 0
-    "0.5" -> None   "0 or 1" -> None       "Image 1." -> None        "0, then in a line: 1" -> None
+    "0.5" -> None   "0 or 1" -> None       "Image 1." -> None        "Image 1 is closer to an open drawer.", "1" -> None
     """
-    return {"0": 0, "1": 1, "-1": -1}.get(only_number(text, "label"))
+    number, verdict = number_and_verdict(text, "label")
+    label = {"0": 0, "1": 1, "-1": -1}.get(number)
+    return label if label == -1 or verdict in (None, label) else None
 
 
 def parse_score(text):
     """The text of an answer -> its number in [0, 1], or None: "Score: 0.7" -> 0.7, "70" and "7/10" -> None."""
-    number = only_number(text, "score|rating")
-    return float(number) if number and "-" not in number and float(number) <= 1 else None
+    number, verdict = number_and_verdict(text, "score|rating")  # a verdict on two images belongs to another question
+    return float(number) if number and verdict is None and "-" not in number and float(number) <= 1 else None
 
 
-# Tags around what a model thinks. {0}, {1} are "", "begin" in the opening tag and "/", "end" in the closing one.
-THINK = r"<{0}(?:seed:)?(?:think|thinking|thought|reasoning)>|<\|{1}_of_thought\|>|◁{0}think▷|\[{0}THINK\]"
-# Three patterns of what drops out of an answer. ITEM: the number before an item of a list ("2. Bright.").
+# Marks around what a model thinks.
+THINK = r"""(?x) <(?:seed:)?(?:think|thinking|thought|reasoning)> | <\|begin_of_thought\|> | ◁think▷ | \[THINK\]
+    | <\|START_THINKING\|> | <\|thinking\|> | (?:<\|channel>|<unused94>)thought"""
+THOUGHT = r"""(?x) </(?:seed:)?(?:think|thinking|thought|reasoning)> | <\|end_of_thought\|> | ◁/think▷ | \[/THINK\]
+    | <\|END_THINKING\|> | <\|/thinking\|> | <channel\|> | <unused95>"""
+# Patterns of what drops out of an answer. ITEM: the number before an item of a list ("2. Bright.").
 ITEM = r"(?m)^[ \t*]*\d+[.)][ \t*]+(?=[^\W\d])"
 # TOKEN: </answer>, </s>, <|im_end|>, <end_of_turn>, <eos>, [/INST], ``` and their likes.
 TOKEN = r"</\w+>|<[|｜](?!image)[^<>\n]*[|｜]>|<(?i:end_of_\w+|eo[st]|pad)>|\[/INST\]|```(?:[a-z]\w*)?"
 # FRAME: Markdown, quotes, brackets and LaTeX around a number.
 # trap: "[ ] 1" is a box that is not ticked, and "~~1~~" is crossed out. Both stay, so the line is not understood.
 FRAME = r"""\\(?:boxed|text(?:bf)?|mathbf)|[*`$'"“”‘’«»\\]|[(\[{（【「『](?!\s*[\])}])|[)\]}）】」』]"""
+# RULE: a whole line of it says nothing, such as "}", "---", or "### Human:" (whose turn it is next).
+# trap: "-" may be the minus sign of a number in the next line, so it stays.
+RULE = r"[\s{}().,=#>]*|\s*-{3,}\s*|(?i:[\s#]*(?:assistant|human|user):?\s*)"
 # What stands for a minus sign: dashes of all kinds, and two words. "—1", "－1" and "minus 1" are all -1.
 MINUS = r"[\u2010-\u2015\u2212\u207b\u2796\ufe63\uff0d]|\b(?i:minus|negative)\s+(?=1\b)"
-# "Image 2 is closer to the goal than Image 1": the only thing said about images that is understood.
+# "Image 2 is closer to the goal than Image 1": the only thing said about images that a line with a number may hold.
 CLOSER = r"""(?xi) \b(?:(?:since|because)[ ])? (?:image|picture)[ #]*([12])[ ]
-    (?:(?:is|looks|seems|clearly|much|slightly|far|a[ ]bit)[ ])* (?:closer|nearer|better|wins)\b
+    (?:(?:is|looks|seems|appears|clearly|much|slightly|far|a[ ]bit)[ ])* (?:closer|nearer|better|wins)\b
     (?:[ ]to[ ]the[ ]goal)? (?:[ ]than[ ](?:image|picture)[ #]*[12]\b)? [:,.]?[ ]?"""
-# A heading speaks of the line after it: up to five words, or what ends with a colon, a question mark, "=" or "is".
-HEADING = r"(?m)(?:^(#.*|[^\W\d]+(?:[:：,]? [^\W\d]+){0,4})|[:：?？=]| is)\n"
+# VERDICT finds more of them, in any sentence: "Image 1 is clearly the closer one", "The winner is Image 1". These can
+# only forbid a number, so there is no harm in a long list.
+VERDICT = r"""(?xi) (?:
+      (?:image|picture)[ #]*([12]) (?:[ ](?:is|was|looks|seems|appears|gets|comes|would|to|be|the|one|that|much|far|a
+      |bit|little|more|overall|\w+ly))*[ :,]* \b(?:closer|closest|nearer|nearest|better|best|wins|winner)\b
+    | \b(?:closer|closest|nearer|nearest|better|best|winner|winning)\b (?:(?!score)[^.:=\n]){0,60}? (?:\bis|[:=])
+      (?:[ :]|the|clearly|image|picture|number|\#)* \b([12])\b )"""
 # A whole line that says a number and nothing about an image. OWN is the word for this kind of number, such as "label".
 LINE = r"""(?xi) (?:\#+[ ])? (?:
-      (?:so|thus|therefore|hence)[,:]?[ ]
-    | (?:i[ ]?a?m[ ])? (?:[5-9]\d|100)%[ ](?:sure|certain|confident)[,:]?[ ]
-    | (?:(?:the|my|final|last|correct)[ ])* (?:answer|number|result|output|response|final|OWN
-      |antwort|réponse|respuesta|risposta|resposta|ответ|答案|回答|答え) (?:[ ]is:?[ ]|[ ]?[:=：][ ]?) )*
+      (?:so|thus|therefore|hence)[,:]?[ ] | here(?:[ ]is|s)[ ]
+    | (?:overall|finally|in[ ]conclusion|based[ ]on[ ]th(?:e|ese)[ ]notes(?:[ ]alone)?),[ ]
+    | (?:i[ ]?a?m[ ])? (?:5[1-9]|[6-9]\d|100)%[ ](?:sure|certain|confident)[,:]?[ ]
+    | (?:(?:the|my|final|last|correct|single|die|la)[ ])* (?:answer|number|result|output|response|final|OWN|line
+      |conclusion|decision|verdict|antwort|réponse|respuesta|risposta|resposta|ответ|(?:最终)?答案|回答|答え|정답)
+      (?:[ ](?:is|ist|es|est):?[ ]|是?[ ]?[:=：][ ]?|是) )*
     (?: (-?\d+(?:\.\d+)?) (?:[ ]\1)* )? [ .,;!。]*"""
+# A line that is complete: a sentence, what one image shows ("Image 1: dark"), or a measure ("Certainty: 0.9"). Verdicts
+# are complete too, and so are the numbers that LINE knows. All others may be headings.
+# trap: a heading speaks of the number in the next line: "Closer image" and then "1" name the first image.
+COMPLETE = r"""(?xi) (?!\#) (?: .*[^.…][.。][,;]? | (?:[-•+][ ])?image[ ][12]:[ ].*[^:：?？=,] | .*[:=][ ]-?\d[\d.]+%? )"""
+# A line with -1 whose other words say that the images cannot be told apart: "They look alike: -1", "-1 (the same)".
+UNSURE = r"""(?xi) (?!.*\bif\b) (?=.*\b(?:cannot|cant|neither|same|alike|identical|equally|unclear|impossible|none
+    |no[ ](?:\w+[ ])?difference)\b) \D*-1\b\D*"""
 
 
 def after_thinking(text):
     """What stands after the last </think> or its like; "" if the thinking never ended."""
-    text = re.split(THINK.format("/", "end"), text)[-1]
-    return "" if re.search(THINK.format("", "begin"), text) else text
+    text = re.split(THOUGHT, text)[-1]
+    return "" if re.search(THINK, text) else text
 
 
-def only_number(text, own):
-    """The number in the last line that holds any word, as it is written, or None. own: for OWN in LINE.
+def with_headings(lines, number_line):
+    """Each line comes after its headings: ["They differ.", "# Label:", "---", "1"] -> ["They differ.", "# Label: 1"]"""
+    groups, heading = [], False
+    for line in (" ".join(line.split()) for line in lines if not re.fullmatch(RULE, line)):
+        if not heading:
+            groups.append([])
+        groups[-1].append(line)
+        heading = not (re.fullmatch(COMPLETE, line) or re.search(VERDICT + r"\W*$", line)
+                       or (re.search(r"\d", line) and re.fullmatch(number_line, line)))
+    return [": ".join([*(line.rstrip(" :：?？=") for line in group[:-1]), group[-1]]) for group in groups]
 
-    Worked example: "<think>1?</think>**Image 2** is better, so the answer is: `1`.</s>"
-      after_thinking()            -> "**Image 2** is better, so the answer is: `1`.</s>"
-      TOKEN takes </s> away       -> "**Image 2** is better, so the answer is: `1`."
-      FRAME takes ** and ` away   -> "Image 2 is better, so the answer is: 1."
+
+def number_and_verdict(text, own):
+    """The number in the last line that holds any word, as it is written, or None; the last verdict, 0, 1 or None.
+
+    own: for OWN in LINE.
+
+    Worked example: "<think>1?</think>The second image is better, so the answer is: `1`.</s>"
+      after_thinking()            -> "The second image is better, so the answer is: `1`.</s>"
+      TOKEN takes </s> away       -> "The second image is better, so the answer is: `1`."
+      FRAME takes ` away          -> "The second image is better, so the answer is: 1."
+      images get their numbers    -> "Image 2 is better, so the answer is: 1."
       CLOSER matches "Image 2 is better, ", which says the label 1; the rest is "so the answer is: 1."
       LINE matches all of the rest: "so ", "the answer is: ", the number 1, and the full stop. It says 1 as well -> "1"
+      VERDICT matches "Image 2 is better" -> 1
     "Image 1 is better: 1" says both 0 and 1 -> None. "Bild 1": LINE knows no "Bild", so nothing is said -> None.
+    "Closer image" and in the next line "1" is read as "Closer image: 1" -> None.
     """
-    # Digits of all scripts become ours ("１", "١"); characters without a width (Unicode's category Cf) go.
-    text = "".join(str(unicodedata.decimal(c, c)) for c in after_thinking(text) if unicodedata.category(c) != "Cf")
-    for pattern, replacement in ((MINUS, "-"), (ITEM, ""), (TOKEN, ""), (FRAME, ""), (r"<(\w+)>", r"\1: ")):
-        text = re.sub(pattern, replacement, text)  # the last pair makes "answer: 1" of "<answer>1"
-    lines = (line.split() for line in text.replace("_", " ").splitlines() if re.search(r"\w", line))
-    text = re.sub(HEADING, r"\1: ", "\n".join(map(" ".join, lines)))
-    *lines, last = text.splitlines() or [""]
-    # In "They look alike: -1" the words do not matter, because no image has the number -1.
-    last = re.sub(r"^.*[:：] ?(?=-1\b)", "", last)
+    # Digits of all scripts become ours ("１", "١"); characters without a width (Unicode's category Cf, U+FE0F) go.
+    # trap: an answer may have megabytes, so only its end is read.
+    text = "".join(str(unicodedata.decimal(c, c)) for c in after_thinking(text)[-20_000:]
+                   if unicodedata.category(c) != "Cf" and c != "\ufe0f")
+    for pattern, replacement in (
+            (MINUS, "-"), (ITEM, ""), (TOKEN, ""),
+            (r"(?i)(?<=\d)[*`]* \(image ([12])\)", r" Image \1 is closer"),  # "1 (Image 2)"
+            (FRAME, ""), (r"<(\w+)>", r"\1: "),  # "<answer>1" becomes "answer: 1"
+            (r"(?i)\b(?:the )?first (?:image|picture|one)\b", "Image 1"),
+            (r"(?i)\b(?:the )?second (?:image|picture|one)\b", "Image 2")):
+        text = re.sub(pattern, replacement, text)
+    number_line = LINE.replace("OWN", own)
+    lines = with_headings(text.replace("_", " ").splitlines(), number_line)
+    verdicts = [int(first or second) - 1 for first, second in re.findall(VERDICT, "\n".join(lines))]
+    if lines and re.fullmatch(UNSURE, re.sub(r"(?i)\b(images?|and|n?or) [12]\b", r"\1", lines[-1])):
+        lines[-1] = "-1"
     number, said = None, set()  # said: every number that a line of the answer stands for
-    for line in (*lines, last):
-        shape = re.fullmatch(LINE.replace("OWN", own), re.sub(CLOSER, "", line))
+    for line in lines:
+        shape = re.fullmatch(number_line, re.sub(CLOSER, "", line))
         number = shape and shape[1]
         if shape:
             said.update(float(image) - 1 for image in re.findall(CLOSER, line))
             said.update([float(number)] if number else [])
     # trap: after a line "0", a lone "1" is its confidence, a footnote, or a change of mind.
-    return number if len(said) == 1 else None
+    return number if len(said) == 1 else None, verdicts[-1] if verdicts else None
 
 
 # ---- a batch of questions, side by side ----
@@ -454,11 +501,12 @@ def check_images(**arrays):
 #                 reasoning_content; an end that is the server's fault ("error", "abort"). What is empty or the server's
 #                 fault is not kept on disk, so it is asked again the next time.
 #   "unsure"      "-1", also with another minus sign (U+2212).
-#   "unreadable"  "0.5", "0 or 1", "Image 1", "0" and in the next line "Confidence: 1". A label is read only where it
-#                 cannot be the opposite.
+#   "unreadable"  "0.5", "0 or 1", "Image 1", "0" and in the next line "Confidence: 1", "Image 1 is closer." and in the
+#                 next line "1". A label is read only where it cannot be the opposite.
 #
 # It is a label: "<think>...</think> 1", "100% sure: 1" and "Image 2 is better: **1**" are all 1. The finish reason may
 # be "stop", "eos", null or left out, because those who copy OpenAI's format have many words for a whole answer.
+# The status may be 201, the statuses 102 and 103 may come before it, and the body may begin with U+FEFF.
 #
 # More than half of the pairs of a batch (of four or more) are "unreadable" or "no answer":
 #     VLMError. --resume goes on, and asks these again. So nobody learns from noise unnoticed.
@@ -746,7 +794,9 @@ class VLM:
                 room -= len(piece)
                 if room < 0:
                     raise requests.RequestException(f"an answer of more than {LARGEST:,} bytes")
-            return response.status_code, response.headers, self._redacted(b"".join(pieces).decode("utf-8", "replace"))
+            raw = b"".join(pieces).decode("utf-8-sig", "replace")  # trap: some servers begin with U+FEFF
+            status = 200 if response.status_code == 201 else response.status_code  # 201: "created", some gateways say
+            return status, response.headers, self._redacted(raw)
 
     def _reason(self, error, late):
         """What an exception means, in one line. requests hides the cause in the innermost of a chain."""
@@ -836,8 +886,9 @@ def ends(complete, cut_off, refused=""):
 
 # A reason that is not listed is the server's fault ("failed"), such as OpenRouter's "error" and vLLM's "abort". Only
 # Gemini has so many reasons for a refusal that all the others count as one.
-OPENAI_ENDS = ends("stop eos eos_token stop_sequence end_turn complete completed",
-                   "length max_tokens model_length tool_calls function_call", "content_filter")
+OPENAI_ENDS = ends("stop eos eos_token stop_sequence end_turn complete completed done end finished "
+                   "finish_reason_stop <|im_end|>",
+                   "length max_tokens max_new_tokens model_length tool_calls function_call", "content_filter")
 GEMINI_ENDS = ends("STOP", "MAX_TOKENS MALFORMED_RESPONSE CONTINUATION LANGUAGE")
 ANTHROPIC_ENDS = ends("end_turn", "max_tokens model_context_window_exceeded stop_sequence tool_use pause_turn",
                       "refusal")
@@ -941,7 +992,7 @@ QUOTA_GONE = r'insufficient_quota|billing_hard_limit|enforced_spend_limit|"quota
 ERROR_STATUS = {"authentication_error": 401, "permission_error": 403, "not_found_error": 404,
                 "invalid_request_error": 400, "billing_error": 402, "rate_limit_error": 429}
 CURE = {401: "check the key", 403: "check the key and what it may use", 402: "check the plan and the spend limit",
-        404: "check the model's name and the URL", 405: "check the URL", 501: "check the URL",
+        404: "check the model's name and the URL", 405: "check the URL", 407: "check the proxy", 501: "check the URL",
         429: "the quota is used up, waiting does not help: check the plan, then go on"}
 
 
@@ -1102,6 +1153,12 @@ class ClockedResponse(http.client.HTTPResponse):
 
         self.fp.raw.readinto = readinto  # self.fp buffers what it reads from self.fp.raw, which is the socket
 
+    def _read_status(self):
+        """The first line of an answer: http.client skips 100 itself, and this skips 102 and 103 with their headers."""
+        while (line := super()._read_status())[1] in (102, 103):
+            http.client.parse_headers(self.fp)
+        return line
+
 
 class Adapter(requests.adapters.HTTPAdapter):
     """Connections, direct or through a proxy, whose answers are ClockedResponse.
@@ -1136,9 +1193,9 @@ def open_session(base, headers, workers):
 
 
 def is_base_url(base):
-    """Can questions be sent there? No user and no query, because these hold secrets."""
+    """Can questions be sent there? No user and no query, as these hold secrets; no fragment, which is never sent."""
     try:
-        return bool(re.fullmatch(r"https?://[^/@?\s]+(/[^@?\s]*)?", base)
+        return bool(re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", base)
                     and (urlsplit(base).port, requests.Request("POST", base).prepare()))
     except ValueError:  # a port that is none, half an IPv6 address
         return False
@@ -1146,9 +1203,11 @@ def is_base_url(base):
 
 def is_loopback(host):
     """Is it this machine, by any of its names: localhost, 127.0.0.1, 127.1, ::1, 0.0.0.0, ::, ...?"""
-    if re.fullmatch(r"(.*\.)?localhost(\.localdomain)?\.?|localhost[46]|ip6-l(ocalhost|oopback)", host):
+    names = r"(.*\.)?localhost(\.localdomain)?\.?|localhost[46](\.localdomain[46])?|ip6-l(ocalhost|oopback)"
+    if re.fullmatch(names, host):
         return True
     try:  # "127.1" and "0" are addresses too; AI_NUMERICHOST: no name is looked up
+        host = re.sub(r"%.*|\.$", "", host)  # "::1%lo" names the network card, "127.0.0.1." the root of all names
         numeric = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)[0][4][0]
         address = ipaddress.ip_address(numeric)
     except (OSError, ValueError):
@@ -1199,6 +1258,13 @@ def load_image(path, most=4096):
 
 def as_seen(image):
     """PIL image of any mode -> RGB, turned upright, on white."""
+    tag, clear = getattr(image, "tag_v2", {}).get, image.info.get("transparency")  # tag: of a TIFF
+    if tag(339) == (2,) and tag(258) == (16,):  # SampleFormat and BitsPerSample: nobody can tell which number is white
+        raise ValueError("16 bits with a sign")
+    # trap: Pillow makes 8 bits of the pixels of RGB with 16 bits, but not of its transparent colour.
+    if isinstance(clear, tuple) and max(clear) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    white_is_zero = tag(262) == 0  # PhotometricInterpretation
     image = ImageOps.exif_transpose(image)  # trap: a phone stores its photos lying on their side
     if image.mode[0] in "IF":  # trap: convert() would clip these at 255
         values, white = np.asarray(image, np.float64), 1.0 if image.mode == "F" else 65535.0
@@ -1207,6 +1273,8 @@ def as_seen(image):
         # as likely a black image as a bright one.
         if not (low >= 0 and high <= white) or (image.mode == "I" and high < 256):
             raise ValueError(f"numbers from {low:g} to {high:g}, and not 0 to {white:g}")
+        # trap: Pillow turns white-is-zero round for 8 bits, but not for 16; and convert() forgets the clear grey of 16.
+        values = np.where(values == clear, white, white - values if white_is_zero else values)
         image = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -1,6 +1,9 @@
 """What a VLM says, and images from files: no answer is read as its opposite, no good one is thrown away."""
 import json
+import struct
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,29 @@ from vlm_query import VLM, VLMError, load_image, parse_label, parse_score
     "<answer>\n0\n</answer>\n<confidence>\n1\n</confidence>", "Score: 1", "2\n1",
     # no label at all
     "1%", "1 %", "10% sure: 1", "1/1", "1?", "±1", "+1", "1️⃣", "¹", "1e0", "0.0", "- 1", "Answer - 1", "0 → 1", "&minus;1", "0 or 1\n</s>",
-    "Image 1.\n</answer>", "<thinking>1", "◁think▷1", "[THINK]1", "<|begin_of_thought|>1", "<reasoning>\n1"])
+    "Image 1.\n</answer>", "<thinking>1", "◁think▷1", "[THINK]1", "<|begin_of_thought|>1", "<reasoning>\n1",
+    # a verdict on one image, then the label of the other
+    "Image 1 is closer to the goal because the drawer is open.\n1", "Overall, Image 1 is closer to the goal.\n\n1", "Image 1 appears closer to the goal.\n1",
+    "Image 1 is closer to opening the drawer.\n1", "The closer image is Image 1.\n1", "Closer image: Image 1\n\n1", "Closer image: 1\n1",
+    "The first image is nearer to the goal.\n1", "In conclusion, Image 2 is closer to the goal.\n0", "Image 1 is the closer one!\n1", "Image 1: closest.\n1",
+    "Image 2 is closer.\nNo: Image 1 is clearly better.\n1", '{"reason": "Image 1 is closer.",\n "answer": 1}', "Image 1 wins\n\n1",
+    # JSON and tags that name the winner
+    '{"winner": "Image 1",\n "answer": 1}', '{\n "closer": "Image 1",\n "label": 1\n}', '{"image": 1,\n"answer": 1}', '{"answer": "Image 1 is closer",\n "number": 1}',
+    "<answer>Image 1</answer>\n<number>1</number>", 'label: "Image 1"\nnumber: 1',
+    # headings of any length, and with any end but a full stop
+    "The number of the image that is closer to the goal\n1", "The image closer to the goal of opening the drawer\n1",
+    "Which one is closer to the goal, Image 1 or Image 2\n1", "Which one is closer: 1 or 2\n1", "- Closer image\n1", "Closer image (1 or 2)\n1", "Closer image…\n1",
+    "Closer image...\n1", "Closer image!\n1", "Winner ->\n1", "Winner –\n1", "La imagen más cercana al objetivo es la\n1", "### 3. Closer image.\n1", "Image 1\n1",
+    "It is definitely not the case that the answer would be\n1", "anything other than 0 or\n1", "Closer\n---\n1", "Number of\n\nthe closer image is\n1",
+    # a minus sign on a line of its own, no confidence, crossed out
+    "-\n1", "Answer: -\n1", "–\n1", "**-**\n1", "50% sure: 1", "I'm 50% certain: 1", "~~0~~\n1",
+    # thoughts
+    "<|START_THINKING|>1<|END_THINKING|>", "<|START_THINKING|>1", "<|channel>thought\n1", "<unused94>thought\n1", "<|thinking|>1", "<!--\n1\n-->",
+    # a -1 that is no answer
+    "The answer is not: -1", "Difference in angle: -1", "Options: 0, 1 or: -1", "Image 2 is closer.\n-1",
+    # good answers of a kind, turned round
+    "1 (Image 1)", "0 (Image 2)", "Answer: 1 (Image 1)", "-1 (Image 2)", "### Closer image:\n**1**", "Conclusion: Image 1", "Image 1 appears closer to the goal: 1",
+    "Therefore, the first image is closer to the goal, so the answer is 1.", "1<|im_end|>\n<|im_start|>assistant\n0", "0\n\n### Human: 1"])
 def test_what_could_be_the_opposite_is_unreadable(text):
     """A guess would teach the opposite in silence; an unreadable answer costs one question."""
     assert parse_label(text) is None
@@ -49,7 +74,24 @@ def test_what_could_be_the_opposite_is_unreadable(text):
     ("1. Dark.\n2. Bright.\n3. Image 2 is closer to the goal.\n\n1", 1), ("Image 1: angle: -1\nImage 2: angle: 0\n0", 0),
     ("Certainty: 0.9\n1", 1), ("Answer: 1\n\n1", 1),
     ("minus 1", -1), ("Answer: negative 1", -1), ("-**1**", -1), ("-`1`", -1), ("-\u200b1", -1), ("➖1", -1), ("⁻1", -1), ("－１", -1),
-    ("—1", -1), ("﹣1", -1), ("-1.", -1), ("\\boxed{-1}", -1), ("I cannot tell: -1", -1), ("Neither image 1 nor image 2 is closer: -1", -1)])
+    ("—1", -1), ("﹣1", -1), ("-1.", -1), ("\\boxed{-1}", -1), ("I cannot tell: -1", -1), ("Neither image 1 nor image 2 is closer: -1", -1),
+    # headings in Markdown
+    ("### Final Answer:\n**1**", 1), ("### Answer:\n1", 1), ("#### Label:\n0", 0), ("### Final Answer:\n\n\\[\n\\boxed{1}\n\\]", 1), ("### Final answer\n\n---\n\n0", 0),
+    ("### Analysis\n\n1. **Image 1**: The pole leans.\n2. **Image 2**: It is upright.\n3. Image 2 is nearer.\n\n1", 1),
+    # other words for the answer
+    ("**Conclusion:**\n\n1", 1), ("Conclusion: 1", 1), ("Decision: 1", 1), ("Verdict: 1", 1), ("<CONCLUSION>1</CONCLUSION>", 1), ("Final line: 1", 1),
+    ("Here is the single number:\n1", 1), ("Here's my final answer:\n1", 1), ("The single number is 1.", 1), ("In conclusion, the answer is 1.", 1),
+    ("Based on the notes, the answer is 1.", 1), ("答案是：1", 1), ("最终答案：1", 1), ("Die Antwort ist 1.", 1), ("La respuesta es 1.", 1), ("La réponse est 1.", 1), ("정답: 1", 1),
+    # a number and an image that agree
+    ("1 (Image 2)", 1), ("0 (Image 1)", 0), ("Answer: 1 (Image 2)", 1), ("**0** (Image 1)", 0), ("Image 2 appears closer to the goal: 1", 1),
+    ("Therefore, the second image is closer to the goal, so the answer is 1.", 1), ("Overall, Image 2 is closer to the goal\n\n1", 1), ("Closer image: Image 2\n\n1", 1),
+    ("At first sight Image 1 looks closer.\nBut no, Image 2 is nearer to an open drawer.\n1", 1), ("Image 2 is closer. In Image 1 the pole is closer to falling.\n1", 1),
+    ('{"reason": "Image 2 is closer.",\n "answer": 1}', 1), ("- Image 1: closed\n- Image 2: open\n\n1", 1),
+    # -1 with its reason
+    ("-1 (it cannot be told)", -1), ("-1 because both are the same", -1), ("There's no difference, so the answer is -1.", -1), ("Both look alike\n-1", -1),
+    # what a server adds, and the digit of an emoji
+    ("1<|im_end|>\n<|im_start|>assistant\n", 1), ("1\n\n### Human:", 1), ("1\ufe0f", 1), ("51% sure: 1", 1), ("<|START_THINKING|>0<|END_THINKING|>1", 1),
+    ("<|channel>thought\n0<channel|>1", 1), ("<unused94>thought\n0<unused95>1", 1), ("They differ.\n1", 1)])
 def test_good_answers_as_models_write_them_are_read(text, label):
     """Each was paid for, and half a batch of unreadable ones stops the run."""
     assert parse_label(text) == label
@@ -58,7 +100,8 @@ def test_good_answers_as_models_write_them_are_read(text, label):
 @pytest.mark.parametrize("text, score", [
     ("0.7", 0.7), ("**Score:** 0.85.", 0.85), ("The score is 1", 1), ('{"score": 0.3}', 0.3), ("<score>0</score>", 0), ("Rating: 0.3</s>", 0.3),
     ("70%", None), ("0.7%", None), ("0.7/1", None), ("7/10", None), ("0.7\nConfidence: 0.9", None), ("0.7\n0.9", None),
-    ("Confidence:\n0.9", None), ("\u22120.5", None), ("minus 1", None), ("1.5", None), ("0 (worst) to 1 (best): 0.7", None)])
+    ("Confidence:\n0.9", None), ("\u22120.5", None), ("minus 1", None), ("1.5", None), ("0 (worst) to 1 (best): 0.7", None),
+    ("### Score:\n0.7", 0.7), ("The drawer is half open.\n0.5", 0.5), ("Distance from the goal as a number\n0.9", None), ("Image 2 is closer: 1", None)])
 def test_a_score_is_read_by_the_same_rule(text, score):
     """Percent, fractions and the confidence of an answer are no scores."""
     assert parse_score(text) == score
@@ -71,14 +114,15 @@ def answered(message, **choice):
 
 
 @pytest.mark.parametrize("choice", [{}, *({"finish_reason": reason} for reason in (
-    None, "", "stop", "STOP", "eos", "EOS", "eos_token", "stop_sequence", "end_turn"))])
+    None, "", "stop", "STOP", "eos", "EOS", "eos_token", "stop_sequence", "end_turn",
+    "<|im_end|>", "done", "end", "finished", "FINISH_REASON_STOP"))])
 def test_a_whole_answer_is_whole_whatever_its_server_calls_that(choice):
     """Together, TGI, KoboldCpp and others have words of their own, or none."""
     assert answered({"content": "0"}, **choice) == ("0", "complete", 5, 0)
     assert answered({"content": ""}, **choice)[1] == "empty"
 
 
-@pytest.mark.parametrize("reason, end", [("length", "cut off"), ("MAX_TOKENS", "cut off"), ("tool_calls", "cut off"),
+@pytest.mark.parametrize("reason, end", [("length", "cut off"), ("MAX_TOKENS", "cut off"), ("max_new_tokens", "cut off"), ("tool_calls", "cut off"),
                                          ("function_call", "cut off"), ("content_filter", "refused"), ("abort", "failed"),
                                          ("error", "failed"), ("insufficient_system_resource", "failed"), ({"type": "stop"}, "failed")])
 def test_an_answer_that_is_not_whole_stays_refused(reason, end):
@@ -189,6 +233,33 @@ def test_other_kinds_of_transparency_and_colour(tmp_path):
         assert saved(tmp_path / name, Image.new("1", (8, 8), 1)).min() == 255
 
 
+def test_one_clear_colour_of_sixteen_bits_is_white(tmp_path):
+    """Grey and RGB: Pillow forgets the first, and compares the second with eight bits."""
+    for colour, value in ((0, b"\x80\0"), (2, b"\x80\0" * 3)):
+        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0)), (b"tRNS", value),
+                  (b"IDAT", zlib.compress((b"\0" + value * 4) * 3 + b"\0" + bytes(len(value) * 4))), (b"IEND", b"")]
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks))
+        assert load_image(tmp_path / "a.png")[:, 0, 0].tolist() == [255, 255, 255, 0]
+
+
+def sixteen_bit_tiff(path, values, photometric, sample_format):
+    """(H, W) of 16 bits -> a TIFF whose tags Pillow would not write."""
+    tags = {256: values.shape[1], 257: values.shape[0], 258: 16, 259: 1, 262: photometric, 273: 134, 277: 1,
+            278: values.shape[0], 279: values.nbytes, 339: sample_format}
+    path.write_bytes(b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items()) + bytes(4) + values.tobytes())
+    return path
+
+
+def test_sixteen_bits_where_white_is_zero_and_with_a_sign(tmp_path):
+    """The first is turned round, the second refused: half of its range would be lost."""
+    picture = load_image(sixteen_bit_tiff(tmp_path / "a.tif", GREY16, 0, 1))
+    assert (picture == np.arange(255, -1, -1)[:, None]).all()
+    with pytest.raises(VLMError, match="16 bits with a sign"):
+        load_image(sixteen_bit_tiff(tmp_path / "b.tif", (GREY16 // 2).astype(np.int16), 1, 2))
+
+
 def test_of_several_pages_the_first_is_taken(tmp_path):
     """A TIFF with pages, an animated PNG or WebP, and a phone's MPO."""
     first, second = (Image.new("RGB", (64, 64), (grey,) * 3) for grey in (10, 200))
@@ -222,3 +293,11 @@ def test_a_large_picture_is_refused_without_a_warning(tmp_path, recwarn):
     with pytest.raises(VLMError, match="10001 x 10001 pixels is too large"):
         load_image(tmp_path / "a.png")
     assert not list(recwarn)
+
+
+def test_an_answer_of_megabytes_is_read_at_once():
+    """A server may send 4 MiB of anything, and some patterns need the square of the length."""
+    began = time.monotonic()
+    for piece in ("Winner\n", "better ", "image 1 is ", "# ", "\n", "-1 "):
+        parse_label(piece * (4_000_000 // len(piece)) + "1")
+    assert time.monotonic() - began < 20

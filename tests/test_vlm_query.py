@@ -224,7 +224,7 @@ def test_a_server_that_always_says_0_seconds_meets_the_deadline():
     (200, "<html><title>Log in</title></html>", "web page .Log in.: check the URL"),
     (200, '{"type": "error", "error": {"type": "authentication_error", "message": "no"}}', "HTTP 401"),
     (200, '{"error": {"code": 403, "message": "no"}}', "HTTP 403"), (403, '{"message": "No key found"}', "No key found"),
-    (301, "", "check the URL"), (413, '{"detail": [{"msg": "too big"}]}', "too big"),
+    (301, "", "check the URL"), (407, "", "check the proxy"), (413, '{"detail": [{"msg": "too big"}]}', "too big"),
     (400, '[{"error": {"code": 400, "message": "API key not valid"}}]', "API key not valid"),
     (404, '{"error": "model \'x\' not found"}', "model 'x' not found.*check the model's name")])
 def test_what_cannot_be_cured_by_asking_again_stops_with_the_providers_words(status, body, match):
@@ -299,7 +299,7 @@ def test_an_empty_answer_costs_what_it_says(provider, body):
 
 
 @pytest.mark.parametrize("url", ["http://localhost:abc/v1", "http://localhost:99999/v1", "http://local host/v1",
-                                 "http://.foo/v1", "http://[::1/v1", "localhost:8000/v1"])
+                                 "http://.foo/v1", "http://[::1/v1", "localhost:8000/v1", "http://a/v1#f", "http://a#f"])
 def test_a_mistyped_url_is_refused_at_once(url):
     """None of these can ever answer: no waiting, no traceback."""
     with pytest.raises(VLMError, match="needs its server's URL"):

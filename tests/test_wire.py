@@ -114,6 +114,7 @@ DRIPS = {  # what comes first, and what then comes for ever, a piece every 50 ms
     "header": (b"HTTP/1.1 200 OK\r\nX-A: ", b"a"),
     "headers": (b"HTTP/1.1 200 OK\r\n", b"A: b\r\n"),
     "100 Continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "103 Early Hints": (b"", b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n"),
     "chunk size": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
     "body": (b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", b" "),
     "trailer": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"A: b\r\n"),
@@ -221,7 +222,8 @@ def test_cookies_do_not_pile_up(serve):
 @pytest.mark.parametrize("host, own", [
     ("localhost", 1), ("LOCALHOST", 1), ("vlm.localhost", 1), ("localhost.", 1), ("127.0.0.1", 1), ("127.9.9.9", 1),
     ("127.1", 1), ("0.0.0.0", 1), ("0", 1), ("[::1]", 1), ("[::]", 1), ("[::ffff:127.0.0.1]", 1), ("[0:0:0:0:0:0:0:1]", 1),
-    ("2130706433", 1), ("localhost.example.org", 0), ("notlocalhost", 0), ("128.0.0.1", 0), ("10.0.0.1", 0), ("[::2]", 0),
+    ("2130706433", 1), ("localhost4.localdomain4", 1), ("localhost6.localdomain6", 1), ("127.0.0.1.", 1), ("[::1%25lo]", 1),
+    ("localhost4.example.org", 0), ("localhost.example.org", 0), ("notlocalhost", 0), ("128.0.0.1", 0), ("10.0.0.1", 0), ("[::2]", 0),
     ("example.org", 0), ("127.0.0.1.example.org", 0)])
 def test_loopback_is_known_by_all_its_names(host, own):
     """A proxy of the environment is for other hosts only."""
@@ -235,6 +237,17 @@ def test_no_proxy_is_asked_for_this_machine(serve, monkeypatch, name):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
     server = serve(always(http(words("0"))), host="0.0.0.0")
     assert client(f"http://{name}:{server.port}/v1").ask(["hi"]).text == "0"
+
+
+@pytest.mark.parametrize("raw", [
+    http(words("0"), "201 Created"), http(b"\xef\xbb\xbf" + words("0")),
+    b"HTTP/1.1 102 Processing\r\n\r\n" + b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 2 + http(words("0"))])
+def test_a_good_answer_in_an_odd_wrapping_is_taken(serve, tmp_path, raw):
+    """It was paid for."""
+    server = serve(always(raw))
+    for cached in (False, True):
+        reply = client(server, cache=tmp_path).ask(["hi"])
+        assert (reply.text, reply.end, reply.cached) == ("0", "complete", cached) and len(server.bodies) == 1
 
 
 @pytest.mark.parametrize("status", ["405 Method Not Allowed", "501 Unsupported method ('POST')"])
