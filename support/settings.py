@@ -59,7 +59,7 @@ class Config:
     # The run
     seed: int = 0  # seed of all random numbers of the run
     device: str = "auto"  # cpu, cuda, or auto: a GPU only for --fast 1 and --reward clip
-    fast: int = 0  # 1: gradients by hand, bfloat16, CUDA graphs, as far as the machine has them
+    fast: int = 0  # 1: gradients by hand, bfloat16, CUDA graphs, where they help
     out: str | None = None  # the run folder to make; otherwise one in runs/, named after the run
     resume: str | None = None  # go on with the run in this folder
 
