@@ -235,7 +235,7 @@ def with_headings(lines, number_line):
         if not heading:
             groups.append([])
         groups[-1].append(line)
-        heading = not (re.fullmatch(COMPLETE, line) or re.search(VERDICT + r"\W*$", line)
+        heading = not (re.fullmatch(COMPLETE, line) or re.search(VERDICT, line)
                        or (re.search(r"\d", line) and re.fullmatch(number_line, line)))
     return [": ".join([*(line.rstrip(" :：?？=") for line in group[:-1]), group[-1]]) for group in groups]
 

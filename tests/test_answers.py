@@ -61,6 +61,8 @@ def test_what_could_be_the_opposite_is_unreadable(text):
 
 
 @pytest.mark.parametrize("text, label", [
+    ("1. In Image 1, the drawer is shut\n2. In Image 2, the drawer is open\n3. Image 2 is nearer to the goal\n\n1", 1),
+    ("Image 1 is nearer to the goal of standing upright\n0", 0),
     ("Answer: 1", 1), ("Label: 0", 0), ("**Final answer:** 1", 1), ("The final answer is: **0**.", 0), ("Therefore, the answer is 1.", 1),
     ("Antwort: 1", 1), ("Réponse : 1", 1), ("答案: 1", 1), ("答案：**0**", 0), ("90% sure: 0", 0), ("I'm 95% certain: 1", 1), ("Label = 1", 1),
     ("Image 2 is better: **1**", 1), ("Image 2 is closer to the goal, so the answer is 1.", 1), ("Image 1 is closer than Image 2: 0", 0),
