@@ -88,8 +88,7 @@ class Progress:
 def train(config, parts=None):
     """Run RL-VLM-F (or, with --reward score, VLM Score) -> the rows of metrics.csv. Raises UserError, in one line.
 
-    config: Config; what is None in it is filled in from the task's schedule.  parts: classes in place of those that the
-    settings choose (support/run.py: choose_parts).
+    config: Config; its None are filled in from the schedule.  parts: other classes (support/run.py: choose_parts).
     """
     if config.reward not in ("preference", "score"):
         return train_on_given_reward(config, parts)
@@ -100,8 +99,7 @@ def train(config, parts=None):
         I, r_psi, D = make_reward_model(run, parts)
         best = best_policy(run, pi, LearnedReward(r_psi.predict))
         begin(run, at, rng, pi=pi, B=B, I=I, r_psi=r_psi, D=D, labeler=labeler, best=best)
-        # Share of the images that are offered to I: about image_buffer images in a run, but at least one in ten.
-        share = max(0.1, config.image_buffer / config.total_steps)
+        share = max(0.1, config.image_buffer / config.total_steps)  # of the images that are offered to I
         obs, t, losses = new_episode(env, config.seed, at), 0, {}  # t: steps taken in this episode
 
         with run.steps() as steps:
@@ -138,16 +136,14 @@ def train(config, parts=None):
                     pairs = sample_pairs(I.small[: len(I)], n_pairs, rng, config.sampler, model)  # (M, 2)
 
                     # ---- STEP 3: ask the VLM which image is closer to the goal ----
-                    # "Unsure", "unreadable" and "no answer" are no labels: L of the M pairs are left.
-                    # labeler calls label_pairs for a VLM; it may also be the oracle (support/labeler.py).
+                    # labeler calls label_pairs (or is the oracle). L of the M pairs got a label; "unsure" is none.
                     first, second, y = labeler(I, pairs, step + 1, rng)  # (L, S, S, 3) twice, (L,) 0 or 1
                     D.add(first, second, y)
                     at.sessions += 1
 
                     if len(y):
                         # ---- STEP 4: fit the reward model to the answers ----
-                        # With fresh networks, minimise -log softmax(beta r_psi)[y] over seven answers of eight in D;
-                        # the eighth says when to stop.
+                        # -log softmax(beta r_psi)[y] over seven answers of eight; the eighth says when to stop.
                         at.fit = r_psi.fit(D, config.reward_epochs)
                         at.fit["reward_accuracy"] = order_accuracy(r_psi, I, rng)
 
