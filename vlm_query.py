@@ -204,6 +204,10 @@ VERDICT = r"""(?xi) (?:
       |bit|little|more|overall|\w+ly))*[ :,]* \b(?:closer|closest|nearer|nearest|better|best|wins|winner)\b
     | \b(?:closer|closest|nearer|nearest|better|best|winner|winning)\b (?:(?!score)[^.:=\n]){0,60}? (?:\bis|[:=])
       (?:[ :]|the|clearly|image|picture|number|\#)* \b([12])\b )"""
+# WORSE: "Image 2 is worse" speaks for the other image, and "Neither is closer" for none.
+WORSE = r"""(?xi) (?:image|picture)[ #]*([12]) (?:[ ](?:is|was|looks|seems|appears|the|much|far|\w+ly))*[ ]
+      (?:worse|worst|farther|farthest|further|furthest|less)\b
+    | \bneither\b [^.\n]{0,30} \b(?:closer|nearer|better)\b"""
 # A whole line that says a number and nothing about an image. OWN is the word for this kind of number, such as "label".
 LINE = r"""(?xi) (?:\#+[ ])? (?:
       (?:so|thus|therefore|hence)[,:]?[ ] | here(?:[ ]is|s)[ ]
@@ -269,7 +273,10 @@ def number_and_verdict(text, own):
         text = re.sub(pattern, replacement, text)
     number_line = LINE.replace("OWN", own)
     lines = with_headings(text.replace("_", " ").splitlines(), number_line)
-    verdicts = [int(first or second) - 1 for first, second in re.findall(VERDICT, "\n".join(lines))]
+    said_of = "\n".join(lines)
+    found = [(match.start(), int(match[1] or match[2]) - 1) for match in re.finditer(VERDICT, said_of)]
+    found += [(match.start(), 2 - int(match[1]) if match[1] else -1) for match in re.finditer(WORSE, said_of)]
+    verdicts = [verdict for _, verdict in sorted(found)]
     if lines and re.fullmatch(UNSURE, re.sub(r"(?i)\b(images?|and|n?or) [12]\b", r"\1", lines[-1])):
         lines[-1] = "-1"
     number, said = None, set()  # said: every number that a line of the answer stands for

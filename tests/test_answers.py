@@ -16,6 +16,7 @@ from vlm_query import VLM, VLMError, load_image, parse_label, parse_score
 
 
 @pytest.mark.parametrize("text", [
+    "Image 2 is worse.\n1", "Image 1 is farther from the goal.\n0", "Image 2 looks much further away.\n1", "Neither is closer.\n1",
     # the first image by other names, in other languages, with a heading or a tag
     "Frame 1 is closer", "Photo 1 is closer.", "Option 1", "Img 1", "Bild 1 ist näher am Ziel.", "图像 1 更接近目标。",
     "La imagen 1 está más cerca.", "画像1", "第1张", "изображение 1", "1st image", "the first", "picture #1", "#1", "(1) is closer",
@@ -61,6 +62,7 @@ def test_what_could_be_the_opposite_is_unreadable(text):
 
 
 @pytest.mark.parametrize("text, label", [
+    ("Image 1 is farther from the goal.\n1", 1), ("Image 2 is closer. Image 1 is worse.\n1", 1),
     ("1. In Image 1, the drawer is shut\n2. In Image 2, the drawer is open\n3. Image 2 is nearer to the goal\n\n1", 1),
     ("Image 1 is nearer to the goal of standing upright\n0", 0),
     ("Answer: 1", 1), ("Label: 0", 0), ("**Final answer:** 1", 1), ("The final answer is: **0**.", 0), ("Therefore, the answer is 1.", 1),
