@@ -259,6 +259,8 @@ def number_and_verdict(text, own):
       VERDICT matches "Image 2 is better" -> 1
     "Image 1 is better: 1" says both 0 and 1 -> None. "Bild 1": LINE knows no "Bild", so nothing is said -> None.
     "Closer image" and in the next line "1" is read as "Closer image: 1" -> None.
+    "Image 2 is worse." and in the next line "1": the number is "1", but the verdict is 0, so parse_label() reads nothing.
+    "Neither is closer." is the verdict -1, which agrees with no number but -1.
     """
     # Digits of all scripts become ours ("１", "١"); characters without a width (Unicode's category Cf, U+FE0F) go.
     # trap: an answer may have megabytes, so only its end is read.
@@ -274,6 +276,8 @@ def number_and_verdict(text, own):
     number_line = LINE.replace("OWN", own)
     lines = with_headings(text.replace("_", " ").splitlines(), number_line)
     said_of = "\n".join(lines)
+    # Where each verdict stands, and which label it says. The last one counts: models weigh both images, then decide.
+    # -1 stands for "neither", and forbids 0 and 1 alike.
     found = [(match.start(), int(match[1] or match[2]) - 1) for match in re.finditer(VERDICT, said_of)]
     found += [(match.start(), 2 - int(match[1]) if match[1] else -1) for match in re.finditer(WORSE, said_of)]
     verdicts = [verdict for _, verdict in sorted(found)]
