@@ -259,7 +259,7 @@ def number_and_verdict(text, own):
       VERDICT matches "Image 2 is better" -> 1
     "Image 1 is better: 1" says both 0 and 1 -> None. "Bild 1": LINE knows no "Bild", so nothing is said -> None.
     "Closer image" and in the next line "1" is read as "Closer image: 1" -> None.
-    "Image 2 is worse." and in the next line "1": the number is "1", but the verdict is 0, so parse_label() reads nothing.
+    "Image 2 is worse." and in the next line "1": the number is "1", the verdict is 0, so parse_label() reads nothing.
     "Neither is closer." is the verdict -1, which agrees with no number but -1.
     """
     # Digits of all scripts become ours ("１", "١"); characters without a width (Unicode's category Cf, U+FE0F) go.
