@@ -44,13 +44,13 @@ ROOT = Path(__file__).resolve().parent
 
 
 # ---- sac.py: a buffer whose rewards can be written again, novelty, SAC (STEPs 0, 1, 5 and 6) ----
-def filled_buffer(capacity, adds, image_shape=None, priced=True):
+def filled_buffer(capacity, adds, image_shape=None, rewarded=True):
     """A buffer in which row contents say when they were added: obs = reward = number of the add."""
     buffer = sac.ReplayBuffer(capacity, (1,), (1,), image_shape)
     for number in range(adds):
         image = None if image_shape is None else np.full(image_shape, number % 256, np.uint8)
         buffer.add([number], [0.0], [number + 1], False, image, float(number))
-        if priced:
+        if rewarded:
             buffer.set_rewards([float(number)])
     return buffer
 
@@ -72,7 +72,7 @@ def test_relabel_covers_every_row_also_after_the_wrap(adds):
 
 
 def test_unrewarded_rows_are_never_sampled():
-    """Rows without a reward must not be drawn; all priced ones must be; and pricing makes the rest available."""
+    """Rows without a reward must not be drawn; all others must be; and set_rewards makes the rest available."""
     buffer = filled_buffer(8, 6, image_shape=(1, 1, 3))
     for number in (6, 7, 8):  # the last of these overwrites the oldest row
         buffer.add([number], [0.0], [0.0], False, np.full((1, 1, 3), number, np.uint8), 0.0)
@@ -84,9 +84,9 @@ def test_unrewarded_rows_are_never_sampled():
 
 
 def test_sampling_nothing_says_so():
-    """A buffer without a priced row must raise, not loop or return NaN."""
+    """A buffer without a rewarded row must raise, not loop or return NaN."""
     with pytest.raises(ValueError, match="nothing to sample: 2 rows stored, 2 of them without a reward"):
-        filled_buffer(4, 2, priced=False).sample(1)
+        filled_buffer(4, 2, rewarded=False).sample(1)
 
 
 def test_novelty_is_the_distance_to_the_kth_nearest():

@@ -88,7 +88,7 @@ class Progress:
 def train(config, parts=None):
     """Run RL-VLM-F (or, with --reward score, VLM Score) -> the rows of metrics.csv. Raises UserError, in one line.
 
-    config: Config; its None are filled in from the schedule.  parts: other classes (support/run.py: choose_parts).
+    config: Config; the schedule fills in what is None.  parts: other classes (support/run.py: choose_parts).
     """
     if config.reward not in ("preference", "score"):
         return train_on_given_reward(config, parts)

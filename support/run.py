@@ -746,7 +746,7 @@ def say_nothing(programs, buffer, rewards):
         return False
     failed, images = programs.failed_frames, buffer.image[rows]  # (2, S, S, 3), the first of either value
     said = programs.progress(images, images[0])  # (2, programs)
-    programs.failed_frames = failed  # these two were counted when they were priced
+    programs.failed_frames = failed  # these two were counted when their rewards were set
     return bool((said[0] == said[1]).all())
 
 
