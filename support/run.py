@@ -30,6 +30,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import fcntl
 import functools
 import json
 import math
@@ -44,11 +45,6 @@ import types
 import zipfile
 import zlib
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows: there, nothing keeps two processes apart
-    fcntl = None
 
 import imageio
 import numpy as np
@@ -114,8 +110,7 @@ def claim(folder):
         raise UserError(f"{folder}: no run folder that can be written to "
                         f"({error.strerror})") from None
     try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}: another process is at work on this run; wait for its end, or "
                         "stop it first") from None
