@@ -283,6 +283,7 @@ class SAC:
 
     act(obs (O,)) -> (A,) float32 in [-1, 1], or int.
     update(batch) -> dict of 0-d tensors (not floats: reading a float would make a GPU wait).
+    slow: share of the newest actor in the slow one after an update, which is the mean of about the last 1 / slow.
     alpha: the first entropy temperature. 0.1 suits rewards of standard deviation 1, as RewardModel.predict() gives.
     Raises ValueError for any other action space.
     """
@@ -290,13 +291,13 @@ class SAC:
     network = MLP  # a subclass may use another one
 
     def __init__(self, obs_dim, action_space, hidden=(256, 256), lr=3e-4, discount=0.99, tau=0.005, device="cpu",
-                 seed=0, alpha=0.1):
+                 seed=0, alpha=0.1, slow=0.002):
         self.discrete = hasattr(action_space, "n")
         if type(action_space).__name__ not in ("Box", "Discrete"):  # by name: this file does not need gymnasium
             raise ValueError(f"SAC needs a Box or Discrete action space, not {action_space}")
         self.actions = int(action_space.n) if self.discrete else 0
         self.action_dim = 0 if self.discrete else int(np.prod(action_space.shape))
-        self.discount, self.tau, self.lr, self.device = discount, tau, lr, torch.device(device)
+        self.discount, self.tau, self.slow, self.lr, self.device = discount, tau, slow, lr, torch.device(device)
         self.rng = torch.Generator(device=self.device).manual_seed(seed)
         self.sizes = (obs_dim, self.action_dim, self.actions, tuple(hidden))
         self.obs_mean = torch.zeros(obs_dim, device=self.device)
@@ -306,6 +307,7 @@ class SAC:
             torch.manual_seed(seed)
             outputs = self.actions or 2 * self.action_dim  # a logit per action; or mean and log_std per action number
             self.actor = self.network((obs_dim, *hidden, outputs)).to(self.device)
+        self.slow_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.reset_critic()
         self.log_alpha = torch.full((), float(np.log(alpha)), device=self.device, requires_grad=True)
         # Box: -1 nat per action number (1812.05905); the uniform distribution on [-1, 1] has +0.69.
@@ -342,9 +344,9 @@ class SAC:
         obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
         self.obs_mean, self.obs_std = obs.mean(0), obs.std(0).clamp(min=floor)
 
-    def _gaussian(self, obs):
-        """The Gaussian before tanh, and a draw of unit noise: mean, log_std, noise (B, A)."""
-        mean, log_std = self.actor(obs).chunk(2, dim=-1)
+    def _gaussian(self, output):
+        """What an actor gives -> the Gaussian before tanh, and a draw of unit noise: mean, log_std, noise (B, A)."""
+        mean, log_std = output.chunk(2, dim=-1)
         # tanh and not clamp: outside its bounds a clamped log_std has no gradient, so it would never come back.
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
         return mean, log_std, torch.randn(mean.shape, generator=self.rng, device=self.device)
@@ -352,35 +354,37 @@ class SAC:
     def _policy(self, obs):
         """Box -> a drawn action (B, A) and its log_prob (B,). Discrete -> probabilities and their logs, (B, n) each."""
         if not self.discrete:
-            return tanh_gaussian(*self._gaussian(obs))
+            return tanh_gaussian(*self._gaussian(self.actor(obs)))
         log_probs = F.log_softmax(self.actor(obs), dim=-1)
         return log_probs.exp(), log_probs
 
     @torch.no_grad()
-    def act(self, obs, explore=True):
+    def act(self, obs, explore=True, actor=None):
         """obs (O,) -> the action to take, (A,) in [-1, 1] or int: drawn from the policy, or its best guess."""
         obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
-        obs = (obs - self.obs_mean) / self.obs_std
+        output = (actor or self.actor)((obs - self.obs_mean) / self.obs_std)  # logits, or means and log_stds
         if not self.discrete:
             if not explore:
-                return torch.tanh(self.actor(obs)[: self.action_dim]).cpu().numpy()
-            mean, log_std, noise = self._gaussian(obs)
+                return torch.tanh(output[: self.action_dim]).cpu().numpy()
+            mean, log_std, noise = self._gaussian(output)
             return torch.tanh(mean + log_std.exp() * noise).cpu().numpy()
-        logits = self.actor(obs)
         if explore:
             # The entropy target holds on average over states. In one of them the policy can be certain too early, and
             # would never try another action there. So every action keeps a small probability.
-            chances = (1 - RANDOM_SHARE) * F.softmax(logits, dim=-1) + RANDOM_SHARE / self.actions
+            chances = (1 - RANDOM_SHARE) * F.softmax(output, dim=-1) + RANDOM_SHARE / self.actions
             return int(torch.multinomial(chances, 1, generator=self.rng))
-        return int(logits.argmax())
+        return int(output.argmax())
 
     def best_action(self, obs):
-        """The action for evaluation: the policy's best guess; where actions are Discrete, one drawn from the policy.
+        """The action for evaluation: the best guess of the slow actor; where actions are Discrete, one that it draws.
 
+        The slow actor is a moving average of the actor's weights. Each update moves the actor by what 256 transitions
+        and an imperfect critic say, so the newest actor may miss a handle that the one before it took. The mean of
+        the last few hundred actors keeps what they have in common (Polyak and Juditsky 1992; arXiv 1803.05407).
         Greedy discrete policies can loop (left, right, left, ...) in states where two actions are almost equally
         likely. So we sample during evaluation too.
         """
-        return self.act(obs, explore=self.discrete)
+        return self.act(obs, explore=self.discrete, actor=self.slow_actor)
 
     def _value(self, critic, obs, policy):
         """V(s) = E[min_i Q_i(s, a) - alpha * log pi(a|s)], a ~ pi(s) -> V (B,), entropy of the policy (B,)."""
@@ -432,14 +436,16 @@ class SAC:
         (actor_loss + alpha_loss).backward(inputs=self.actor_optimizer.param_groups[0]["params"])
         self.actor_optimizer.step()
 
-        # Targets follow slowly (Polyak): target <- (1 - tau) * target + tau * critic, for all weights in one call.
+        # Targets follow slowly (Polyak): target <- (1 - tau) * target + tau * critic, for all weights in one call. So
+        # does the slow actor, which is the one that is evaluated; nothing here learns from it.
         with torch.no_grad():
             torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.tau)
+            torch._foreach_lerp_(list(self.slow_actor.parameters()), list(self.actor.parameters()), self.slow)
         return {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(), "q_mean": q.detach().mean(),
                 "alpha": self.log_alpha.detach().exp(), "entropy": entropy}
 
     def _parts(self):
-        return {"actor": self.actor, "critic": self.critic, "target": self.target,
+        return {"actor": self.actor, "slow_actor": self.slow_actor, "critic": self.critic, "target": self.target,
                 "actor_optimizer": self.actor_optimizer, "critic_optimizer": self.critic_optimizer}
 
     def state_dict(self):

@@ -163,14 +163,24 @@ def filled_batch(size, seed=0):
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_target_follows_by_tau(reset):
-    """After one update every target weight must be (1 - tau) old + tau new critic weight; those of new critics too."""
+    """After one update every weight of targets and slow actor must be (1 - tau) old + tau new weight; of new critics too."""
     agent = sac.SAC(2, box(1), hidden=(8,), tau=0.25)
     if reset:
         agent.reset_critic()
-    before = [p.clone() for p in agent.target.parameters()]
-    agent.update(filled_batch(16))
-    for old, now, critic in zip(before, agent.target.parameters(), agent.critic.parameters()):
-        assert torch.allclose(now, 0.75 * old + 0.25 * critic, atol=1e-6)
+    for slow, fast in ((agent.target, agent.critic), (agent.slow_actor, agent.actor)):
+        before = [p.clone() for p in slow.parameters()]
+        agent.update(filled_batch(16))
+        for old, now, new in zip(before, slow.parameters(), fast.parameters()):
+            assert torch.allclose(now, 0.75 * old + 0.25 * new, atol=1e-6)
+
+
+def test_the_slow_actor_is_evaluated_and_the_newest_one_explores():
+    """best_action() must be that of the average, whatever the newest actor says; act() that of the newest."""
+    agent = sac.SAC(2, box(1), hidden=(8,))
+    with torch.no_grad():
+        agent.actor[-1].bias += torch.tensor([9.0, -99.0])  # far to the right, and sure of it
+        agent.slow_actor[-1].bias -= torch.tensor([9.0, 0.0])
+    assert agent.best_action(np.zeros(2)) < -0.99 and agent.act(np.zeros(2)) > 0.99
 
 
 def test_actor_step_leaves_critic_gradients_untouched():

@@ -28,8 +28,7 @@ What this is: the algorithm of RL-VLM-F (Wang et al., arXiv 2402.03681), STEP by
 
 Two loops stand side by side. train() is RL-VLM-F. train_on_given_reward() is the same without STEPs 2 to 5, for a
 reward that asks nobody while the policy learns: VLM-CaR's programs (code_as_reward.py), CLIP, the true reward, the
-sparse one. What stands around the loops is in support/: settings, the run folder, who answers, which policy is
-evaluated.
+sparse one. What stands around the loops is in support/: settings, the run folder, who answers.
 
 Differs from the paper:
   1. A query session, new rewards and a checkpoint come where an episode ends: nothing half done has to be saved.
@@ -37,8 +36,7 @@ Differs from the paper:
      has the paper's own numbers.
   3. I is a random sample of the images of the whole run, each different image once; the official code draws from the
      last 100 episodes.
-  4. In Soccer and SweepInto the best policy so far is evaluated, the best by the learned reward
-     (support/run.py: BestPolicy).
+  4. Evaluated is an average of the actor over the last few hundred steps (sac.py: SAC.best_action).
 
 From Python:
     from train import Config, train
@@ -63,8 +61,7 @@ from envs import BadEnvironment, rollout
 from reward_model import ImageBuffer, sample_pairs
 from sac import novelty_batch, stored_array
 from support.given_rewards import LearnedReward, programs_reward
-from support.run import (EVAL_SEED, TRIAL_SEED, BestPolicy, choose_parts, looks_at_images, most_pairs, random_action,
-                         started)
+from support.run import EVAL_SEED, choose_parts, looks_at_images, most_pairs, random_action, started
 from vlm_query import VLMError
 
 RESET_UPDATES = 100  # updates of the fresh critics at once, as in the official code
@@ -97,8 +94,7 @@ def train(config, parts=None):
         parts, at = parts or choose_parts(config), Progress()
         pi, B = make_learner(run, parts)
         I, r_psi, D = make_reward_model(run, parts)
-        best = best_policy(run, pi, LearnedReward(r_psi.predict))
-        begin(run, at, rng, pi=pi, B=B, I=I, r_psi=r_psi, D=D, labeler=labeler, best=best)
+        begin(run, at, rng, pi=pi, B=B, I=I, r_psi=r_psi, D=D, labeler=labeler)
         share = max(0.1, config.image_buffer / config.total_steps)  # of the images that are offered to I
         obs, t, losses = new_episode(env, config.seed, at), 0, {}  # t: steps taken in this episode
 
@@ -166,15 +162,14 @@ def train(config, parts=None):
                 # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
                 at.step = step + 1
                 if at.step % config.eval_every == 0 or at.step == config.total_steps:
-                    best.offer(pi, at.has_reward)
-                    run.log(evaluate(best.best_action, run.eval_env, config.eval_episodes, run.seed(EVAL_SEED)), losses,
+                    run.log(evaluate(pi, run.eval_env, config.eval_episodes, run.seed(EVAL_SEED)), losses,
                             at.episodes + episode_over)
                 run.warn(episode_over)  # a run that cannot learn says so
                 if episode_over:
                     at.episodes += 1
                     run.checkpoint()  # if there was a query session or an evaluation since the last one
                     obs, t = new_episode(env, config.seed, at), 0
-        return run.finish(best.best_action, best.reward)
+        return run.finish(pi.best_action, LearnedReward(r_psi.predict))
 
 
 # ---- VLM-CaR, and every other reward that asks nobody while the policy learns ----
@@ -190,8 +185,8 @@ def train_on_given_reward(config, parts=None):
         # STEPs C1 to C3: the VLM writes a program for each sub-task, once. The other rewards need nobody.
         reward = run.reward or programs_reward(config, run.path("code_as_reward"), run.eval_env, run.labeler.vlm,
                                                run.seed(EVAL_SEED))
-        programs, best = getattr(reward, "programs", None), best_policy(run, pi, reward)
-        begin(run, at, rng, pi=pi, B=B, labeler=run.labeler, best=best)
+        programs = getattr(reward, "programs", None)
+        begin(run, at, rng, pi=pi, B=B, labeler=run.labeler)
         obs, losses = new_episode(env, config.seed, at), {}
         start_image, successes = env.image(config.reward_image_size), []
 
@@ -232,8 +227,7 @@ def train_on_given_reward(config, parts=None):
                 # ---- STEP 7: evaluate with the true reward ----
                 at.step = step + 1
                 if at.step % config.eval_every == 0 or at.step == config.total_steps:
-                    best.offer(pi, at.has_reward)
-                    run.log(evaluate(best.best_action, run.eval_env, config.eval_episodes, run.seed(EVAL_SEED)), losses,
+                    run.log(evaluate(pi, run.eval_env, config.eval_episodes, run.seed(EVAL_SEED)), losses,
                             at.episodes + episode_over)
                 run.warn(episode_over, programs)
                 if episode_over:
@@ -241,7 +235,7 @@ def train_on_given_reward(config, parts=None):
                     run.checkpoint()
                     obs = new_episode(env, config.seed, at)
                     start_image, successes = env.image(config.reward_image_size), []
-        return run.finish(best.best_action, reward, programs)
+        return run.finish(pi.best_action, reward, programs)
 
 
 # ---- what both loops use ----
@@ -281,19 +275,25 @@ def order_accuracy(r_psi, I, rng, pairs=500):
 
 
 # ---- STEP 7: evaluate with the true reward, which the learner never sees ----
-def evaluate(policy, env, episodes, seed):
+def evaluate(pi, env, episodes, seed):
     """Play episodes with the policy -> dict of means over them.
 
-    policy: obs (O,) -> action.  seed: of the first episode; the same seeds at every evaluation, and none of training.
+    pi: has best_action(obs), what it holds for best, and act(obs), drawn as in training.  seed: of the first episode;
+    the same seeds at every evaluation, and none of training.
     eval_return: sum of true rewards.  eval_success: success at the last step; eval_success_any: at any step
     (Meta-World's own convention); eval_success_frames: share of steps with success.  eval_progress: at the last step.
+    All are those of the best actions. eval_success_drawn: the same starts again, with drawn actions, success at the
+    last step. A policy that succeeds only without noise stands at the edge of a cliff, and soon falls off.
     An environment that never says whether it succeeded gets no successes, in place of zeros.
     """
     rows = []
     for episode in range(episodes):
-        _, reward, progress, success = rollout(env, policy, (seed + episode) % 2**32)  # (T,) each
-        rows.append((reward.sum(), success[-1], success.max(), success.mean(), progress[-1]))
-    names = ("eval_return", "eval_success", "eval_success_any", "eval_success_frames", "eval_progress")
+        start = (seed + episode) % 2**32
+        _, reward, progress, success = rollout(env, pi.best_action, start)  # (T,) each
+        drawn = rollout(env, pi.act, start)[3]
+        rows.append((reward.sum(), success[-1], success.max(), success.mean(), drawn[-1], progress[-1]))
+    names = ("eval_return", "eval_success", "eval_success_any", "eval_success_frames", "eval_success_drawn",
+             "eval_progress")
     return {name: float(value) for name, value in zip(names, np.mean(rows, axis=0))
             if env.tells_success or "success" not in name}
 
@@ -303,8 +303,10 @@ def make_learner(run, parts):
     """-> pi and B, as the settings say."""
     torch.set_num_threads(1)  # layers this small gain little from a second thread: two runs at a time gain more
     config, space, obs_shape = run.config, run.env.action_space, run.env.observation_space.shape
+    # The slow actor's share of the newest one in an update: with 1 / n it is the mean of about the last n.
+    slow = 1 / max(1, config.average_over * config.updates)
     pi = parts.SAC(obs_shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount, device=config.device,
-                   seed=config.seed)
+                   seed=config.seed, slow=slow)
     image_shape = (config.reward_image_size, config.reward_image_size, 3) if looks_at_images(config) else None
     B = parts.ReplayBuffer(config.total_steps, obs_shape, space.shape, image_shape, run.path("buffer"), config.seed)
     return pi, B
@@ -324,16 +326,11 @@ def make_reward_model(run, parts):
     return I, r_psi, parts.PreferenceDataset(max(most_pairs(config), stored, kept), image_shape)
 
 
-def best_policy(run, pi, reward):
-    return BestPolicy(pi, run.eval_env, reward, run.config.best_policy, run.seed(TRIAL_SEED),
-                      run.config.reward_image_size)
-
-
 def begin(run, at, rng, pi, **parts):
     """With --resume, everything as it was at the checkpoint; otherwise, a film and an evaluation before training."""
     if not run.begin(at, rng, pi=pi, **parts):
         run.film("eval_before.gif", pi.best_action)
-        run.log(evaluate(pi.best_action, run.eval_env, run.config.eval_episodes, run.seed(EVAL_SEED)), {}, 0)
+        run.log(evaluate(pi, run.eval_env, run.config.eval_episodes, run.seed(EVAL_SEED)), {}, 0)
 
 
 def main(arguments=None):

@@ -591,7 +591,8 @@ def write_report(folder):
             curves(run, "Success of the evaluation episodes", percent=True, columns={
                 "eval_success": (BLUE, "at the last step"),
                 "eval_success_any": (GREEN, "at any step"),
-                "eval_success_frames": (VIOLET, "share of all steps")})],
+                "eval_success_frames": (VIOLET, "share of all steps"),
+                "eval_success_drawn": (GOLD, "at the last step, actions drawn as in training")})],
             "metrics.csv has no evaluation: no learning curves."),
         "How right the labels are": lambda: compares and labels_section(run),
         "What the learned reward means": lambda: charts(

@@ -62,15 +62,15 @@ from support.settings import (UserError, command_line, kept_folder, labels_kind,
                               say, vlm_name, who_labels)
 
 # No training episode has these seeds (--seed below 10).
-EVAL_SEED, FRESH_SEED, TRIAL_SEED = 1_000_000, 2_000_000, 3_000_000
+EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000
 SOLVED = 0.99  # share of evaluation steps with success at which the run's clock of "seconds until solved" stops
-# Images that are kept of one episode, evenly spaced: in a film, and where an episode is judged.
+# Images that are kept of one episode, evenly spaced: in a film, and in episodes.csv.
 IN_A_FILM, IN_AN_EPISODE = 100, 1000
 METRICS = (
     "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical",
     "label_accuracy", "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return",
-    "eval_success", "eval_success_any", "eval_success_frames", "eval_progress", "critic_loss",
-    "q_mean", "alpha",
+    "eval_success", "eval_success_any", "eval_success_frames", "eval_success_drawn",
+    "eval_progress", "critic_loss", "q_mean", "alpha",
 )
 TIMING = ("step", "seconds")
 
@@ -254,7 +254,7 @@ class Run:
             csv.writer(file).writerows([columns, *rows] if self.rows else [])
 
     def seed(self, kind, number=0):
-        """The seed of an episode that is not trained on: kind EVAL_SEED, FRESH_SEED or TRIAL_SEED -> 0 to 2**32 - 1."""
+        """The seed of an episode that is not trained on: kind EVAL_SEED or FRESH_SEED -> 0 to 2**32 - 1."""
         return (kind + 1000 * self.config.seed + number) % 2**32
 
     # ---- what the loops of train.py call ----
@@ -379,7 +379,7 @@ class Run:
             "text": text, "finished": self.finished, "labeler": who_labels(self.config), "steps": at.step,
             "seconds": self.seconds(), "solved_step": solved[0], "seconds_until_solved": solved[1],
             "spearman": spearman, "label_accuracy": labeler.accuracy(), **labeler.counts, **vlm,
-            "success_last_third": sum(third) / len(third) if third else None,
+            "success_last_third": sum(third) / len(third) if third else None, "held": held(third),
             **{key: value for key, value in self.rows[-1].items() if key.startswith("eval_")}})
         report.write_report(self.folder)
         if self.finished:
@@ -400,6 +400,13 @@ def unusable(folder, error):
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
     return (f"--resume {folder}: its checkpoint does not fit; it is of another version of train.py, "
             f"or it or config.json was changed ({reason})")
+
+
+def held(shares):
+    """Is success kept, once it is reached? Shares of evaluation episodes, over the last third of a run -> bool, or None
+    where the environment tells no success: at least .9 on average, and at the last evaluation.
+    """
+    return min(sum(shares) / len(shares), shares[-1]) >= 0.9 - 1e-9 if shares else None
 
 
 def metrics_of(row):
@@ -530,10 +537,12 @@ def choose_parts(config):
     """
     sac, bases, dataset = SAC, [RewardModel], PreferenceDataset
     options = {}
-    if config.fast:
+    if config.fast == 2:
         gpu = config.device == "cuda"
         options = {"bfloat16": not gpu and fast.has_bfloat16(), "record": fast.Recorded if gpu else None}
-        sac, bases = functools.partial(fast.FastSAC, **options), [fast.FastRewardModel]
+        bases = [fast.FastRewardModel]
+    if config.fast:
+        sac = functools.partial(fast.FastSAC, **options)
     if config.schedule == "paper":
         bases.insert(0, baselines.PaperFit)
     if config.reward == "score":
@@ -542,77 +551,6 @@ def choose_parts(config):
     model = type("RewardModel", tuple(bases), {}) if len(bases) > 1 else bases[0]
     return types.SimpleNamespace(SAC=sac, ReplayBuffer=ReplayBuffer, RewardModel=functools.partial(model, **options),
                                  PreferenceDataset=dataset)
-
-
-class BestPolicy:
-    """Whom STEP 7 evaluates: the newest policy or, with episodes > 0, the best so far by the reward that is learned
-    from.
-
-    SAC finds a good policy and loses it again. So each policy is tried on a few episodes, and the images of the best
-    one
-    are judged again by every new reward (checkpoints of TD7, arXiv 2306.02451). The environment's own words count only
-    as far as they are what is learned from: with --reward true, sparse and, beside the programs, code. These episodes
-    are not counted as steps.
-    """
-
-    def __init__(self, pi, env, reward, episodes, seed, size):
-        """reward: given_rewards.Reward.  seed: of the first episode.  size: side of the images that reward looks at."""
-        self.pi, self.env, self.reward = pi, env, reward
-        self.episodes, self.seed, self.size = episodes, seed, size
-        self.trials = []  # of the best policy: the arguments of reward.of_episode(), for each episode
-
-    def best_action(self, obs):
-        return self.pi.best_action(obs)
-
-    def offer(self, pi, has_reward):
-        """Try the policy pi; keep a copy if it is worth no less than the best one, or if there is no reward yet."""
-        if not self.episodes:
-            return
-        trials = [self.trial(pi, (self.seed + n) % 2**32) for n in range(self.episodes)]
-        if not (has_reward and self.trials) or self.worth(trials) >= self.worth(self.trials):
-            self.trials = trials
-            self.keep(pi)
-
-    def keep(self, pi):
-        # A shallow copy will do: acting needs the actor, copied here, and obs_mean and obs_std, which are never
-        # written to.
-        self.pi = copy.copy(pi)
-        self.pi.actor = copy.deepcopy(pi.actor)
-
-    def trial(self, pi, seed):
-        """One episode of the policy, as Reward.of_episode() wants it: images (T, S, S, 3) and the rest.
-
-        Of a long episode only some of the images, (K, S, S, 3); for a reward that looks at none, none.
-        """
-        self.env.reset(seed=seed)
-        start_image = self.env.image(self.size)
-        size = self.size if self.reward.looks else None
-        images, true_rewards, _, successes = envs.rollout(self.env, pi.best_action, seed, size, IN_AN_EPISODE)
-        images = np.zeros((len(true_rewards), 0), np.uint8) if images is None else images
-        return images, true_rewards, successes, start_image, len(true_rewards) < self.env.horizon
-
-    def worth(self, trials):
-        """Mean return of the trials, by the reward as it is now."""
-        returns = []
-        for images, true_rewards, successes, *rest in trials:
-            every = apart(len(images), len(true_rewards))  # 1, but in long episodes
-            successes = np.append(successes[::every][:-1], successes[-1])  # how it ended is what counts
-            rewards = self.reward.of_episode(images, true_rewards[::every], successes, *rest)
-            # each image stands for all steps up to the next one
-            returns.append(np.append(np.repeat(rewards[:-1], every), rewards[-1]).sum())
-        return np.mean(returns)
-
-    def state_dict(self):
-        # trap: pi may since have changed the mean and deviation by which it sees observations
-        return {"actor": self.pi.actor.state_dict(), "obs_mean": self.pi.obs_mean, "obs_std": self.pi.obs_std,
-                "trials": [[torch.as_tensor(part) for part in trial] for trial in self.trials]}
-
-    def load_state_dict(self, state):
-        if state["trials"]:
-            self.trials = [[part.numpy() for part in trial] for trial in state["trials"]]
-            self.keep(self.pi)
-            self.pi.actor.load_state_dict(state["actor"])
-            self.pi.obs_mean, self.pi.obs_std = state["obs_mean"], state["obs_std"]
 
 
 def apart(kept, steps):

@@ -58,8 +58,8 @@ class Config:
     sampler: str | None = by_task("uniform")  # how to pick pairs: uniform, disagreement, entropy, best, diverse
     # The run
     seed: int = 0  # seed of all random numbers of the run
-    device: str = "auto"  # cpu, cuda, or auto: a GPU only for --fast 1 and --reward clip
-    fast: int = 0  # 1: gradients by hand, bfloat16, CUDA graphs, where they help
+    device: str = "auto"  # cpu, cuda, or auto: a GPU only for --fast 2 and --reward clip
+    fast: int = 1  # 0: sac.py itself; 1: its gradients by hand; 2: also bfloat16, CUDA graphs
     out: str | None = None  # the run folder to make; otherwise one in runs/, named after the run
     resume: str | None = None  # go on with the run in this folder
 
@@ -90,7 +90,7 @@ class Config:
     # Evaluation
     eval_every: int | None = by_task(5000)  # environment steps between two evaluations
     eval_episodes: int | None = by_task(10)  # episodes in one evaluation
-    best_policy: int | None = by_task(0)  # episodes on which the best policy so far is chosen; 0: take the newest
+    average_over: int | None = by_task(500)  # environment steps whose policies are averaged for evaluation; 0: none
     # Facts of the task, which are no flags
     horizon: int | None = None  # environment steps in an episode
     action_repeat: int | None = by_task(1)  # steps of the simulator in one environment step, with the same action
@@ -123,7 +123,7 @@ RANGES = {
     "ensemble_size": (1, 1000), "hidden": (1, 8192), "batch_size": (1, 10**6), "random_shift": (0, 1000),
     "workers": (1, 256), "timeout": (1, 86_400), "image_buffer": (2, MOST),
     "vlm_image_size": (16, 4096), "reward_image_size": (47, 4096), "discount": (0, 1), "clip_alpha": (0, 1),
-    "max_usd": (0, sys.float_info.max), "random_flip": (0, 1), "fast": (0, 1),
+    "max_usd": (0, sys.float_info.max), "random_flip": (0, 1), "fast": (0, 2),
 }
 KINDS = {int: "a whole number", float: "a number", str: "text"}
 # What the stand-in can be told to do wrong: share of wrong and of unsure answers, seconds that an answer takes.
@@ -278,7 +278,7 @@ def fill(config):
 
 def choose_device(config):
     """cpu or cuda. auto takes a GPU only where it gains: launched one by one, kernels this small are slower on it."""
-    if config.device == "cpu" or config.device == "auto" and not config.fast and config.reward != "clip":
+    if config.device == "cpu" or config.device == "auto" and config.fast < 2 and config.reward != "clip":
         return "cpu"
     import torch
 
@@ -439,10 +439,10 @@ def command_line(config):
 RENAMED = {
     "members": "ensemble_size", "candidates": "image_buffer", "query_size": "vlm_image_size",
     "reward_size": "reward_image_size", "reward_shift": "random_shift", "reward_mirror": "random_flip",
-    "keep_best": "best_policy", "labels_from": "labels", "programs": "labels",
+    "labels_from": "labels", "programs": "labels",
 }
 FASTER = ("reward_bfloat16", "sac_bfloat16", "cuda_graph")
-OLD = (*RENAMED, *FASTER, "vlm_mistakes", "vlm_unsure", "vlm_latency", "without")
+OLD = (*RENAMED, *FASTER, "vlm_mistakes", "vlm_unsure", "vlm_latency", "without", "keep_best", "best_policy")
 
 
 def modern(values):
@@ -462,8 +462,11 @@ def modern(values):
         raise UserError(f"--without {part} is written in another way now: " + (
             "give as many --seed-steps as --explore-steps" if part == "novelty" else
             f"python -m tools.ablations {part} ..."))
+    if {"keep_best", "best_policy"} & set(on):
+        raise UserError("the best policy so far is not kept any more: what is evaluated is an average of the last ones "
+                        "(--average-over STEPS)")
     if any(name in on for name in FASTER):
-        given["fast"] = 1
+        given["fast"] = 2
     flaws = {flaw: on[f"vlm_{flaw}"] for flaw in FLAWS if f"vlm_{flaw}" in on}
     if "mistakes" in flaws and given.get("labels") == "oracle":
         given["labels"] = f"oracle:mistakes={flaws.pop('mistakes')}"

@@ -11,6 +11,7 @@ Differs from the paper (RL-VLM-F, 2402.03681):
   3. The images have no shadows, reflections, multisampling or goal markers, and what cannot move
      is drawn only once: much faster (results/README.md has the figures).
   4. Meta-World's own expert for SweepInto fails from this start; sweep_expert stands in for it.
+  5. The hand starts up to 1.5 cm from its place, elsewhere in every episode (theirs: always there).
      (Episodes are shorter too, and an action is repeated: see TASKS in envs.py.)
 
 Shapes: observation (39,) float32, action (4,) in [-1, 1], image(size) -> (size, size, 3) uint8.
@@ -38,9 +39,13 @@ from gymnasium.spaces import Box
 from envs import choose_opengl, draw_fast, opengl_errors
 
 
+# Steps of the simulator in which the hand goes to where an episode begins: 4 take it 1.5 cm at most.
+START_STEPS = 4
+
+
 # ---- The environment ----
 class MetaWorld(gymnasium.Env):
-    """A Meta-World v3 task with object, goal and hand always at one start, as the paper has it.
+    """A Meta-World v3 task with object and goal always at one place, as the paper has it.
 
     Observation (39,): hand (3), gripper opening, object (3 + quaternion 4), 7 zeros; the same 18
     one simulator step before; goal (3).
@@ -114,7 +119,13 @@ class MetaWorld(gymnasium.Env):
         # The second half of an observation is the state one simulator step before. At the start
         # nothing came before, so both halves are the same.
         sim.curr_path_length, sim._prev_obs = 0, sim._get_curr_obs_combined_no_goal()
-        obs = sim._get_obs()
+        # From one fixed start, ten evaluation episodes would be one episode ten times; and a policy
+        # that has never started elsewhere hooks a handle from there and misses it by a millimetre
+        # from everywhere else. So the hand first goes a random way. Never down: in SweepInto the
+        # fingers would touch the cube.
+        direction = self.np_random.uniform((-1, -1, 0), 1)  # (3,)
+        for _ in range(START_STEPS):
+            obs = sim.step(np.append(direction, -1))[0]  # -1: the fingers stay open
         return obs.astype(np.float32), {"success": 0.0, "progress": self._progress(obs)}
 
     def step(self, action):
@@ -243,7 +254,7 @@ def sweep_expert(obs):
     behind = np.array([cube[0], cube[1] - 0.06, 0.115])  # m; fingers 2 cm above the table
     if hand[1] > cube[1] - 0.02:  # the hand is past the cube: go back over it, 10 cm higher
         target = behind + [0.0, -0.02, 0.1]
-    elif hand[2] > 0.145 or abs(hand[0] - cube[0]) > 0.02:  # too high, or beside it: go down
+    elif hand[2] > 0.145 or abs(hand[0] - cube[0]) > 0.002:  # too high, or beside it: go down
         target = behind
     else:  # push, and stop 1 cm before the hole's middle: the cube slides on
         target = behind + [0.0, 0.06, 0.0] if cube[1] < goal[1] - 0.01 else hand

@@ -17,17 +17,36 @@ def test_metaworld_images_hide_the_robot(env_of, name):
     """Moving the hand while the object lies still must not change one pixel; moving the object must."""
     env = env_of(name)
     start_obs, start = env.reset(seed=0)
-    before = env.image(84)
+    before, object_at = env.image(84), env.unwrapped.sim.data.qpos[9:].copy()
     for _ in range(8):
         obs, *_, info = env.step(np.array([0, 0, 1, 1], np.float32))  # straight up, away from everything
     assert info["progress"] == pytest.approx(start["progress"], abs=2e-3)  # it is the object's alone
     assert np.linalg.norm(obs[:3] - start_obs[:3]) > 0.04 and np.allclose(obs[4:6], start_obs[4:6], atol=2e-3)
-    env.unwrapped.sim.data.qpos[9:] = env.unwrapped.start[1:][9 : env.unwrapped.sim.model.nq]  # the object, exactly
+    env.unwrapped.sim.data.qpos[9:] = object_at  # exactly
     env.unwrapped.mujoco.mj_forward(env.unwrapped.sim.model, env.unwrapped.sim.data)
     assert np.array_equal(before, env.image(84))
     env.unwrapped.sim.data.qpos[9 if name != "DrawerOpen" else -1] -= 0.05
     env.unwrapped.mujoco.mj_forward(env.unwrapped.sim.model, env.unwrapped.sim.data)
     assert (before != env.image(84)).any(axis=2).mean() > 0.005
+
+
+@pytest.mark.parametrize("name", METAWORLD)
+def test_no_two_episodes_start_alike_but_those_of_one_seed(env_of, name):
+    """The hand must start in another place each time, within 1.5 cm, and leave the object where it is."""
+    env = env_of(name)
+    starts = np.array([env.reset(seed=seed)[0] for seed in range(12)])  # (12, 39)
+    home = env.unwrapped.sim.hand_init_pos
+    apart = np.linalg.norm(starts[:, None, :3] - starts[None, :, :3], axis=-1)[np.triu_indices(12, 1)]
+    assert apart.min() > 1e-4 and np.abs(starts[:, :3] - starts[:, :3].mean(0)).max() < 0.016, home
+    assert np.ptp(starts[:, 4:7], axis=0).max() < 2e-3
+    assert np.array_equal(env.reset(seed=3)[0], starts[3])
+
+
+@pytest.mark.parametrize("name", METAWORLD)
+def test_the_expert_succeeds_from_every_start(env_of, name):
+    """Ten starts: what a policy is asked to reach must be within reach from each of them."""
+    env = env_of(name)
+    assert all(envs.rollout(env, envs.expert(env), seed)[3][-1] == 1 for seed in range(10))
 
 
 @pytest.mark.parametrize("size", [84, 300])

@@ -28,8 +28,7 @@ def test_a_stand_in_by_another_name_is_no_vlm(tmp_path):
 @pytest.mark.parametrize("crash_at", [120, 260])
 def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path, monkeypatch, crash_at):
     """Killed in the middle of an episode and resumed, the run must write the same metrics.csv, byte for byte."""
-    best_policy = int(crash_at == 260)
-    train.train(tiny(tmp_path, "whole", best_policy=best_policy))
+    train.train(tiny(tmp_path, "whole"))
     add, count = sac.ReplayBuffer.add, []
 
     def dying(self, *transition):
@@ -40,7 +39,7 @@ def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path, monkeypatch, crash
 
     monkeypatch.setattr(sac.ReplayBuffer, "add", dying)
     with pytest.raises(MemoryError):
-        train.train(tiny(tmp_path, "killed", best_policy=best_policy))
+        train.train(tiny(tmp_path, "killed"))
     monkeypatch.setattr(sac.ReplayBuffer, "add", add)
     train.train(settings.parse_args(["--resume", str(tmp_path / "killed")]))
     whole, killed = (tmp_path / name for name in ("whole", "killed"))
@@ -52,15 +51,15 @@ def test_a_resumed_run_ends_as_if_never_interrupted(tmp_path, monkeypatch, crash
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     """Ctrl-C must end with the closing paragraph and the command that resumes."""
-    act, count = sac.SAC.act, []
+    update, count = sac.SAC.update, []
 
-    def interrupting(self, obs, explore=True):
+    def interrupting(self, batch):
         count.append(1)
-        if len(count) == 250:
+        if len(count) == 50:
             raise KeyboardInterrupt
-        return act(self, obs, explore)
+        return update(self, batch)
 
-    monkeypatch.setattr(sac.SAC, "act", interrupting)
+    monkeypatch.setattr(sac.SAC, "update", interrupting)
     train.train(tiny(tmp_path, labels="oracle"))
     said = capsys.readouterr().out
     assert "interrupted after" in said and f"--resume {tmp_path / 'run'}" in said

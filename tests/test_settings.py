@@ -89,7 +89,7 @@ def test_set_gives_any_field_a_value():
     ("--set reward_image_size=20", "--set reward_image_size=20: it must be at least 47, at most 4096"),
     ("--set sampler=worst", "--sampler worst: there are uniform, disagreement"), ("--reward nothing", "there are preference"),
     ("--sac-lr much", "--sac-lr much: it must be a number"), ("--seed inf", "--seed inf: it must be a whole number"),
-    ("--fast 2", "--fast 2: it must be at least 0, at most 1"), ("--goal", "--goal: expected one argument"),
+    ("--fast 3", "--fast 3: it must be at least 0, at most 2"), ("--goal", "--goal: expected one argument"),
     ("--stepz 3", "there are --env, .*--set horizon="),
     ("--vlm offline:mistake=0.1", "there are mistakes= 0 to 1, unsure= 0 to 1, latency= 0 to 3600"),
     ("--vlm offline:mistakes=2", "--vlm offline:mistakes=2: after offline: there are mistakes= 0 to 1"),
@@ -118,7 +118,7 @@ def test_a_number_out_of_its_range_is_refused_before_anything_is_made(field, val
 
 
 @pytest.mark.parametrize("changes, says", [
-    ({"device": "cuda"}, "torch finds no such GPU"), ({"device": "cuda", "fast": 1}, "torch finds no such GPU"),
+    ({"device": "cuda"}, "torch finds no such GPU"), ({"device": "cuda", "fast": 2}, "torch finds no such GPU"),
     ({"device": "gpu"}, "there are auto, cpu, cuda"),
     ({"reward": "true", "labels": "oracle"}, "--reward true compares no images"),
     ({"reward": "code", "labels": "oracle"}, "--reward code compares no images"),
@@ -137,11 +137,11 @@ def test_what_does_not_go_together_is_said_before_anything_is_made(monkeypatch, 
 
 
 def test_fast_takes_what_the_machine_has(monkeypatch):
-    """--fast 1 must not fail without a GPU; with one, auto must take it, and without the flag leave it alone."""
+    """--fast 2 must not fail without a GPU; with one, auto must take it, and without the flag leave it alone."""
     for there, device in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-        assert settings.resolve(settings.Config(fast=1)).device == device
-        assert settings.resolve(settings.Config(fast=1, device="cpu")).device == "cpu"
+        assert settings.resolve(settings.Config(fast=2)).device == device
+        assert settings.resolve(settings.Config(fast=2, device="cpu")).device == "cpu"
         assert settings.resolve(settings.Config()).device == "cpu"
 
 
@@ -220,7 +220,7 @@ def test_who_judges_is_read_from_labels_and_vlm(line, kind, vlm, flaws, banner):
     {}, {"schedule": "paper"}, {"seed": 3, "labels": "oracle:mistakes=0.2", "max_pairs": 7, "out": "x"},
     {"goal": '--to "open" it\'s', "vlm": "offline:mistakes=0.1,latency=0.5"},
     {"horizon": 30, "hold": 2, "random_shift": 0, "vlm_image_size": 64, "sac_lr": 1e-05, "sampler": "best"},
-    {"reward": "code", "labels": ".", "potential": "difference", "unverified": "skip"}, {"fast": 1, "best_policy": 0},
+    {"reward": "code", "labels": ".", "potential": "difference", "unverified": "skip"}, {"fast": 2, "average_over": 0},
     {"vlm": "openai/m", "max_usd": 2.5, "usd_per_mtok": "0.1,0.5", "vlm_extra": '{"a": "b c"}', "timeout": 60.0},
 ])
 @pytest.mark.parametrize("task", list(envs.TASKS))
@@ -255,15 +255,15 @@ SPELLINGS = [
     ("--query-size 200", "--set vlm_image_size=200"), ("--reward-size 64", "--set reward_image_size=64"),
     ("--reward-shift 0", "--set random_shift=0"), ("--reward-mirror 1", "--set random_flip=1"),
     ("--horizon 50", "--set horizon=50"), ("--action-repeat 3", "--set action_repeat=3"), ("--hold 7", "--set hold=7"),
-    ("--keep-best 0", "--best-policy 0"), ("--labels-from runs/x/labels.jsonl", "--labels runs/x/labels.jsonl"),
+    ("--keep-best 0 --best-policy 0", ""), ("--labels-from runs/x/labels.jsonl", "--labels runs/x/labels.jsonl"),
     ("--labels oracle --labels-from x", "--labels x"), ("--labels-from oracle", "--labels ./oracle"),
     ("--reward code --programs x", "--reward code --labels x"),
     ("--vlm-mistakes 0.2", "--vlm offline:mistakes=0.2"), ("--vlm-mistakes 0 --vlm openai/x", "--vlm openai/x"),
     ("--vlm-latency 1 --vlm-unsure 0.1", "--vlm offline:unsure=0.1,latency=1"),
     ("--labels oracle --vlm-mistakes 0.2", "--labels oracle:mistakes=0.2"),
-    ("--cuda-graph 1", "--fast 1"), ("--reward-bfloat16 1", "--fast 1"), ("--sac-bfloat16 1", "--fast 1"),
+    ("--cuda-graph 1", "--fast 2"), ("--reward-bfloat16 1", "--fast 2"), ("--sac-bfloat16 1", "--fast 2"),
     ("--cuda-graph 0 --sac-bfloat16 0", ""), ("--without nothing", ""),
-    ("--set members=5 --set keep_best=1", "--ensemble-size 5 --best-policy 1"),
+    ("--set members=5 --set keep_best=0", "--ensemble-size 5"),
 ]
 
 
@@ -303,7 +303,7 @@ def test_an_old_spelling_that_cannot_be_has_one_line_too(line, says):
 OLD_CONFIG = dict(  # what the first version wrote, in part
     env="CartPole", goal="up", labels="vlm", seed=2, vlm="offline", labels_from=None, vlm_mistakes=0.2, vlm_unsure=0.0,
     vlm_latency=1.0, programs=None, candidates=50, without="nothing", members=5, query_size=200, reward_size=64,
-    reward_shift=0, reward_bfloat16=0, reward_mirror=1, sac_bfloat16=0, cuda_graph=0, keep_best=1, horizon=40, hold=2,
+    reward_shift=0, reward_bfloat16=0, reward_mirror=1, sac_bfloat16=0, cuda_graph=0, keep_best=0, horizon=40, hold=2,
     device="cpu", labeler="offline stand-in (not a VLM, wrong on purpose in 20%)", command="python train.py")
 
 
@@ -317,7 +317,7 @@ def test_the_settings_of_an_old_run_folder_are_read_by_their_new_names(tmp_path)
     config = settings.resumed({"resume": folder_with(tmp_path)})
     assert config == settings.Config(
         goal="up", seed=2, vlm="offline:mistakes=0.2,latency=1.0", image_buffer=50, ensemble_size=5, vlm_image_size=200,
-        reward_image_size=64, random_shift=0, random_flip=1, best_policy=1, horizon=40, hold=2, device="cpu",
+        reward_image_size=64, random_shift=0, random_flip=1, horizon=40, hold=2, device="cpu",
         resume=str(tmp_path))
     kept = settings.resumed({"resume": folder_with(tmp_path, labels_from="x", vlm_mistakes=0.0, vlm_latency=0.0)})
     assert (kept.labels, kept.vlm) == ("x", "offline")
@@ -329,7 +329,7 @@ def test_the_settings_of_an_old_run_folder_are_read_by_their_new_names(tmp_path)
     ({"members": "5"}, "--ensemble-size 5: it must be a whole number"), ({"hold": 0}, "--set hold=0"),
     ({"vlm_mistakes": [1]}, "mistakes= 0 to 1"), ({"vlm_mistakes": 7}, "mistakes= 0 to 1"), ({"labels_from": 5}, "--labels 5"),
     ({"labels": {"a": 1}}, "--labels"), ({"vlm": None}, "--vlm"), ({"sampler": "worst"}, "--sampler worst: there are"),
-    ({"keep_best": -1}, "--best-policy")])
+    ({"keep_best": 1}, "the best policy so far is not kept any more")])
 def test_a_stranger_s_settings_are_checked_as_flags_are(tmp_path, changes, says):
     """Whatever type a value of config.json has, by an old name or by a new one: one line."""
     with pytest.raises(settings.UserError, match=rf"config.json in .*: .*{re.escape(says)}"):
@@ -353,8 +353,7 @@ def test_on_resume_the_latency_may_change_and_no_other_flaw(tmp_path):
 def test_what_a_run_has_to_keep_is_compared_by_today_s_names():
     """A checkpoint of an earlier version must agree with its config.json as it is read today."""
     now = settings.Config(goal="up", seed=2, vlm="offline:mistakes=0.2,latency=9", image_buffer=50, ensemble_size=5,
-                          vlm_image_size=200, reward_image_size=64, random_shift=0, random_flip=1, best_policy=1,
-                          horizon=40, hold=2, device="cuda", out="elsewhere", workers=3)
+                          vlm_image_size=200, reward_image_size=64, random_shift=0, random_flip=1, horizon=40, hold=2, device="cuda", out="elsewhere", workers=3)
     before, after = settings.must_stay(OLD_CONFIG), settings.must_stay(dataclasses.asdict(now))
     assert {name: after[name] for name in before} == before and len(before) >= 12
     assert not {"device", "out", "resume", "workers", "max_pairs"} & set(after)

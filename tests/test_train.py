@@ -168,56 +168,6 @@ class Brightness:
         return self.sign * images.mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("reward, sign, kept", [("preference", 1, 2), ("preference", -1, 0), ("true", 1, 1), ("sparse", 1, 0)])
-def test_the_kept_policy_is_the_best_by_the_reward_that_is_learned_from(monkeypatch, reward, sign, kept):
-    """Policies 0, 1, 2 with trials of brightness 3, 5, 9, true rewards 1, 8, 4 and success in the first alone: each
-    reward has its own best, whatever the other rewards say."""
-    bright, true, success, price = (3, 5, 9), (1.0, 8.0, 4.0), (1.0, 0.0, 0.0), Brightness()
-    learned = {"preference": given_rewards.LearnedReward(price.predict), "true": given_rewards.TrueReward(),
-               "sparse": given_rewards.SparseReward()}[reward]
-    agents = [sac.SAC(3, gymnasium.spaces.Box(-1, 1, (1,)), hidden=(4, 4), seed=seed) for seed in range(3)]
-
-    def trial(self, agent, seed):
-        number = agents.index(agent)
-        return (np.full((2, 4, 4, 3), bright[number], np.uint8), np.full(2, true[number]),
-                np.full(2, success[number]), np.zeros((4, 4, 3), np.uint8), False)
-
-    monkeypatch.setattr(run.BestPolicy, "trial", trial)
-    price.sign, best = sign, run.BestPolicy(agents[0], None, learned, 1, 0, 4)
-    for agent in agents:
-        best.offer(agent, has_reward=True)
-    assert torch.equal(best.pi.actor[0].weight, agents[kept].actor[0].weight)
-    before = best.pi.actor[0].weight.clone()
-    for agent in agents:
-        agent.actor[0].weight.data.zero_()  # learning goes on; what is kept must not follow
-    assert torch.equal(best.pi.actor[0].weight, before)
-
-
-def test_the_kept_policy_is_priced_again_by_a_new_reward(monkeypatch):
-    """The trial of the kept policy is bright; when dark becomes better, a darker newcomer must take its place. Before
-    there is any reward the newest is kept; with episodes=0 it is the agent itself."""
-    agents = [sac.SAC(3, gymnasium.spaces.Box(-1, 1, (1,)), hidden=(4, 4), seed=seed) for seed in range(3)]
-    monkeypatch.setattr(run.BestPolicy, "trial", lambda self, agent, seed: (
-        np.full((2, 4, 4, 3), (9, 5, 3)[agents.index(agent)], np.uint8), *[np.zeros(2)] * 3, False))
-    price = Brightness()
-    best = run.BestPolicy(agents[0], None, given_rewards.LearnedReward(price.predict), 1, 0, 4)
-
-    def kept():
-        return [torch.equal(best.pi.actor[0].weight, agent.actor[0].weight) for agent in agents].index(True)
-
-    best.offer(agents[2], has_reward=False)
-    assert kept() == 2
-    best.offer(agents[0], has_reward=True)
-    best.offer(agents[1], has_reward=True)
-    assert kept() == 0
-    price.sign = -1
-    best.offer(agents[1], has_reward=True)
-    assert kept() == 1
-    newest = run.BestPolicy(agents[0], None, best.reward, 0, 0, 4)
-    newest.offer(agents[1], has_reward=True)
-    assert newest.pi is agents[0]
-
-
 @pytest.mark.parametrize("space, different", [(gymnasium.spaces.Discrete(5), 5), (gymnasium.spaces.Box(-1, 1, (2,)), 1)])
 def test_a_discrete_policy_is_evaluated_as_the_stochastic_one_it_is(space, different):
     """Fresh networks hold all actions about equally good: of 100 evaluations all are drawn; a Box gives one and the same."""

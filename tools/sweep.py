@@ -109,7 +109,7 @@ SWEEPS = {
         "64 answers a step": {"reward_batch": 64},
         "one epoch a session": {"reward_epochs": 1},
         "fit to convergence": {"reward_epochs": 200},
-        "bfloat16": {"fast": 1},  # on a processor that has it
+        "bfloat16": {"fast": 2},  # on a processor that has it
     }),
 }
 # Settings of a sweep that Config has no field for: wrong and unsure answers are part of the stand-in's name, and to
@@ -120,7 +120,7 @@ SMALL = ("config.json", "summary.json", "metrics.csv", "timing.csv", "labels.jso
          "train.log")  # what comes back from another machine; images and checkpoints stay there
 KEY = ("task", "method", "setting", "seed")  # what makes two rows the same run
 MEASURES = ("steps", "pairs_asked", "labels", "label_accuracy", "reward_accuracy", "spearman", "spearman_expert",
-            "eval_return", "eval_success", "eval_success_any", "eval_success_frames", "success_last_third",
+            "eval_return", "eval_success", "eval_success_any", "eval_success_frames", "eval_success_drawn", "success_last_third", "held",
             "solved_step", "seconds_until_solved", "seconds", "labeler", "command", "error")
 CURVES = (*KEY, "step", "eval_return", "eval_success", "pairs_asked")
 
