@@ -11,7 +11,7 @@ Differs from the paper (RL-VLM-F, 2402.03681):
   3. The images have no shadows, reflections, multisampling or goal markers, and what cannot move
      is drawn only once: much faster (results/README.md has the figures).
   4. Meta-World's own expert for SweepInto fails from this start; sweep_expert stands in for it.
-  5. The hand starts up to 1.5 cm from its place, elsewhere in every episode (theirs: always there).
+  5. The hand starts up to 1 cm from its place, elsewhere in every episode (theirs: always there).
      (Episodes are shorter too, and an action is repeated: see TASKS in envs.py.)
 
 Shapes: observation (39,) float32, action (4,) in [-1, 1], image(size) -> (size, size, 3) uint8.
@@ -39,8 +39,8 @@ from gymnasium.spaces import Box
 from envs import choose_opengl, draw_fast, opengl_errors
 
 
-# Steps of the simulator in which the hand goes to where an episode begins: 4 take it 1.5 cm at most.
-START_STEPS = 4
+# Steps of the simulator in which the hand goes to where an episode begins: 3 take it 1 cm at most.
+START_STEPS = 3
 
 
 # ---- The environment ----
@@ -254,7 +254,7 @@ def sweep_expert(obs):
     behind = np.array([cube[0], cube[1] - 0.06, 0.115])  # m; fingers 2 cm above the table
     if hand[1] > cube[1] - 0.02:  # the hand is past the cube: go back over it, 10 cm higher
         target = behind + [0.0, -0.02, 0.1]
-    elif hand[2] > 0.145 or abs(hand[0] - cube[0]) > 0.002:  # too high, or beside it: go down
+    elif hand[2] > 0.145 or abs(hand[0] - cube[0]) > 0.003:  # too high, or beside it: go down
         target = behind
     else:  # push, and stop 1 cm before the hole's middle: the cube slides on
         target = behind + [0.0, 0.06, 0.0] if cube[1] < goal[1] - 0.01 else hand
