@@ -29,8 +29,8 @@ def a_batch(space, seed, size=64):
 def numbers(agent):
     """All that an agent has learned, as one vector: weights, targets, temperature, the averages of its optimisers."""
     weights = [*agent.actor.parameters(), *agent.critic.parameters(), *agent.target.parameters(), agent.log_alpha]
-    averages = [state[name] for adam in (agent.actor_optimizer, agent.critic_optimizer) for state in adam.state.values()
-                for name in ("step", "exp_avg", "exp_avg_sq")]
+    averages = [adam.state[weight][name] for adam in (agent.actor_optimizer, agent.critic_optimizer)
+                for weight in adam.param_groups[0]["params"] for name in ("step", "exp_avg", "exp_avg_sq")]
     return torch.cat([x.detach().flatten() for x in (*weights, *averages)])
 
 
@@ -132,19 +132,19 @@ def test_the_chain_rule_by_hand_is_that_of_autograd(hidden):
     """Networks: the output of both, and the derivatives by all weights and by the input."""
     pair = [sac.MLP((4, *hidden, 2)).double() for _ in range(2)]
     x, d_output = torch.randn(2, 5, 4).double().requires_grad_(), torch.randn(2, 5, 2).double()
-    weights = [p for net in pair for p in net.parameters()]
+    weights = fast.interleaved(pair)
     expected = torch.stack([net(one) for net, one in zip(pair, x)])
     *grads, d_x = torch.autograd.grad(expected, [*weights, x], d_output)
     vector = fast.flatten(weights)
     gradient = torch.full_like(vector, np.nan)
     both = fast.Networks(vector, 2, (4, *hidden, 2), gradient)
     with torch.no_grad():
-        output, inputs = both.forward(x)
+        output = both.forward(x)
         torch.testing.assert_close(output, expected)
-        both.backward(d_output, inputs)
+        both.backward(d_output)
         torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in grads]))
-        _, inputs = both.forward(x)
-        torch.testing.assert_close(both.backward(d_output, inputs, to_weights=False), d_x)
+        both.forward(x)
+        torch.testing.assert_close(both.backward(d_output, to_weights=False), d_x)
 
 
 def test_in_half_the_bits_by_hand_is_nearer_to_autograd_in_half_the_bits_than_to_all_the_bits():
