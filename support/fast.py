@@ -153,7 +153,9 @@ class Product:
             self.place, a, b, bias = out, b.mT, a.mT, None if bias is None else bias.mT
             out = torch.empty(len(out), n, m)
             self.transposed = out.mT
-        if bias is None:
+        if a.shape[2] == 1 and bias is None:  # each number of a column times each of a row
+            self.product = functools.partial(torch.mul, a, b, out=out)
+        elif bias is None:
             self.product = functools.partial(torch.bmm, a, b, out=out)
         else:
             self.product = functools.partial(torch.baddbmm, bias, a, b, out=out)
@@ -416,7 +418,7 @@ class ByHand:
         # The critics' step leaves the actor as it is, so one pass serves s', for y, and s, for the actor's own step.
         output = self.actor.forward(both.unsqueeze(0))  # (1, 2B, ...)
         policy = self._policy(output.squeeze(0), batch)
-        next_value, _, _ = self._value(self.targets, next_obs, [x[:batch] for x in policy])
+        next_value, _, _ = self._value(self.targets, next_obs, [x[:batch] for x in policy[:2]])
         y = reward + agent.discount * (1 - terminated) * next_value  # (B,)
         error, q_mean = self._critic_step(obs, action, y)
         value, entropy = self._actor_step(obs, [x[batch:] for x in policy])
