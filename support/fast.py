@@ -4,8 +4,9 @@ What this is: `--fast 1`. The files that are read and copied, sac.py and reward_
   ByHand     SAC without autograd, on a CPU. For networks this small, much of an update is not arithmetic: autograd
              records every operation in order to go back through them, each layer is a call of its own, and the
              optimiser handles a tensor for each. Here every derivative is written out, both critics are one batched
-             product, and all weights of an optimiser are one vector. The weights are those that sac.SAC would have,
-             but for rounding. The smaller the network, the more it gains.
+             product, all weights of an optimiser are one vector, and every tensor of a layer's size is made once. Large
+             products go to the faster of torch's two libraries, and acting is a handful of operations. The weights are
+             those that sac.SAC would have, but for rounding. Two to two and a half times as many training steps.
   bfloat16   half the bits in the layers that take the time. It pays only on a processor with AVX512-BF16 or AMX.
   Recorded   for networks this small, Python needs longer to launch the kernels of an update than a GPU to run them. A
              CUDA graph remembers the launches, with all addresses, and repeats them at once. The numbers are the same.
@@ -14,7 +15,8 @@ Which STEPs: 4 fit the reward model, 6 improve the policy.
 Differs from the paper: it names no such thing.
 Shapes: those of sac.py and reward_model.py; P the weights of one network, or of all that an optimiser has. L is the
 loss that is minimised, and d_x is short for dL/dx, which has the shape of x.
-Names: FastSAC, FastRewardModel, has_bfloat16, Recorded; ByHand, Networks (forward, backward), FlatAdam, *_gradient.
+Names: FastSAC, FastRewardModel, has_bfloat16, Recorded; ByHand, Networks (forward, backward), Layer, Product, FlatAdam,
+*_gradient.
 
 To use it elsewhere (beside sac.py and reward_model.py):
     from gymnasium.spaces import Box
@@ -113,9 +115,10 @@ def flatten(parameters):
 def onednn_is_exact():
     """May oneDNN have the large products of float32 numbers? Asked once, by a product whose error tells.
 
-    torch calls MKL for them, which makes of a processor with AVX512 but half of what it could, unless Intel made it.
-    Its other library, oneDNN, makes all of it. torch gives it float32 only where it is told that bfloat16 were enough:
-    then processors with AMX do round. Others do not: without AMX there is nothing to gain by it.
+    torch calls MKL for them, which on an AMD processor with AVX512 reaches but half of the speed that oneDNN, torch's
+    other library, reaches. torch gives float32 to oneDNN only where it is told that bfloat16 were precise enough.
+    trap: processors with AMX then do round, as they were told they may. Others gain nothing by rounding, and compute
+    with all bits. Only these may be told so; on the others MKL is fast.
     """
     if not hasattr(torch.backends.mkldnn, "matmul"):  # an older torch
         return False
@@ -136,13 +139,15 @@ def by_onednn(product):
 
 
 class Product:
-    """out <- a b, or bias + a b, for all networks at once: a (networks, m, k), b (networks, k, n), bias (networks, 1, n).
+    """out <- a b, or bias + a b, for all networks at once.
 
-    Made once for tensors that stay where they are, and called whenever their numbers have changed: so all that is to be
-    decided, and all views, cost nothing in the call.
+    a (networks, m, k), b (networks, k, n), bias (networks, 1, n) -> out (networks, m, n).
+    Made once for tensors that stay where they are, and called whenever their numbers have changed: so whatever must be
+    decided, and every view, costs nothing in the call.
     """
 
-    ONEDNN_FROM = 1_000_000  # multiplications: what a call of oneDNN costs besides, MKL could do half of these in
+    # Multiplications. A call of oneDNN costs about 10 microseconds besides the product; from here on it gains more.
+    ONEDNN_FROM = 1_000_000
 
     def __init__(self, out, a, b, bias=None):
         (_, m, n), single = out.shape, out.dtype == torch.float32
@@ -171,9 +176,10 @@ class Product:
 class Layer:
     """A layer of all networks with its tensors, for batches of one size: y = x W^T + b.
 
-    before: the tensor that the layer before writes to, (networks, B, in). weight (networks, out, in), bias
-    (networks, 1, out), as d_weight and d_bias, where their derivatives are to be written, or None. dtype: what is
-    computed in; what is of another type is converted at each call.
+    before: the tensor that the layer before writes to, (networks, B, in).
+    weight (networks, out, in), bias (networks, 1, out); d_weight and d_bias of the same shapes: where the derivatives
+    by them are to be written; or None.
+    dtype: of the arithmetic. What is of another type has a copy here, which is converted anew at each call.
     """
 
     def __init__(self, before, weight, bias, dtype, d_weight=None, d_bias=None):
@@ -184,6 +190,7 @@ class Layer:
         self.forward = Product(self.y, self.x, self.weight.mT, self.bias)
 
     def _as(self, dtype, tensor):
+        """The tensor, or a place for its copy in another type."""
         if tensor.dtype == dtype:
             return tensor
         self.converted.append((torch.empty(tensor.shape, dtype=dtype), tensor))
@@ -203,6 +210,7 @@ class Layer:
             self.to_weight = Product(self.own_d_weight, self.d.mT, self.h)
 
     def to_weights(self):
+        """From d, by what the layer gave, to the derivatives by its weight and its bias."""
         self.to_weight()
         if self.own_d_weight is not self.d_weight:
             self.d_weight.copy_(self.own_d_weight)
@@ -247,6 +255,7 @@ class Networks:
         return list(zip(parts, parts))
 
     def _prepare(self, shape):
+        """Make the layers for batches x of this shape; those for another size are dropped."""
         weight, _ = self.parameters[0]
         before = self.x = torch.empty(shape, dtype=weight.dtype)
         self.layers, self.rows, last = [], None, len(self.parameters) - 1
@@ -266,7 +275,7 @@ class Networks:
         self.x.copy_(x)
         for layer in self.layers:
             if layer is not self.layers[0]:
-                layer.before.relu_()
+                layer.before.relu_()  # in place: nobody needs what was there before the max
             for own, tensor in layer.converted:
                 own.copy_(tensor)
             layer.forward()
@@ -400,6 +409,7 @@ class ByHand:
         self.obs_dim, action_dim, actions, hidden = agent.sizes
         sizes, adam = (self.obs_dim, *hidden, actions or 2 * action_dim), self.actor_adam
         self.actor = Networks(adam.weights[:-1], 1, sizes, adam.gradient[:-1], bfloat16)  # [-1] is log alpha
+        # act() asks the one network that `actor` holds, so without the dimension of the networks
         self.acting = [(weight[0], bias[0, 0]) for weight, bias in self.actor.parameters]
         sizes, adam = (self.obs_dim + action_dim, *hidden, actions or 1), self.critic_adam
         self.critics = Networks(adam.weights, 2, sizes, adam.gradient, bfloat16, to_input=self.obs_dim)
@@ -414,7 +424,7 @@ class ByHand:
     def __call__(self, obs, action, reward, next_obs, terminated):
         agent, batch = self.agent, len(reward)
         both = torch.cat([next_obs, obs]).sub_(agent.obs_mean).div_(agent.obs_std)  # (2B, O)
-        next_obs, obs = both[:batch], both[batch:]
+        next_obs, obs = both.split(batch)
         # The critics' step leaves the actor as it is, so one pass serves s', for y, and s, for the actor's own step.
         output = self.actor.forward(both.unsqueeze(0))  # (1, 2B, ...)
         policy = self._policy(output.squeeze(0), batch)
@@ -560,6 +570,7 @@ class FastSAC(SAC):
         return self._hands().act(obs, explore)
 
     def _hands(self):
+        """The ByHand of the present tensors, made where there is none."""
         if self._by_hand is None:
             self._by_hand = ByHand(self, self.bfloat16)
         return self._by_hand
