@@ -7,7 +7,8 @@ What this is: `--fast 1`. The files that are read and copied, sac.py and reward_
              product, all weights of an optimiser are one vector, and every tensor of a layer's size is made once. Large
              products go to the faster of torch's two libraries, and acting is a handful of operations. The weights are
              those that sac.SAC would have, but for rounding. Two to two and a half times as many training steps.
-  bfloat16   half the bits in the layers that take the time. It pays only on a processor with AVX512-BF16 or AMX.
+  bfloat16   half the bits in the layers that take the time. It pays only on a processor with AVX512-BF16 or AMX, and only
+             in layers of 128 or more: at 2 x 64 the conversions cost more than the products gain.
   Recorded   for networks this small, Python needs longer to launch the kernels of an update than a GPU to run them. A
              CUDA graph remembers the launches, with all addresses, and repeats them at once. The numbers are the same.
              On an H100, SAC then updates 13 times as often (results/bench_cuda.csv).
@@ -183,7 +184,7 @@ class Layer:
     """
 
     def __init__(self, before, weight, bias, dtype, d_weight=None, d_bias=None):
-        self.converted = []
+        self.converted = []  # pairs: a copy, and the tensor it is a copy of
         self.before, self.d_weight, self.d_bias = before, d_weight, d_bias
         self.x, self.weight, self.bias = (self._as(dtype, tensor) for tensor in (before, weight, bias))
         self.y = torch.empty(*before.shape[:2], weight.shape[1], dtype=dtype)
@@ -199,13 +200,14 @@ class Layer:
     def prepare_backward(self, rows, to_input, after=None):
         """Make the tensors of the way back, for the last so many rows of the batch; after: the layer after this one."""
         self.h = self.x[:, -rows:]
+        # d of this layer is d_h of the one after it, unless that one computes with another number of bits
         same = after is not None and after.d_x.dtype == self.y.dtype
         self.d = after.d_x if same else torch.empty_like(self.y[:, -rows:])
         weight = self.weight[..., to_input:]
         self.d_x = torch.empty(*self.h.shape[:2], weight.shape[2], dtype=self.y.dtype)
         self.through = Product(self.d_x, self.d, weight)
         if self.d_weight is not None:
-            # `out` does not convert bfloat16
+            # `out` of a product does not convert bfloat16, so that is written to a place of its own first
             self.own_d_weight = self.d_weight if self.d.dtype == self.d_weight.dtype else torch.empty_like(self.weight)
             self.to_weight = Product(self.own_d_weight, self.d.mT, self.h)
 
@@ -448,7 +450,8 @@ class ByHand:
         for weight, bias in self.acting[:-1]:
             x = torch.addmv(bias, weight, x).relu_()
         weight, bias = self.acting[-1]
-        mean, raw = np.split(torch.addmv(bias, weight, x).numpy(), 2)
+        output = torch.addmv(bias, weight, x).numpy()
+        mean, raw = output[: agent.action_dim], output[agent.action_dim :]
         if not explore:
             return np.tanh(mean)
         std = np.exp(LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (np.tanh(raw) + 1))
