@@ -7,8 +7,8 @@ What this is: `--fast 1`. The files that are read and copied, sac.py and reward_
              product, all weights of an optimiser are one vector, and every tensor of a layer's size is made once. Large
              products go to the faster of torch's two libraries, and acting is a handful of operations. The weights are
              those that sac.SAC would have, but for rounding. Two to two and a half times as many training steps.
-  bfloat16   half the bits in the layers that take the time. It pays only on a processor with AVX512-BF16 or AMX, and only
-             in layers of 128 or more: at 2 x 64 the conversions cost more than the products gain.
+  bfloat16   half the bits in the layers that take the time. It pays only on a processor with AVX512-BF16 or AMX, and
+             only in layers of 128 or more: at 2 x 64 the conversions cost more than the products gain.
   Recorded   for networks this small, Python needs longer to launch the kernels of an update than a GPU to run them. A
              CUDA graph remembers the launches, with all addresses, and repeats them at once. The numbers are the same.
              On an H100, SAC then updates 13 times as often (results/bench_cuda.csv).
