@@ -4,9 +4,11 @@ What this is: `--fast 1`. The files that are read and copied, sac.py and reward_
   ByHand     SAC without autograd, on a CPU. For networks this small, much of an update is not arithmetic: autograd
              records every operation in order to go back through them, each layer is a call of its own, and the
              optimiser handles a tensor for each. Here every derivative is written out, both critics are one batched
-             product, and all weights of an optimiser are one vector. The weights are those that sac.SAC would have,
-             but for rounding. The smaller the network, the more it gains.
-  bfloat16   half the bits in the layers that take the time. It pays only on a processor with AVX512-BF16 or AMX.
+             product, all weights of an optimiser are one vector, and every tensor of a layer's size is made once. Large
+             products go to the faster of torch's two libraries, and acting is a handful of operations. The weights are
+             those that sac.SAC would have, but for rounding. Two to two and a half times as many training steps.
+  bfloat16   half the bits in the layers that take the time. It pays only on a processor with AVX512-BF16 or AMX, and
+             only in layers of 128 or more: at 2 x 64 the conversions cost more than the products gain.
   Recorded   for networks this small, Python needs longer to launch the kernels of an update than a GPU to run them. A
              CUDA graph remembers the launches, with all addresses, and repeats them at once. The numbers are the same.
              On an H100, SAC then updates 13 times as often (results/bench_cuda.csv).
@@ -14,13 +16,17 @@ Which STEPs: 4 fit the reward model, 6 improve the policy.
 Differs from the paper: it names no such thing.
 Shapes: those of sac.py and reward_model.py; P the weights of one network, or of all that an optimiser has. L is the
 loss that is minimised, and d_x is short for dL/dx, which has the shape of x.
-Names: FastSAC, FastRewardModel, has_bfloat16, Recorded; ByHand, Networks (forward, backward), FlatAdam, *_gradient.
+Names: FastSAC, FastRewardModel, has_bfloat16, Recorded; ByHand, Networks (forward, backward), Layer, Product, FlatAdam,
+*_gradient.
 
 To use it elsewhere (beside sac.py and reward_model.py):
     from gymnasium.spaces import Box
     from support.fast import FastSAC, has_bfloat16
     agent = FastSAC(3, Box(-1, 1, (1,)), bfloat16=has_bfloat16())  # on a GPU: device="cuda", record=Recorded
 """
+import functools
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -106,85 +112,206 @@ def flatten(parameters):
     return vector
 
 
+@functools.cache
+def onednn_is_exact():
+    """May oneDNN have the large products of float32 numbers? Asked once, by a product whose error tells.
+
+    torch calls MKL for them, which on an AMD processor with AVX512 reaches but half of the speed that oneDNN, torch's
+    other library, reaches. torch gives float32 to oneDNN only where it is told that bfloat16 were precise enough.
+    trap: processors with AMX then do round, as they were told they may. Others gain nothing by rounding, and compute
+    with all bits. Only these may be told so; on the others MKL is fast.
+    """
+    if not hasattr(torch.backends.mkldnn, "matmul"):  # an older torch
+        return False
+    x = torch.rand(1, 128, 128, generator=torch.Generator().manual_seed(0))
+    out = torch.empty_like(x)
+    by_onednn(lambda: torch.bmm(x, x, out=out))
+    return bool((out - x.double() @ x.double()).abs().max() < 1e-3)  # rounded to bfloat16: about 0.1
+
+
+def by_onednn(product):
+    """Call product(), a call of torch.bmm or torch.baddbmm, with float32 given to oneDNN."""
+    setting = torch.backends.mkldnn.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        product()
+    finally:  # trap: the setting is one of the whole process, so nothing else may find it changed
+        setting.fp32_precision = before
+
+
+class Product:
+    """out <- a b, or bias + a b, for all networks at once.
+
+    a (networks, m, k), b (networks, k, n), bias (networks, 1, n) -> out (networks, m, n).
+    Made once for tensors that stay where they are, and called whenever their numbers have changed: so whatever must be
+    decided, and every view, costs nothing in the call.
+    """
+
+    # Multiplications. A call of oneDNN costs about 10 microseconds besides the product; from here on it gains more.
+    ONEDNN_FROM = 1_000_000
+
+    def __init__(self, out, a, b, bias=None):
+        (_, m, n), single = out.shape, out.dtype == torch.float32
+        self.place = None
+        if single and n <= 32 < m and (n > 1 or not b.is_contiguous()):
+            # trap: MKL needs up to four times as long for a result of few columns as for one of few rows. So the
+            # transpose is computed, (a b)^T = b^T a^T, and copied.
+            self.place, a, b, bias = out, b.mT, a.mT, None if bias is None else bias.mT
+            out = torch.empty(len(out), n, m)
+            self.transposed = out.mT
+        if a.shape[2] == 1 and bias is None:  # each number of a column times each of a row
+            self.product = functools.partial(torch.mul, a, b, out=out)
+        elif bias is None:
+            self.product = functools.partial(torch.bmm, a, b, out=out)
+        else:
+            self.product = functools.partial(torch.baddbmm, bias, a, b, out=out)
+        if single and out.numel() * a.shape[2] >= self.ONEDNN_FROM and onednn_is_exact():
+            self.product = functools.partial(by_onednn, self.product)
+
+    def __call__(self):
+        self.product()
+        if self.place is not None:
+            self.place.copy_(self.transposed)
+
+
+class Layer:
+    """A layer of all networks with its tensors, for batches of one size: y = x W^T + b.
+
+    before: the tensor that the layer before writes to, (networks, B, in).
+    weight (networks, out, in), bias (networks, 1, out); d_weight and d_bias of the same shapes: where the derivatives
+    by them are to be written; or None.
+    dtype: of the arithmetic. What is of another type has a copy here, which is converted anew at each call.
+    """
+
+    def __init__(self, before, weight, bias, dtype, d_weight=None, d_bias=None):
+        self.converted = []  # pairs: a copy, and the tensor it is a copy of
+        self.before, self.d_weight, self.d_bias = before, d_weight, d_bias
+        self.x, self.weight, self.bias = (self._as(dtype, tensor) for tensor in (before, weight, bias))
+        self.y = torch.empty(*before.shape[:2], weight.shape[1], dtype=dtype)
+        self.forward = Product(self.y, self.x, self.weight.mT, self.bias)
+
+    def _as(self, dtype, tensor):
+        """The tensor, or a place for its copy in another type."""
+        if tensor.dtype == dtype:
+            return tensor
+        self.converted.append((torch.empty(tensor.shape, dtype=dtype), tensor))
+        return self.converted[-1][0]
+
+    def prepare_backward(self, rows, to_input, after=None):
+        """Make the tensors of the way back, for the last so many rows of the batch; after: the layer after this one."""
+        self.h = self.x[:, -rows:]
+        # d of this layer is d_h of the one after it, unless that one computes with another number of bits
+        same = after is not None and after.d_x.dtype == self.y.dtype
+        self.d = after.d_x if same else torch.empty_like(self.y[:, -rows:])
+        weight = self.weight[..., to_input:]
+        self.d_x = torch.empty(*self.h.shape[:2], weight.shape[2], dtype=self.y.dtype)
+        self.through = Product(self.d_x, self.d, weight)
+        if self.d_weight is not None:
+            # `out` of a product does not convert bfloat16, so that is written to a place of its own first
+            self.own_d_weight = self.d_weight if self.d.dtype == self.d_weight.dtype else torch.empty_like(self.weight)
+            self.to_weight = Product(self.own_d_weight, self.d.mT, self.h)
+
+    def to_weights(self):
+        """From d, by what the layer gave, to the derivatives by its weight and its bias."""
+        self.to_weight()
+        if self.own_d_weight is not self.d_weight:
+            self.d_weight.copy_(self.own_d_weight)
+        torch.sum(self.d, 1, keepdim=True, dtype=self.d_bias.dtype, out=self.d_bias)
+
+
+# (d, h, 0, grad_input=d): d where h > 0, else 0. What autograd calls for a ReLU: one pass, where d * (h > 0) takes two.
+relu_backward = torch.ops.aten.threshold_backward.grad_input
+
+
+def interleaved(networks):
+    """The parameters of equal networks: the first weight of each, the first bias of each, the second weight of each...
+
+    So the weights of a layer lie side by side, as one tensor (networks, out, in). With gaps between them, oneDNN would
+    copy them first, for a third of the time that the product takes.
+    """
+    return [each for same in zip(*(network.parameters() for network in networks)) for each in same]
+
+
 class Networks:
-    """Equal MLPs whose weights lie in one vector, one network after the other: forward and backward of all at once.
+    """Equal MLPs whose weights lie in one vector, as interleaved() puts them: forward and backward of all at once.
 
     weights (networks * P,), sizes (in, hidden..., out). gradient (networks * P,): where backward() writes; or None.
     bfloat16: as HalfMLP does it, in all layers but the first and the last.
+    to_input: backward() is asked for the derivative by the input, of its numbers from this one on.
+
+    All tensors are made once for each size of a batch: new memory of this size costs as much as a layer, because the
+    system clears each of its pages first.
     """
 
-    def __init__(self, weights, networks, sizes, gradient=None, bfloat16=False):
-        self.layers = self._layers(weights.view(networks, -1), sizes)
-        self.gradients = None if gradient is None else self._layers(gradient.view(networks, -1), sizes)
-        self.bfloat16, self.memory = bfloat16, {}
+    def __init__(self, weights, networks, sizes, gradient=None, bfloat16=False, to_input=0):
+        self.parameters = self._views(weights, networks, sizes)
+        nothing = [(None, None)] * len(self.parameters)
+        self.gradients = nothing if gradient is None else self._views(gradient, networks, sizes)
+        self.bfloat16, self.to_input, self.x = bfloat16, to_input, torch.empty(0)
 
     @staticmethod
-    def _layers(rows, sizes):
-        """rows (networks, P) -> of each layer its weight (networks, out, in), as nn.Linear has it, and its bias
-        (networks, 1, out), as views.
-        """
-        layers, at = [], 0
-        for n_in, n_out in zip(sizes[:-1], sizes[1:]):
-            weight, bias = rows[:, at : at + n_out * n_in], rows[:, at + n_out * n_in : at + n_out * (n_in + 1)]
-            layers.append((weight.unflatten(1, (n_out, n_in)), bias.unsqueeze(1)))
-            at += n_out * (n_in + 1)
-        return layers
+    def _views(vector, networks, sizes):
+        """vector (networks * P,) -> of each layer its weight (networks, out, in) and its bias (networks, 1, out)."""
+        shapes = [shape for n_in, n_out in zip(sizes[:-1], sizes[1:]) for shape in ((n_out, n_in), (1, n_out))]
+        parts = iter(views(vector, [torch.empty(networks, *shape, device="meta") for shape in shapes]))
+        return list(zip(parts, parts))
 
-    def _into(self, name, like, width):
-        """A tensor (networks, B, width) to write to, the same one at every call: new memory of this size costs as much
-        as a layer, because the system clears each of its pages first.
-        """
-        shape, kept = (*like.shape[:2], width), self.memory.get(name)
-        if kept is None or kept.shape != shape or kept.dtype != like.dtype:
-            kept = self.memory[name] = torch.empty(shape, dtype=like.dtype)
-        return kept
+    def _prepare(self, shape):
+        """Make the layers for batches x of this shape; those for another size are dropped."""
+        weight, _ = self.parameters[0]
+        before = self.x = torch.empty(shape, dtype=weight.dtype)
+        self.layers, self.rows, last = [], None, len(self.parameters) - 1
+        for number, (pair, gradients) in enumerate(zip(self.parameters, self.gradients)):
+            dtype = torch.bfloat16 if self.bfloat16 and 0 < number < last else weight.dtype
+            self.layers.append(Layer(before, *pair, dtype, *gradients))
+            before = self.layers[-1].y
 
     def forward(self, x):
-        """x (networks, B, in) -> output (networks, B, out), and the input h_l of each layer, for backward():
+        """x (networks, B, in) -> output (networks, B, out):
 
             h_0 = x,   h_(l+1) = max(0, h_l W_l^T + b_l),   without the max after the last layer
         trap: the next forward() overwrites what is returned.
         """
-        inputs, last = [], len(self.layers) - 1
-        for number, (weight, bias) in enumerate(self.layers):
-            if self.bfloat16:
-                dtype = torch.bfloat16 if 0 < number < last else torch.float32
-                x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-            inputs.append(x)
-            # one call: the products of all networks, and the bias
-            x = torch.baddbmm(bias, x, weight.mT, out=self._into(number, x, weight.shape[1]))
-            if number < last:
-                x.relu_()
-        return x, inputs
+        if x.shape != self.x.shape:
+            self._prepare(x.shape)
+        self.x.copy_(x)
+        for layer in self.layers:
+            if layer is not self.layers[0]:
+                layer.before.relu_()  # in place: nobody needs what was there before the max
+            for own, tensor in layer.converted:
+                own.copy_(tensor)
+            layer.forward()
+        return layer.y
 
-    def backward(self, d_output, inputs, to_weights=True):
-        """The chain rule through forward(), from the last layer to the first: derivatives of the loss L.
+    def backward(self, d_output, to_weights=True):
+        """The chain rule through the last forward(), from the last layer to the first: derivatives of the loss L.
 
         Let d_l be the derivative by what layer l gives before its max, (networks, B, out). Then
             d_W_l   = d_l^T h_l              (networks, out, in)
             d_b_l   = sum of d_l over B      (networks, 1, out)
             d_h_l   = d_l W_l                (networks, B, in)
             d_(l-1) = d_h_l where h_l > 0, else 0:   max(0, .) is flat below 0, and has slope 1 above
-        to_weights: d_W and d_b are written to the vector `gradient`. Otherwise they are left out, and d_x is returned
-        (networks, B, in). Nobody needs both.
-        trap: the inputs of all layers but the first are overwritten.
+        d_output (networks, B, out): of the last B rows of the batch, which may have had others before them.
+        to_weights: d_W and d_b are written to the vector `gradient`. Otherwise they are left out, and d_x is returned,
+        (networks, B, in - to_input). Nobody needs both.
         """
+        first = self.layers[0]
+        if self.rows != d_output.shape[1]:
+            self.rows = d_output.shape[1]
+            for layer, after in zip(self.layers[::-1], [None, *self.layers[::-1]]):
+                layer.prepare_backward(self.rows, self.to_input if layer is first else 0, after)
         d = d_output
-        for number in reversed(range(len(self.layers))):
-            (weight, _), h = self.layers[number], inputs[number]
-            d = d.to(h.dtype)
+        for layer in reversed(self.layers):
+            if layer.d is not d:
+                layer.d.copy_(d)
             if to_weights:
-                d_weight, d_bias = self.gradients[number]
-                if h.dtype == d_weight.dtype:
-                    torch.bmm(d.mT, h, out=d_weight)
-                else:  # `out` does not convert bfloat16
-                    d_weight.copy_(torch.bmm(d.mT, h))
-                torch.sum(d, 1, keepdim=True, dtype=d_bias.dtype, out=d_bias)
-                if number == 0:
+                layer.to_weights()
+                if layer is first:
                     return None
-            d = torch.bmm(d, weight.to(h.dtype), out=self._into(f"d_{number}", h, weight.shape[2]))
-            if number > 0:
-                d.mul_(h.sign_())  # h is never negative: its sign is 0 or 1. Faster than to multiply by h > 0
+            layer.through()
+            d = layer.d_x
+            if layer is not first:
+                relu_backward(d, layer.h, 0, grad_input=d)
         return d
 
 
@@ -242,16 +369,16 @@ class FlatAdam:
         m <- m + (1 - beta1) (g - m),   v <- beta2 v + (1 - beta2) g^2      moving averages of the gradient g and of g^2
         w <- w - lr * m / (1 - beta1^k) / (sqrt(v / (1 - beta2^k)) + eps)
     Averages that begin at 0 are too small at first; the divisors 1 - beta^k correct that (Kingma and Ba, 1412.6980).
+    weights: all parameters of the optimiser, in the order in which the vector has them.
     The optimiser stays the owner of weights and averages, which become views: its state_dict() is always up to date.
     trap: load_state_dict() of the optimiser gives it other averages. Make a new FlatAdam then.
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer, weights):
         self.group, = optimizer.param_groups
-        weights = self.group["params"]
         states = [optimizer.state[weight] for weight in weights]  # {} before the first step
         self.weights = flatten(weights)
-        self.gradient, self.scratch = torch.zeros_like(self.weights), torch.empty_like(self.weights)
+        self.gradient = torch.zeros_like(self.weights)
         m, v = ([state.get(name, torch.zeros_like(weight)) for state, weight in zip(states, weights, strict=True)]
                 for name in ("exp_avg", "exp_avg_sq"))
         self.m, self.v = (torch.cat([part.flatten() for part in parts]) for parts in (m, v))
@@ -259,19 +386,14 @@ class FlatAdam:
         self.steps = torch.stack([torch.as_tensor(state.get("step", 0.0)) for state in states])
         for state, step, *averages in zip(states, self.steps, views(self.m, m), views(self.v, v), strict=True):
             state.update(step=step, exp_avg=averages[0], exp_avg_sq=averages[1])
-        self.k = int(self.steps[0])
 
     def step(self):
         """One step down self.gradient (P,), which backward() has written."""
         lr, (beta1, beta2), eps = (self.group[name] for name in ("lr", "betas", "eps"))
-        self.k += 1
         self.steps.add_(1)
-        correction1, root2 = 1 - beta1**self.k, (1 - beta2**self.k) ** 0.5
-        self.m.lerp_(self.gradient, 1 - beta1)
-        self.v.mul_(beta2).addcmul_(self.gradient, self.gradient, value=1 - beta2)
-        # Numerator and denominator times root2: that saves a division of the whole vector.
-        torch.sqrt(self.v, out=self.scratch).add_(eps * root2)
-        self.weights.addcdiv_(self.m, self.scratch, value=-lr * root2 / correction1)
+        # The whole formula in one pass over memory: what torch.optim.Adam(fused=True) calls for every tensor.
+        torch._fused_adam_([self.weights], [self.gradient], [self.m], [self.v], [], [self.steps[0]], lr=lr, beta1=beta1,
+                           beta2=beta2, weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
 
 
 class ByHand:
@@ -283,13 +405,16 @@ class ByHand:
 
     def __init__(self, agent, bfloat16=False):
         self.agent = agent
-        self.actor_adam, self.critic_adam = FlatAdam(agent.actor_optimizer), FlatAdam(agent.critic_optimizer)
-        self.target = flatten(list(agent.target.parameters()))
+        critics, targets = (interleaved([twins.q1, twins.q2]) for twins in (agent.critic, agent.target))
+        self.actor_adam = FlatAdam(agent.actor_optimizer, [*agent.actor.parameters(), agent.log_alpha])
+        self.critic_adam, self.target = FlatAdam(agent.critic_optimizer, critics), flatten(targets)
         self.obs_dim, action_dim, actions, hidden = agent.sizes
         sizes, adam = (self.obs_dim, *hidden, actions or 2 * action_dim), self.actor_adam
         self.actor = Networks(adam.weights[:-1], 1, sizes, adam.gradient[:-1], bfloat16)  # [-1] is log alpha
+        # act() asks the one network that `actor` holds, so without the dimension of the networks
+        self.acting = [(weight[0], bias[0, 0]) for weight, bias in self.actor.parameters]
         sizes, adam = (self.obs_dim + action_dim, *hidden, actions or 1), self.critic_adam
-        self.critics = Networks(adam.weights, 2, sizes, adam.gradient, bfloat16)
+        self.critics = Networks(adam.weights, 2, sizes, adam.gradient, bfloat16, to_input=self.obs_dim)
         self.targets = Networks(self.target, 2, sizes, bfloat16=bfloat16)
 
     def __deepcopy__(self, memo):
@@ -300,17 +425,37 @@ class ByHand:
     @torch.inference_mode()
     def __call__(self, obs, action, reward, next_obs, terminated):
         agent, batch = self.agent, len(reward)
-        obs, next_obs = (obs - agent.obs_mean) / agent.obs_std, (next_obs - agent.obs_mean) / agent.obs_std
+        both = torch.cat([next_obs, obs]).sub_(agent.obs_mean).div_(agent.obs_std)  # (2B, O)
+        next_obs, obs = both.split(batch)
         # The critics' step leaves the actor as it is, so one pass serves s', for y, and s, for the actor's own step.
-        output, inputs = self.actor.forward(torch.cat([next_obs, obs]).unsqueeze(0))  # (1, 2B, ...)
+        output = self.actor.forward(both.unsqueeze(0))  # (1, 2B, ...)
         policy = self._policy(output.squeeze(0), batch)
-        next_value, _, _, _ = self._value(self.targets, next_obs, [x[:batch] for x in policy])
+        next_value, _, _ = self._value(self.targets, next_obs, [x[:batch] for x in policy[:2]])
         y = reward + agent.discount * (1 - terminated) * next_value  # (B,)
         error, q_mean = self._critic_step(obs, action, y)
-        value, entropy = self._actor_step(obs, [x[batch:] for x in policy], [h[:, batch:] for h in inputs])
+        value, entropy = self._actor_step(obs, [x[batch:] for x in policy])
         self.target.lerp_(self.critic_adam.weights, agent.tau)  # Polyak: one vector follows another
         return {"critic_loss": error.square().sum() / batch, "actor_loss": -value.mean(), "q_mean": q_mean,
                 "alpha": agent.log_alpha.exp(), "entropy": entropy}
+
+    @torch.inference_mode()
+    def act(self, obs, explore):
+        """SAC.act for a Box: the same action from the same draw, always in float32. obs (O,) -> (A,).
+
+        For one observation, what torch does around each operation takes the time. So there are few operations, and the
+        last ones, of a handful of numbers, are numpy's.
+        """
+        agent = self.agent
+        x = torch.from_numpy((np.asarray(obs, np.float32) - agent.obs_mean.numpy()) / agent.obs_std.numpy())
+        for weight, bias in self.acting[:-1]:
+            x = torch.addmv(bias, weight, x).relu_()
+        weight, bias = self.acting[-1]
+        output = torch.addmv(bias, weight, x).numpy()
+        mean, raw = output[: agent.action_dim], output[agent.action_dim :]
+        if not explore:
+            return np.tanh(mean)
+        std = np.exp(LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (np.tanh(raw) + 1))
+        return np.tanh(mean + std * torch.randn(mean.shape, generator=agent.rng).numpy())
 
     def _policy(self, output, batch):
         """From what the actor gives, (2B, outputs): as SAC._policy does, and what gaussian_gradient() needs besides.
@@ -321,22 +466,24 @@ class ByHand:
         if agent.discrete:
             log_probs = F.log_softmax(output, dim=-1)
             return log_probs.exp(), log_probs
-        mean, raw = output.chunk(2, dim=-1)
+        # contiguous: what lies in strips a few numbers wide, no processor adds or multiplies many at once.
+        mean, raw = (half.contiguous() for half in output.chunk(2, dim=-1))
         tanh_raw = torch.tanh(raw)
         log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (tanh_raw + 1)
+        noise = torch.empty_like(mean)
         # trap: two draws, as sac.py makes two. A single one of (2B, A) would give other numbers.
-        noise = torch.cat([torch.randn(batch, agent.action_dim, generator=agent.rng) for _ in range(2)])
+        noise[:batch].normal_(generator=agent.rng), noise[batch:].normal_(generator=agent.rng)
         return *tanh_gaussian(mean, log_std, noise), log_std, tanh_raw, noise
 
     def _values(self, critics, obs, *action):
-        """Both critics, like TwinCritic: (2, B), or (2, B, n) of all Discrete actions; the inputs of their layers."""
-        q, inputs = critics.forward(torch.cat([obs, *action], dim=-1).expand(2, -1, -1))
-        return q.squeeze(-1) if action else q, inputs
+        """Both critics, like TwinCritic: (2, B), or (2, B, n) of all Discrete actions."""
+        q = critics.forward(torch.cat([obs, *action], dim=-1).expand(2, -1, -1))
+        return q.squeeze(-1) if action else q
 
     def _value(self, critics, obs, policy):
         """V(s) of the policy and its entropy (B,), by SAC's own formula; and what _values() gives."""
-        q, inputs = self._values(critics, obs, *([] if self.agent.discrete else policy[:1]))
-        return *self.agent._value(lambda *_: q, obs, policy[:2]), q, inputs
+        q = self._values(critics, obs, *([] if self.agent.discrete else policy[:1]))
+        return *self.agent._value(lambda *_: q, obs, policy[:2]), q
 
     def _critic_step(self, obs, action, y):
         """A step down L = sum over both critics of the mean over B of (Q - y)^2. So d_Q = 2 (Q - y) / B, (2, B).
@@ -344,33 +491,33 @@ class ByHand:
         action (B, A) or (B,), as stored; y (B,) -> Q - y (2, B), mean Q.
         """
         if not self.agent.discrete:
-            q, inputs = self._values(self.critics, obs, action)
+            q = self._values(self.critics, obs, action)
             d_q = (q - y).unsqueeze(-1) * (2 / len(y))  # (2, B, 1)
         else:
-            every, inputs = self._values(self.critics, obs)  # (2, B, n)
+            every = self._values(self.critics, obs)  # (2, B, n)
             taken = action.expand(2, -1).unsqueeze(-1)
             q = every.gather(-1, taken).squeeze(-1)
             # The values of the actions that were not taken are in no loss: their derivative is 0.
             d_q = torch.zeros_like(every).scatter_(-1, taken, (q - y).unsqueeze(-1) * (2 / len(y)))
-        self.critics.backward(d_q, inputs)
+        self.critics.backward(d_q)
         self.critic_adam.step()
         return q - y, q.mean()
 
-    def _actor_step(self, obs, policy, inputs):
+    def _actor_step(self, obs, policy):
         """A step down L = mean over B of (alpha * log pi - min(Q1, Q2)) for the actor, and down alpha's loss.
 
-        policy: of these obs, as _policy() gives it; inputs: of the actor's layers -> V (B,), mean entropy.
+        policy: of these obs, as _policy() gives it -> V (B,), mean entropy.
         """
         agent, alpha = self.agent, float(self.agent.log_alpha.exp())
-        value, entropy, q, critic_inputs = self._value(self.critics, obs, policy)
+        value, entropy, q = self._value(self.critics, obs, policy)
         if agent.discrete:
             d_output = categorical_gradient(*policy, q.amin(0), alpha)
         else:
-            # The critics are only passed through, down to their input (obs, action): d_x (2, B, O + A).
-            d_x = self.critics.backward(min_gradient(q).unsqueeze(-1), critic_inputs, to_weights=False)
+            # The critics are only passed through, down to the action in their input (obs, action): (2, B, A).
+            d_action = self.critics.backward(min_gradient(q).unsqueeze(-1), to_weights=False)
             action, _, *rest = policy
-            d_output = gaussian_gradient(d_x[..., self.obs_dim :].sum(0), action, *rest, alpha)
-        self.actor.backward(d_output.unsqueeze(0), inputs)
+            d_output = gaussian_gradient(d_action.sum(0), action, *rest, alpha)
+        self.actor.backward(d_output.unsqueeze(0))
         # Alpha's loss is log_alpha * (entropy - target), with the entropy as a constant. Its derivative is the factor.
         entropy = entropy.mean()
         self.actor_adam.gradient[-1] = entropy - agent.target_entropy
@@ -418,9 +565,18 @@ class FastSAC(SAC):
     def _step(self, *tensors):
         if self.record or self.device.type != "cpu":
             return (self._recorded or super()._step)(*tensors)
+        return self._hands()(*tensors)
+
+    def act(self, obs, explore=True):
+        if self.record or self.device.type != "cpu" or self.discrete:
+            return super().act(obs, explore)
+        return self._hands().act(obs, explore)
+
+    def _hands(self):
+        """The ByHand of the present tensors, made where there is none."""
         if self._by_hand is None:
             self._by_hand = ByHand(self, self.bfloat16)
-        return self._by_hand(*(x.to(self.device) for x in tensors))
+        return self._by_hand
 
     def reset_critic(self):
         super().reset_critic()

@@ -29,8 +29,8 @@ def a_batch(space, seed, size=64):
 def numbers(agent):
     """All that an agent has learned, as one vector: weights, targets, temperature, the averages of its optimisers."""
     weights = [*agent.actor.parameters(), *agent.critic.parameters(), *agent.target.parameters(), agent.log_alpha]
-    averages = [state[name] for adam in (agent.actor_optimizer, agent.critic_optimizer) for state in adam.state.values()
-                for name in ("step", "exp_avg", "exp_avg_sq")]
+    averages = [adam.state[weight][name] for adam in (agent.actor_optimizer, agent.critic_optimizer)
+                for weight in adam.param_groups[0]["params"] for name in ("step", "exp_avg", "exp_avg_sq")]
     return torch.cat([x.detach().flatten() for x in (*weights, *averages)])
 
 
@@ -39,7 +39,8 @@ def assert_same_agent(one, two, tolerance=1e-5):
     before = one.rng.get_state()
     assert torch.equal(before, two.rng.get_state())
     for obs in torch.eye(5):
-        assert np.allclose(one.act(obs), two.act(obs), rtol=0, atol=tolerance)
+        for explore in (True, False):
+            assert np.allclose(one.act(obs, explore), two.act(obs, explore), rtol=0, atol=tolerance)
     one.rng.set_state(before), two.rng.set_state(before)
 
 
@@ -132,19 +133,33 @@ def test_the_chain_rule_by_hand_is_that_of_autograd(hidden):
     """Networks: the output of both, and the derivatives by all weights and by the input."""
     pair = [sac.MLP((4, *hidden, 2)).double() for _ in range(2)]
     x, d_output = torch.randn(2, 5, 4).double().requires_grad_(), torch.randn(2, 5, 2).double()
-    weights = [p for net in pair for p in net.parameters()]
+    weights = fast.interleaved(pair)
     expected = torch.stack([net(one) for net, one in zip(pair, x)])
     *grads, d_x = torch.autograd.grad(expected, [*weights, x], d_output)
     vector = fast.flatten(weights)
     gradient = torch.full_like(vector, np.nan)
     both = fast.Networks(vector, 2, (4, *hidden, 2), gradient)
     with torch.no_grad():
-        output, inputs = both.forward(x)
+        output = both.forward(x)
         torch.testing.assert_close(output, expected)
-        both.backward(d_output, inputs)
+        both.backward(d_output)
         torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in grads]))
-        _, inputs = both.forward(x)
-        torch.testing.assert_close(both.backward(d_output, inputs, to_weights=False), d_x)
+        both.forward(x)
+        torch.testing.assert_close(both.backward(d_output, to_weights=False), d_x)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("m, k, n", [(128, 128, 128), (256, 23, 256), (256, 256, 12), (64, 1, 8), (256, 256, 1), (3, 5, 2)])
+def test_a_product_is_the_product_by_whichever_library(monkeypatch, exact, m, k, n):
+    """Large, with few columns, of one column and one row, with strides: always a b, with all the bits of float32."""
+    monkeypatch.setattr(fast, "onednn_is_exact", lambda real=fast.onednn_is_exact(): real and exact)
+    setting, generator = torch.backends.mkldnn.matmul.fp32_precision, torch.Generator().manual_seed(0)
+    a, b, bias = (torch.randn(2, *shape, generator=generator) for shape in ((m, k), (k, n + 1), (1, n)))
+    out, b = torch.empty(2, m, n), b[..., 1:]
+    for added, expected in ((None, a.double() @ b.double()), (bias, bias + a.double() @ b.double())):
+        fast.Product(out, a, b, added)()
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)
+    assert torch.backends.mkldnn.matmul.fp32_precision == setting  # for whatever else the process multiplies
 
 
 def test_in_half_the_bits_by_hand_is_nearer_to_autograd_in_half_the_bits_than_to_all_the_bits():

@@ -425,7 +425,41 @@ def test_measured_rows_replace_their_own_question_only(tmp_path):
     assert [row["ours"] for row in sweep.read_csv(tmp_path / "bench.csv")] == ["1", "3", "4"]
 
 
-@pytest.mark.parametrize("flags, plain", [({}, True), ({"bfloat16": True}, False)])
+def test_a_peer_that_is_not_here_is_one_line(monkeypatch, capsys):
+    """Without the peers the bench must go on, and say what it leaves out."""
+    monkeypatch.setattr(bench, "PEERS", {"Nobody's SAC": "no_such_module"})
+    assert list(bench.against_peers("Pendulum-v1", 8, {"": {}}, dict(runs=1, peer_steps=1))) == []
+    assert capsys.readouterr().out == "peers: left out: no Nobody's SAC here: see tools/requirements-bench.txt\n"
+
+
+def test_a_row_of_the_peers_is_in_processor_seconds_and_names_the_peer(monkeypatch):
+    """Ours against itself in the place of a peer: the ratio must be about 1, and the target that of the peer."""
+    monkeypatch.setattr(bench, "TheirLoop", lambda *args, peer, **settings: bench.OurLoop(*args, **settings))
+    rows = list(bench.against_peers("Pendulum-v1", 128, {"": {}, bench.BY_HAND: {"bfloat16": False}},
+                                    dict(runs=2, peer_steps=3)))
+    assert [row.question for row in rows] == [
+        f"SAC against {peer}, Pendulum-v1, 2 x 128{name}" for peer in bench.PEERS for name in ("", ", by hand")]
+    assert [row.target for row in rows] == ["", "", "", ">= 1.1"] and all(len(row.ratios()) == 2 for row in rows)
+    cpu, wall = bench.cpu_and_wall(lambda: time.sleep(0.2))
+    assert cpu < 0.1 < wall
+
+
+def test_what_was_learned_is_kept_in_pieces_and_not_learned_again(tmp_path, monkeypatch, capsys):
+    """A second run must train only what is missing, and a row must wait for all three seeds."""
+    monkeypatch.setattr(bench, "PEERS", {"Nobody's SAC": "no_such_module"})
+    monkeypatch.setattr(bench, "LEARNING", {"Pendulum-v1": 10_000})
+    monkeypatch.setattr(bench, "sac_variants", lambda *_: {"": {}})
+    path = tmp_path / "learned.csv"
+    for seed in (0, 2):
+        bench.keep_learned(path, ("Pendulum-v1", 20, "ours", seed), -100.0 * seed)
+    size = dict(learn_steps=20, learned=path, pieces="ours/0")
+    assert list(bench.learning(size, "cpu")) == [] and len(path.read_text().splitlines()) == 3
+    row, = bench.learning({**size, "pieces": "Pendulum"}, "cpu")
+    assert row.question == "return after 20 steps, Pendulum-v1" and len(row.ours) == 3 and row.ours[2] == -200
+    assert "ours seed 1:" in capsys.readouterr().out and len(bench.read_learned(path)) == 3
+
+
+@pytest.mark.parametrize("flags, plain", [({}, True), ({"bfloat16": True}, False), ({"bfloat16": False}, False)])
 def test_ours_is_the_fast_variant_only_where_a_row_says_so(flags, plain):
     """The plain row must be measured with sac.py and reward_model.py as they are copied out."""
     from support import fast

@@ -4,8 +4,10 @@
     python -m tools.bench --quick           the same with little of each, within 3 minutes; writes no CSV
     python -m tools.bench --device cuda     on a GPU, also with recorded CUDA graphs
     PYTHONPATH=peers python -m tools.bench  after pip install --target peers --no-deps \
-                                      -r tools/requirements-bench.txt: with Stable-Baselines3;
-                                      with --only learning: what both have learned; hours
+                                      -r tools/requirements-bench.txt: with Stable-Baselines3 and SBX
+                                      with --only peers: SAC against both, per second of one core
+                                      with --only learning: what all have learned; hours, but what
+                                      is done is kept; --pieces HalfCheetah-v5/SBX: only those
 
 What this is: one section per question, a printed table, results/bench.csv. Machines differ, and
 one machine from minute to minute; so every figure is a ratio of two neighbours in time: ours,
@@ -30,6 +32,7 @@ To use it elsewhere:
 import argparse
 import csv
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -40,7 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +56,7 @@ TEXTBOOK_SIZE = 200  # px, what the paper's reward networks see in CartPole
 BFLOAT16 = ", bfloat16"  # in the name of a row: support/fast.py, --fast 1, which is not the default
 GRAPH = ", CUDA graph"  # likewise, on a GPU
 WORTH_WHILE = 1.2  # times as fast in matrix products: then bfloat16 is measured too
+BY_HAND = ", by hand"  # likewise, gradients by hand in float32
 BATCH = 256  # transitions in one update of both SACs
 OUR_BATCH = 16  # answers in one step of a fit: what reward_model.py takes
 
@@ -109,6 +113,16 @@ def per_second(do, amount, seconds=0.0):
         do()
         count += 1
     return count * amount / (time.perf_counter() - start)
+
+
+def cpu_and_wall(do):
+    """Seconds of processor time, all threads together, that do() takes; and those on the clock.
+
+    Where others use the machine too, the clock counts them in; processor time hardly does.
+    """
+    cpu, wall = time.process_time(), time.perf_counter()
+    do()
+    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def seconds_of(do):
@@ -259,6 +273,11 @@ def variants_here(size, device):
     return {"": {}, BFLOAT16: {"bfloat16": True}} if worth_while else {"": {}}
 
 
+def sac_variants(size, device):
+    """variants_here(), and on a CPU also gradients by hand with all the bits."""
+    return variants_here(size, device) | ({BY_HAND: {"bfloat16": False}} if device == "cpu" else {})
+
+
 def our_sac(*args, **settings):
     """sac.SAC or, where something is asked of it that only support/fast.py knows, FastSAC."""
     import sac
@@ -280,7 +299,8 @@ def our_reward_model(*args, **settings):
 class OurLoop:
     """act, step, store, sample, update: the plain loop around sac.py."""
 
-    def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000, **flags):
+    def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000, width=256,
+                 batch=BATCH, **flags):
         import gymnasium
 
         import sac
@@ -290,9 +310,11 @@ class OurLoop:
         self.env = gymnasium.wrappers.RescaleAction(env, *bounds)
         shape, space = self.env.observation_space.shape, self.env.action_space
         space.seed(seed)
-        self.agent = our_sac(shape[0], space, device=device, seed=seed, alpha=1.0, **flags)  # alpha as SB3
+        self.agent = our_sac(shape[0], space, hidden=(width, width), device=device, seed=seed,
+                             alpha=1.0, **flags)  # alpha as theirs
         self.buffer = sac.ReplayBuffer(capacity, shape, space.shape, seed=seed)
-        self.first_random, self.obs = first_random, self.env.reset(seed=seed)[0]
+        self.first_random, self.batch = first_random, batch
+        self.obs = self.env.reset(seed=seed)[0]
 
     def learn(self, steps):
         for _ in range(steps):
@@ -302,24 +324,35 @@ class OurLoop:
             self.buffer.add(self.obs, action, next_obs, terminated, None, reward)
             self.buffer.set_rewards([reward])
             if warm:
-                self.agent.update(self.buffer.sample(BATCH))
+                self.agent.update(self.buffer.sample(self.batch))
             self.obs = self.env.reset()[0] if terminated or truncated else next_obs
 
     def act(self, obs):
         return self.agent.act(obs, explore=False)
 
 
-class TheirLoop:
-    """The same with Stable-Baselines3, settings alike; the rest of them its own."""
+PEERS = {"Stable-Baselines3": "stable_baselines3", "SBX": "sbx"}  # the module of each
 
-    def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000):
+
+class TheirLoop:
+    """The same with a peer: networks, batch, learning rate, an update a step and the first temperature alike.
+
+    The rest is its own. SBX is Stable-Baselines3 in JAX, whose updates are compiled. What both do otherwise than we:
+    log_std is cut off (at -20 and 2), not squashed, and learning steps are logged.
+    """
+
+    def __init__(self, env_id, device, seed=0, first_random=1000, capacity=60_000, width=256,
+                 batch=BATCH, peer="Stable-Baselines3"):
+        if peer == "SBX":  # trap: read when jax starts
+            os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false "
+                                  "intra_op_parallelism_threads=1")
         try:
-            from stable_baselines3 import SAC
+            SAC = importlib.import_module(PEERS[peer]).SAC
         except ImportError:
-            raise LeftOut("no Stable-Baselines3 here: see tools/requirements-bench.txt") from None
-        self.model = SAC("MlpPolicy", env_id, batch_size=BATCH, buffer_size=capacity, seed=seed,
-                         learning_starts=first_random, device=device,
-                         policy_kwargs={"net_arch": [256, 256]})
+            raise LeftOut(f"no {peer} here: see tools/requirements-bench.txt") from None
+        self.model = SAC("MlpPolicy", env_id, batch_size=batch, buffer_size=capacity, seed=seed,
+                         learning_starts=first_random, device=device, train_freq=1, gradient_steps=1,
+                         learning_rate=3e-4, policy_kwargs={"net_arch": [width, width]})
         self.env = self.model.env.envs[0]
 
     def learn(self, steps):
@@ -383,38 +416,132 @@ def sac_rate(loop, steps):
     return best_threads(lambda: per_second(lambda: loop.learn(steps), steps))
 
 
+# ---- peers: steps for a second of one core ----
+PEER_TARGETS = {("SBX", 256): ">= 1", ("Stable-Baselines3", 256): ">= 1.6", ("SBX", 128): ">= 1.1"}
+
+
+def peers(size, device):
+    """Environment, acting, storing and one update a step: all of ours and all of theirs in turn, on one core."""
+    if device != "cpu":
+        raise LeftOut("it is a question of the processor")
+    import torch
+
+    variants, threads = sac_variants(size, device), torch.get_num_threads()
+    torch.set_num_threads(1)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if allowed:  # jax makes as many threads as it sees cores
+        os.sched_setaffinity(0, {min(allowed)})
+    try:
+        for env_id in ("Pendulum-v1", "HalfCheetah-v5"):
+            for width in (256, 128):
+                yield from against_peers(env_id, width, variants, size)
+    finally:
+        torch.set_num_threads(threads)
+        if allowed:
+            os.sched_setaffinity(0, allowed)
+
+
+def against_peers(env_id, width, variants, size):
+    settings = dict(first_random=300, width=width, batch=width)
+    loops = {name: OurLoop(env_id, "cpu", **settings, **flags) for name, flags in variants.items()}
+    for peer in PEERS:
+        try:
+            loops[peer] = TheirLoop(env_id, "cpu", **settings, peer=peer)
+        except LeftOut as error:
+            print(f"peers: left out: {error}")
+    seconds = {name: [] for name in loops}
+    for loop in loops.values():
+        loop.learn(310)  # jax compiles its update at the first one
+    for run in range(size["runs"]):
+        for name in list(loops)[:: 1 if run % 2 == 0 else -1]:
+            seconds[name].append(cpu_and_wall(lambda: loops[name].learn(size["peer_steps"])))
+    cpu, wall = ({name: [size["peer_steps"] / pair[clock] for pair in pairs]
+                  for name, pairs in seconds.items()} for clock in (0, 1))
+    for peer in PEERS:
+        for name in variants if peer in loops else ():
+            note = " and ".join(f"{statistics.median(wall[side]):.0f}" for side in (name, peer))
+            yield Row(f"SAC against {peer}, {env_id}, 2 x {width}{name}", "steps/s CPU", cpu[name],
+                      cpu[peer], PEER_TARGETS.get((peer, width), "") if name else "",
+                      f"batch {width}, one core; by the clock {note} steps/s",
+                      lambda loop=loops[name]: hot_spots(lambda: loop.learn(1), 50))
+
+
 # ---- learning: is it the same SAC? ----
-LEARNING = {"Pendulum-v1": 10_000, "HalfCheetah-v5": 50_000}  # steps
+LEARNING = {"Pendulum-v1": 10_000, "HalfCheetah-v5": 50_000, "Hopper-v5": 50_000,
+            "Walker2d-v5": 50_000}  # steps
+LEARNED = ("task", "steps", "learner", "seed", "return")  # columns of the file of pieces
 
 
 def learning(size, device):
-    """Returns after the same number of steps: evaluation episodes with the same seeds for both."""
-    TheirLoop("Pendulum-v1", device)  # if it is not here, this says so before ours has trained
-    loops = {"theirs": TheirLoop}
-    for variant, flags in variants_here(size, device).items():
-        loops["ours" + variant] = functools.partial(OurLoop, **flags)
+    """Returns after the same number of steps: evaluation episodes with the same seeds for all.
+
+    A piece is a task, a learner and a seed. What is done is kept in a file, one line each, and not done again; so it
+    can be run in pieces. A row appears once all seeds of its learner are there.
+    """
+    loops = {"ours" + name: functools.partial(OurLoop, **flags)
+             for name, flags in sac_variants(size, device).items()}
+    for peer in PEERS:
+        try:
+            TheirLoop("Pendulum-v1", device, peer=peer)
+            loops[peer] = functools.partial(TheirLoop, peer=peer)
+        except LeftOut as error:
+            print(f"learning: left out: {error}")
+    path = size.get("learned")
+    done = read_learned(path)
+    pieces = [(env_id, size["learn_steps"] or steps, name, seed)
+              for env_id, steps in LEARNING.items() for name in loops for seed in range(3)]
     # one thread each; as many at once as there are cores, or one on a GPU
     workers = os.cpu_count() if device == "cpu" else 1
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        waiting = {(env_id, name): [
-            pool.submit(learned, loop, device, env_id, seed, size["learn_steps"] or steps)
-            for seed in range(3)] for env_id, steps in LEARNING.items()
-            for name, loop in loops.items()}
-        for (env_id, name), seeds in waiting.items():
-            returns = []
-            for seed, one in enumerate(seeds):
-                returns.append(one.result())
-                print(f"  {env_id} {name} seed {seed}: {returns[-1]:.0f}", flush=True)
-            if name == "theirs":  # the first of them
-                theirs = returns
+        waiting = {pool.submit(learned, loops[name], device, env_id, seed, steps): piece
+                   for piece in pieces for env_id, steps, name, seed in [piece]
+                   if piece not in done and size.get("pieces", "") in f"{env_id}/{name}/{seed}"}
+        for one in as_completed(waiting):
+            piece = waiting[one]
+            done[piece] = one.result()
+            env_id, _, name, seed = piece
+            print(f"  {env_id} {name} seed {seed}: {done[piece]:.0f}", flush=True)
+            if path:
+                keep_learned(path, piece, done[piece])
+    yield from learning_rows(done, {env_id: size["learn_steps"] or steps
+                                    for env_id, steps in LEARNING.items()})
+
+
+def read_learned(path):
+    """{(task, steps, learner, seed): return} of a file that keep_learned() has written, if there is one."""
+    if not path or not Path(path).exists():
+        return {}
+    with open(path, newline="") as file:
+        return {(row["task"], int(row["steps"]), row["learner"], int(row["seed"])): float(row["return"])
+                for row in csv.DictReader(file)}
+
+
+def keep_learned(path, piece, value):
+    new = not Path(path).exists()
+    with open(path, "a", newline="") as file:
+        csv.writer(file).writerows([LEARNED] * new + [(*piece, f"{value:.2f}")])
+
+
+def learning_rows(done, task_steps):
+    """A row for each task and learner of ours, as far as all seeds are there; the peers' are in its note."""
+    for env_id, steps in task_steps.items():
+        by_learner = {}
+        for (task, its_steps, name, seed), value in sorted(done.items()):
+            if (task, its_steps) == (env_id, steps):
+                by_learner.setdefault(name, []).append(value)
+        by_learner = {name: values for name, values in by_learner.items() if len(values) == 3}
+        rounded = {name: [round(x) for x in values] for name, values in by_learner.items()}
+        for name in by_learner:
+            if name in PEERS:
                 continue
-            below = "within or above" if np.mean(returns) >= min(theirs) else "below"
-            lists = " and ".join(str([round(x) for x in part]) for part in (returns, theirs))
-            steps = size["learn_steps"] or LEARNING[env_id]
+            ours, notes = by_learner[name], [f"3 seeds: {rounded[name]}"]
+            for peer in PEERS:
+                if peer in by_learner:
+                    below = "within or above" if np.mean(ours) >= min(by_learner[peer]) else "below"
+                    notes.append(f"{peer}'s {rounded[peer]}: ours is {below} theirs")
             # No ratio: returns below zero have none.
-            yield Row(f"return after {steps:,} steps, {env_id}{name.removeprefix('ours')}",
-                      "return", returns, note="ours and Stable-Baselines3's, 3 seeds: "
-                      f"{lists}: ours is {below} theirs")
+            yield Row(f"return after {steps:,} steps, {env_id}{name.removeprefix('ours')}", "return", ours,
+                      note="; ".join(notes))
 
 
 def learned(loop, device, env_id, seed, steps):
@@ -887,17 +1014,17 @@ def label_growth(size, device):
                       "against 100 labels: a ratio of 1 grows just as fast as the labels")
 
 
-SECTIONS = {"machine": machine, "sac": sac_speed, "learning": learning, "fit": reward_fit,
+SECTIONS = {"machine": machine, "sac": sac_speed, "peers": peers, "learning": learning, "fit": reward_fit,
             "predict": predicting, "images": drawing, "labels": labelling,
             "programs": programs, "run": whole_run,
             "memory": memory, "start": starting, "growth": growth}
 LONG = ("learning",)  # only when named
-FULL = dict(runs=7, sac_steps=500, learn_steps=0, images=600, pairs=128, fit_epochs=10,
+FULL = dict(runs=7, sac_steps=500, peer_steps=250, learn_steps=0, images=600, pairs=128, fit_epochs=10,
             fit_batches=(OUR_BATCH, 64),  # 64: the official code's
             accuracy_epochs=20, predicted=512, seconds=0.5, label_rounds=4, whole_runs=5,
             memory_steps=4000,
             growth_steps=500, relabel_rows=(2_000, 20_000), label_counts=(500, 2000))
-QUICK = dict(runs=3, sac_steps=40, learn_steps=600, images=64, pairs=32, fit_epochs=5,
+QUICK = dict(runs=3, sac_steps=40, peer_steps=40, learn_steps=600, images=64, pairs=32, fit_epochs=5,
              fit_batches=(OUR_BATCH,),
              accuracy_epochs=0, predicted=64, seconds=0.2, label_rounds=1, whole_runs=1,
              memory_steps=500,
@@ -942,6 +1069,8 @@ def main(arguments=None):
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--csv", help="where to (default: results/bench.csv or, with "
                         "--device cuda, results/bench_cuda.csv; --quick: nowhere)")
+    parser.add_argument("--pieces", default="", metavar="TASK/LEARNER/SEED",
+                        help="of learning: only those whose name contains this, say Hopper-v5/SBX")
     args = parser.parse_args(arguments)
     names = args.only.split(",")
     unknown = [name for name in names if name not in SECTIONS]
@@ -960,6 +1089,9 @@ def main(arguments=None):
     usual_path = HERE / "results" / ("bench.csv" if args.device == "cpu" else "bench_cuda.csv")
     rows, path = [], args.csv or (None if args.quick else usual_path)
     size = QUICK if args.quick else {**FULL, **(GPU if args.device == "cuda" else {})}
+    if path:
+        size = {**size, "learned": Path(path).with_name(Path(path).stem + "_learned.csv")}
+    size = {**size, "pieces": args.pieces}
     for row in sections_rows(names, size, args.device):
         show(row)
         rows.append(row)
