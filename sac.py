@@ -10,6 +10,9 @@ Which STEPs: 0 explore without any reward, 1 act and store, 5 relabel, 6 improve
     actor    minimises alpha * log pi(a|s) - min_i Q_i(s, a)                                           a ~ pi(s)
     alpha    grows while the entropy of pi is below its target, and shrinks while it is above
 
+train.py takes an update step whose derivatives are written out, for speed (support/fast.py); after a change in this
+file, it takes this file.
+
 Differs from the paper (RL-VLM-F, arXiv 2402.03681):
   1. A new row has no reward (NaN). Only STEP 0 samples it, until its episode is over and it has been rewarded.
   2. relabel() covers every stored row, also after the ring has wrapped; the official code then misses many of them.

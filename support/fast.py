@@ -1,6 +1,7 @@
 """Faster SAC and reward model, as subclasses: gradients by hand, bfloat16, recorded CUDA graphs.
 
-What this is: `--fast 1`. The files that are read and copied, sac.py and reward_model.py, know nothing of it.
+What this is: `--fast 1`, the default, takes ByHand; `--fast 2` takes all of it. The files that are read and copied,
+sac.py and reward_model.py, know nothing of it. Whoever changes sac.py gets what it says: follows_sac().
   ByHand     SAC without autograd, on a CPU. For networks this small, much of an update is not arithmetic: autograd
              records every operation in order to go back through them, each layer is a call of its own, and the
              optimiser handles a tensor for each. Here every derivative is written out, both critics are one batched
@@ -25,13 +26,15 @@ To use it elsewhere (beside sac.py and reward_model.py):
     agent = FastSAC(3, Box(-1, 1, (1,)), bfloat16=has_bfloat16())  # on a GPU: device="cuda", record=Recorded
 """
 import functools
+import inspect
+import zlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from reward_model import RewardModel, as_input
-from sac import LOG_STD_MAX, LOG_STD_MIN, MLP, SAC, tanh_gaussian
+from sac import LOG_STD_MAX, LOG_STD_MIN, MLP, SAC, TwinCritic, tanh_gaussian
 
 
 def has_bfloat16():
@@ -42,6 +45,22 @@ def has_bfloat16():
         return "avx512_bf16" in flags or "amx_bf16" in flags
     except OSError:
         return False
+
+
+# The checksum of the parts of sac.py whose derivatives are written out here: follows_sac().
+WRITTEN_FOR = 2719283847
+
+
+def follows_sac():
+    """Are the gradients by hand still those of sac.py? Whoever has changed a loss there wants to see what it does.
+
+    Without this, a change in sac.py would change nothing in a run. Call it before a run uses FastSAC on a CPU.
+    """
+    try:
+        text = "".join(inspect.getsource(part) for part in (MLP, TwinCritic, tanh_gaussian, SAC))
+    except OSError:  # the text is not there, as in a packed program: then nobody has changed it
+        return True
+    return zlib.crc32(text.encode()) == WRITTEN_FOR
 
 
 class Recorded:
@@ -411,8 +430,10 @@ class ByHand:
         self.obs_dim, action_dim, actions, hidden = agent.sizes
         sizes, adam = (self.obs_dim, *hidden, actions or 2 * action_dim), self.actor_adam
         self.actor = Networks(adam.weights[:-1], 1, sizes, adam.gradient[:-1], bfloat16)  # [-1] is log alpha
-        # act() asks the one network that `actor` holds, so without the dimension of the networks
-        self.acting = [(weight[0], bias[0, 0]) for weight, bias in self.actor.parameters]
+        self.slow = flatten(list(agent.slow_actor.parameters()))
+        # act() asks one network, so without the dimension of the networks
+        self.acting, self.acting_slowly = ([(weight[0], bias[0, 0]) for weight, bias in networks.parameters]
+                                           for networks in (self.actor, Networks(self.slow, 1, sizes)))
         sizes, adam = (self.obs_dim + action_dim, *hidden, actions or 1), self.critic_adam
         self.critics = Networks(adam.weights, 2, sizes, adam.gradient, bfloat16, to_input=self.obs_dim)
         self.targets = Networks(self.target, 2, sizes, bfloat16=bfloat16)
@@ -435,21 +456,24 @@ class ByHand:
         error, q_mean = self._critic_step(obs, action, y)
         value, entropy = self._actor_step(obs, [x[batch:] for x in policy])
         self.target.lerp_(self.critic_adam.weights, agent.tau)  # Polyak: one vector follows another
+        self.slow.lerp_(self.actor_adam.weights[:-1], agent.slow)
         return {"critic_loss": error.square().sum() / batch, "actor_loss": -value.mean(), "q_mean": q_mean,
                 "alpha": agent.log_alpha.exp(), "entropy": entropy}
 
     @torch.inference_mode()
-    def act(self, obs, explore):
+    def act(self, obs, explore, layers):
         """SAC.act for a Box: the same action from the same draw, always in float32. obs (O,) -> (A,).
+
+        layers: acting, or acting_slowly.
 
         For one observation, what torch does around each operation takes the time. So there are few operations, and the
         last ones, of a handful of numbers, are numpy's.
         """
         agent = self.agent
         x = torch.from_numpy((np.asarray(obs, np.float32) - agent.obs_mean.numpy()) / agent.obs_std.numpy())
-        for weight, bias in self.acting[:-1]:
+        for weight, bias in layers[:-1]:
             x = torch.addmv(bias, weight, x).relu_()
-        weight, bias = self.acting[-1]
+        weight, bias = layers[-1]
         output = torch.addmv(bias, weight, x).numpy()
         mean, raw = output[: agent.action_dim], output[agent.action_dim :]
         if not explore:
@@ -567,10 +591,11 @@ class FastSAC(SAC):
             return (self._recorded or super()._step)(*tensors)
         return self._hands()(*tensors)
 
-    def act(self, obs, explore=True):
+    def act(self, obs, explore=True, actor=None):
         if self.record or self.device.type != "cpu" or self.discrete:
-            return super().act(obs, explore)
-        return self._hands().act(obs, explore)
+            return super().act(obs, explore, actor)
+        hands = self._hands()
+        return hands.act(obs, explore, hands.acting if actor is None else hands.acting_slowly)
 
     def _hands(self):
         """The ByHand of the present tensors, made where there is none."""

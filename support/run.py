@@ -541,8 +541,11 @@ def choose_parts(config):
         gpu = config.device == "cuda"
         options = {"bfloat16": not gpu and fast.has_bfloat16(), "record": fast.Recorded if gpu else None}
         bases = [fast.FastRewardModel]
-    if config.fast:
+    if config.fast and (config.device == "cuda" or fast.follows_sac()):
         sac = functools.partial(fast.FastSAC, **options)
+    elif config.fast:
+        say("sac.py was changed, so the gradients by hand of support/fast.py are not its gradients any more: this run "
+            "takes sac.py as it is, which is slower (--fast 0 says so without this line)")
     if config.schedule == "paper":
         bases.insert(0, baselines.PaperFit)
     if config.reward == "score":

@@ -1,7 +1,10 @@
 """Speed that must change nothing: gradients by hand, bfloat16 and CUDA graphs."""
 import copy
+import dataclasses
 import functools
+import inspect
 import io
+import zlib
 
 import gymnasium
 import numpy as np
@@ -28,7 +31,8 @@ def a_batch(space, seed, size=64):
 
 def numbers(agent):
     """All that an agent has learned, as one vector: weights, targets, temperature, the averages of its optimisers."""
-    weights = [*agent.actor.parameters(), *agent.critic.parameters(), *agent.target.parameters(), agent.log_alpha]
+    weights = [*agent.actor.parameters(), *agent.slow_actor.parameters(), *agent.critic.parameters(),
+               *agent.target.parameters(), agent.log_alpha]
     averages = [adam.state[weight][name] for adam in (agent.actor_optimizer, agent.critic_optimizer)
                 for weight in adam.param_groups[0]["params"] for name in ("step", "exp_avg", "exp_avg_sq")]
     return torch.cat([x.detach().flatten() for x in (*weights, *averages)])
@@ -41,6 +45,7 @@ def assert_same_agent(one, two, tolerance=1e-5):
     for obs in torch.eye(5):
         for explore in (True, False):
             assert np.allclose(one.act(obs, explore), two.act(obs, explore), rtol=0, atol=tolerance)
+        assert np.allclose(one.best_action(obs), two.best_action(obs), rtol=0, atol=tolerance)
     one.rng.set_state(before), two.rng.set_state(before)
 
 
@@ -318,20 +323,35 @@ def test_in_half_the_bits_the_order_is_learned_too_and_rewards_keep_all_their_bi
     assert reward.dtype == np.float32 and len(np.unique(reward)) > 400  # rounded to 8 bits: at most 256 in an octave
 
 
-@pytest.mark.parametrize("asked, half", [(0, False), (1, True)])
-def test_fast_reaches_both_networks_and_only_where_it_is_asked_for(tmp_path, monkeypatch, unreported, asked, half):
-    """--fast 1 must make both of the subclasses, in bfloat16 on a processor that has it; without it neither is used."""
+@pytest.mark.parametrize("asked, expected", [
+    (0, []), (1, [("FastSAC", False, None)]), (2, [("FastRewardModel", True, None), ("FastSAC", True, None)])])
+def test_fast_reaches_the_networks_that_it_should(tmp_path, monkeypatch, unreported, asked, expected):
+    """--fast 1, the default: SAC by hand; 2: bfloat16 too, in both, on a processor that has it; 0: nothing of it."""
     made = []
     monkeypatch.setattr(fast, "has_bfloat16", lambda: True)
     for kind in (FastSAC, FastRewardModel):
         monkeypatch.setattr(kind, "__init__", lambda self, *given, real=kind.__init__, name=kind.__name__, **named: (
-            made.append((name, named["bfloat16"], named["record"])), real(self, *given, **named))[1])
+            made.append((name, named.get("bfloat16", False), named.get("record"))), real(self, *given, **named))[1])
     train.train(tiny(tmp_path, total_steps=100, fast=asked))
-    assert sorted(made) == [("FastRewardModel", True, None), ("FastSAC", True, None)] * half
+    assert sorted(made) == expected
+
+
+def test_the_derivatives_are_of_sac_as_it_is(monkeypatch, capsys):
+    """After a change in sac.py: check the derivatives in fast.py, then put the number that is said here in WRITTEN_FOR.
+
+    A run must take a changed sac.py as it is, and say so.
+    """
+    text = "".join(inspect.getsource(part) for part in (sac.MLP, sac.TwinCritic, sac.tanh_gaussian, sac.SAC))
+    assert fast.follows_sac(), f"WRITTEN_FOR = {zlib.crc32(text.encode())}"
+    config = settings.resolve(settings.Config())
+    assert run.choose_parts(config).SAC.func is FastSAC and not capsys.readouterr().out
+    monkeypatch.setattr(fast, "WRITTEN_FOR", 1)
+    assert run.choose_parts(config).SAC is sac.SAC and "sac.py was changed" in capsys.readouterr().out
+    assert run.choose_parts(dataclasses.replace(config, fast=0)).SAC is sac.SAC and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes, device", [
-    ({}, "cpu"), ({"fast": 1}, "cuda"), ({"reward": "clip", "goal": "up"}, "cuda"), ({"device": "cuda"}, "cuda"),
+    ({}, "cpu"), ({"fast": 2}, "cuda"), ({"reward": "clip", "goal": "up"}, "cuda"), ({"device": "cuda"}, "cuda"),
     ({"device": "cpu", "reward": "clip", "goal": "up"}, "cpu")])
 def test_auto_takes_a_gpu_only_where_it_gains(monkeypatch, changes, device):
     """With a GPU: small kernels that are launched one by one are faster on the CPU."""

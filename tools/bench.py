@@ -53,7 +53,7 @@ HERE = Path(__file__).resolve().parents[1]
 COLUMNS = ("question", "ours", "theirs", "unit", "ratio_median", "ratio_min", "ratio_max", "runs",
            "target", "note")
 TEXTBOOK_SIZE = 200  # px, what the paper's reward networks see in CartPole
-BFLOAT16 = ", bfloat16"  # in the name of a row: support/fast.py, --fast 1, which is not the default
+BFLOAT16 = ", bfloat16"  # in the name of a row: support/fast.py, --fast 2, which is not the default
 GRAPH = ", CUDA graph"  # likewise, on a GPU
 WORTH_WHILE = 1.2  # times as fast in matrix products: then bfloat16 is measured too
 BY_HAND = ", by hand"  # likewise, gradients by hand in float32
@@ -836,7 +836,7 @@ def whole_run(size, device):
     variants = {"": ("--device", "cpu")}
     if device == "cuda":  # a processor may be the better choice
         variants = {" on its processor": ("--device", "cpu"), "": ("--device", "cuda"),
-                    GRAPH: ("--device", "cuda", "--fast", 1)}
+                    GRAPH: ("--device", "cuda", "--fast", 2)}
     for variant, flags in variants.items():
         solved, total = whole_runs(size, *flags)
         yield Row("CartPole: until solved" + variant, "s", solved, target="<= 30",
