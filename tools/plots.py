@@ -37,8 +37,8 @@ COLOURS = ("#3b8ad0", "#dd7a2b", "#2f9e77", "#b06fc4", "#c9535b", "#a58a2a", "#4
 MARKS, INK = "osD^vPX*", "#868b93"
 NOT_SETTINGS = ("task", "method", "setting", "seed", "steps", "pairs_asked", "labels", "label_accuracy",
                 "reward_accuracy", "spearman", "spearman_expert", "eval_return", "eval_success", "eval_success_any",
-                "eval_success_frames", "success_last_third", "solved_step", "seconds_until_solved",
-                "seconds", "labeler", "command", "error")
+                "eval_success_frames", "eval_success_drawn", "success_last_third", "held", "solved_step",
+                "seconds_until_solved", "seconds", "labeler", "command", "error")
 MOST_LINES = 8
 
 

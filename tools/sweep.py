@@ -60,11 +60,15 @@ def asking(sampler, n):
 
 @dataclasses.dataclass
 class Sweep:
-    """question: what it answers.  tasks: names.  settings: {its name in the CSV: {field of Config: value}}."""
+    """question: what it answers.  tasks: names.  settings: {its name in the CSV: {field of Config: value}}.
+
+    seeds: how many; by default SEEDS says it for each task.
+    """
 
     question: str
     tasks: tuple
     settings: dict
+    seeds: int | None = None
 
 
 SEVEN = ("CartPole", "FoldCloth", "StraightenRope", "PassWater", "DrawerOpen", "Soccer", "SweepInto")
@@ -82,6 +86,7 @@ SWEEPS = {
         "sparse": {"reward": "sparse"},
         "score": {"reward": "score"},
     }),
+    "held": Sweep("Is success kept once it is reached, on every seed?", SEVEN, {"default": {}}, seeds=10),
     "code_as_reward": Sweep("Does a reward that a VLM wrote as programs, once, teach the task?",
                             ("CartPole", "DrawerOpen", "SweepInto", "StraightenRope", "DoorKey-6x6"), {
         reward: {"reward": reward} for reward in ("code", "sparse", "true", "preference")}),
@@ -120,7 +125,8 @@ SMALL = ("config.json", "summary.json", "metrics.csv", "timing.csv", "labels.jso
          "train.log")  # what comes back from another machine; images and checkpoints stay there
 KEY = ("task", "method", "setting", "seed")  # what makes two rows the same run
 MEASURES = ("steps", "pairs_asked", "labels", "label_accuracy", "reward_accuracy", "spearman", "spearman_expert",
-            "eval_return", "eval_success", "eval_success_any", "eval_success_frames", "eval_success_drawn", "success_last_third", "held",
+            "eval_return", "eval_success", "eval_success_any", "eval_success_frames", "eval_success_drawn",
+            "success_last_third", "held",
             "solved_step", "seconds_until_solved", "seconds", "labeler", "command", "error")
 CURVES = (*KEY, "step", "eval_return", "eval_success", "pairs_asked")
 
@@ -175,6 +181,7 @@ def plan(name, seeds=None, extra=None):
         raise ValueError(f"--seeds {seeds}: it must be at least 1")
     tasks, settings = SWEEPS[name].tasks, SWEEPS[name].settings
     varied = tuple(dict.fromkeys(field for each in settings.values() for field in each))
+    seeds = seeds or SWEEPS[name].seeds
     cells = itertools.product(range(seeds or 5), tasks, settings.items())
     return [Job(task, setting, seed, {**(extra or {}), **fields}, varied)
             for seed, task, (setting, fields) in cells if seed < (seeds or SEEDS.get(task, 5))]
