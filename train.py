@@ -36,7 +36,7 @@ Differs from the paper:
      has the paper's own numbers.
   3. I is a random sample of the images of the whole run, each different image once; the official code draws from the
      last 100 episodes.
-  4. Evaluated is an average of the actor over the last few hundred steps (sac.py: SAC.best_action).
+  4. Evaluated is an average of the actor over the last twentieth of the steps (sac.py: SAC.best_action).
 
 From Python:
     from train import Config, train
@@ -303,8 +303,8 @@ def make_learner(run, parts):
     """-> pi and B, as the settings say."""
     torch.set_num_threads(1)  # layers this small gain little from a second thread: two runs at a time gain more
     config, space, obs_shape = run.config, run.env.action_space, run.env.observation_space.shape
-    # The slow actor's share of the newest one in an update: with 1 / n it is the mean of about the last n.
-    slow = 1 / max(1, config.average_over * config.updates)
+    # The newest actor's share in the slow one, in an update: with 1 / n, that is the mean of about the last n of them.
+    slow = 1 / max(1, config.average_over * config.total_steps * config.updates)
     pi = parts.SAC(obs_shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount, device=config.device,
                    seed=config.seed, slow=slow)
     image_shape = (config.reward_image_size, config.reward_image_size, 3) if looks_at_images(config) else None

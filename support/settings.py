@@ -90,7 +90,7 @@ class Config:
     # Evaluation
     eval_every: int | None = by_task(5000)  # environment steps between two evaluations
     eval_episodes: int | None = by_task(10)  # episodes in one evaluation
-    average_over: int | None = by_task(500)  # environment steps whose policies are averaged for evaluation; 0: none
+    average_over: float | None = by_task(0.05)  # share of all steps over which a policy is averaged for evaluation
     # Facts of the task, which are no flags
     horizon: int | None = None  # environment steps in an episode
     action_repeat: int | None = by_task(1)  # steps of the simulator in one environment step, with the same action
@@ -123,7 +123,7 @@ RANGES = {
     "ensemble_size": (1, 1000), "hidden": (1, 8192), "batch_size": (1, 10**6), "random_shift": (0, 1000),
     "workers": (1, 256), "timeout": (1, 86_400), "image_buffer": (2, MOST),
     "vlm_image_size": (16, 4096), "reward_image_size": (47, 4096), "discount": (0, 1), "clip_alpha": (0, 1),
-    "max_usd": (0, sys.float_info.max), "random_flip": (0, 1), "fast": (0, 2),
+    "max_usd": (0, sys.float_info.max), "average_over": (0, 1), "random_flip": (0, 1), "fast": (0, 2),
 }
 KINDS = {int: "a whole number", float: "a number", str: "text"}
 # What the stand-in can be told to do wrong: share of wrong and of unsure answers, seconds that an answer takes.
@@ -464,7 +464,7 @@ def modern(values):
             f"python -m tools.ablations {part} ..."))
     if {"keep_best", "best_policy"} & set(on):
         raise UserError("the best policy so far is not kept any more: what is evaluated is an average of the last ones "
-                        "(--average-over STEPS)")
+                        "(--average-over SHARE)")
     if any(name in on for name in FASTER):
         given["fast"] = 2
     flaws = {flaw: on[f"vlm_{flaw}"] for flaw in FLAWS if f"vlm_{flaw}" in on}

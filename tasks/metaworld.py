@@ -11,7 +11,7 @@ Differs from the paper (RL-VLM-F, 2402.03681):
   3. The images have no shadows, reflections, multisampling or goal markers, and what cannot move
      is drawn only once: much faster (results/README.md has the figures).
   4. Meta-World's own expert for SweepInto fails from this start; sweep_expert stands in for it.
-  5. The hand starts up to 1 cm from its place, elsewhere in every episode (theirs: always there).
+  5. The hand starts some millimetres from its place, elsewhere in every episode (theirs: there).
      (Episodes are shorter too, and an action is repeated: see TASKS in envs.py.)
 
 Shapes: observation (39,) float32, action (4,) in [-1, 1], image(size) -> (size, size, 3) uint8.
@@ -39,10 +39,6 @@ from gymnasium.spaces import Box
 from envs import choose_opengl, draw_fast, opengl_errors
 
 
-# Steps of the simulator in which the hand goes to where an episode begins: 3 take it 1 cm at most.
-START_STEPS = 3
-
-
 # ---- The environment ----
 class MetaWorld(gymnasium.Env):
     """A Meta-World v3 task with object and goal always at one place, as the paper has it.
@@ -57,7 +53,7 @@ class MetaWorld(gymnasium.Env):
     render_mode = "rgb_array"
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
 
-    def __init__(self, name, layout, hand, camera, expert, colours=(), one_way=False,
+    def __init__(self, name, layout, hand, camera, expert, start_steps=2, colours=(), one_way=False,
                  render_mode="rgb_array"):
         """
         name     Meta-World's name of the task, such as "drawer-open-v3".
@@ -66,6 +62,8 @@ class MetaWorld(gymnasium.Env):
         hand     (3,) where the hand starts, m.
         camera   (look_at (3,) m, distance m, azimuth degrees, elevation degrees).
         expert   obs (39,) -> action (4,).
+        start_steps  steps of the simulator in which the hand goes to where an episode begins: two
+                 take it up to 4 mm along x, three up to 1 cm.
         colours  pairs (name of a geom, (red, green, blue) in [0, 1]) to paint.
         one_way  True where beyond the goal is as good as at it.
         """
@@ -79,6 +77,7 @@ class MetaWorld(gymnasium.Env):
             raise ImportError(f"this task needs a package: pip install {package}") from None
 
         self.mujoco, self.expert_action, self.one_way = mujoco, expert, one_way
+        self.start_steps = start_steps
         self.views = {}  # image size, px -> FixedView
         self.observation_space = Box(-np.inf, np.inf, (39,), np.float32)
         self.action_space = Box(-1.0, 1.0, (4,), np.float32)
@@ -124,7 +123,7 @@ class MetaWorld(gymnasium.Env):
         # from everywhere else. So the hand first goes a random way. Never down: in SweepInto the
         # fingers would touch the cube.
         direction = self.np_random.uniform((-1, -1, 0), 1)  # (3,)
-        for _ in range(START_STEPS):
+        for _ in range(self.start_steps):
             obs = sim.step(np.append(direction, -1))[0]  # -1: the fingers stay open
         return obs.astype(np.float32), {"success": 0.0, "progress": self._progress(obs)}
 
@@ -270,6 +269,7 @@ TASKS = {
         hand=(0.0, 0.75, 0.15),
         camera=((0.0, 0.72, 0.07), 0.55, 50, -38),
         expert=scripted("SawyerDrawerOpenV3Policy"),
+        start_steps=3,
         one_way=True,
     ),
     "Soccer": dict(

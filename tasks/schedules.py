@@ -23,7 +23,7 @@ The settings (a step is one of the environment's, a pair is one question to the 
   random_shift       px by which a fit moves each image at random;  random_flip: 1 mirrors half
   sac_lr, batch_size, hidden, updates, discount   SAC; updates: gradient steps in one step
   eval_every, eval_episodes          steps between evaluations, episodes in each
-  average_over       steps whose policies are averaged for evaluation (500); 0: the newest is taken
+  average_over       share of all steps over which a policy is averaged for evaluation; 0: the newest
 
 To use it elsewhere:
     from tasks.schedules import OURS
@@ -161,7 +161,7 @@ _PAPER = dict(
     random_shift=0, random_flip=0, reward_batch=64,
     sac_lr=3e-4, batch_size=512, hidden=256, updates=1, discount=0.99,
     # Their curves are means over seeds of one episode each; CartPole's are of ten.
-    eval_every=10_000, eval_episodes=1, average_over=0,
+    eval_every=10_000, eval_episodes=1, average_over=0.0,
 )
 _PAPER_METAWORLD = dict(
     _PAPER, total_steps=1_000_000,

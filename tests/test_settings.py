@@ -220,7 +220,7 @@ def test_who_judges_is_read_from_labels_and_vlm(line, kind, vlm, flaws, banner):
     {}, {"schedule": "paper"}, {"seed": 3, "labels": "oracle:mistakes=0.2", "max_pairs": 7, "out": "x"},
     {"goal": '--to "open" it\'s', "vlm": "offline:mistakes=0.1,latency=0.5"},
     {"horizon": 30, "hold": 2, "random_shift": 0, "vlm_image_size": 64, "sac_lr": 1e-05, "sampler": "best"},
-    {"reward": "code", "labels": ".", "potential": "difference", "unverified": "skip"}, {"fast": 2, "average_over": 0},
+    {"reward": "code", "labels": ".", "potential": "difference", "unverified": "skip"}, {"fast": 2, "average_over": 0.0},
     {"vlm": "openai/m", "max_usd": 2.5, "usd_per_mtok": "0.1,0.5", "vlm_extra": '{"a": "b c"}', "timeout": 60.0},
 ])
 @pytest.mark.parametrize("task", list(envs.TASKS))
