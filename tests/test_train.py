@@ -1,4 +1,4 @@
-"""train.py: what the lesson leaves out. Other rewards, films, kept policies."""
+"""train.py: what the lesson leaves out. Other rewards, films, evaluation."""
 import csv
 import json
 import math
@@ -175,6 +175,27 @@ def test_a_discrete_policy_is_evaluated_as_the_stochastic_one_it_is(space, diffe
     assert len({str(act(np.zeros(3))) for _ in range(100)}) == different
 
 
+def test_an_evaluation_plays_each_start_twice_and_tells_the_two_apart():
+    """Best actions stand still, which succeeds in CartPole's first steps; drawn actions push, and the pole falls."""
+    env = envs.make("CartPole", horizon=30)
+    push = types.SimpleNamespace(best_action=envs.expert(env), act=lambda obs: np.ones(1, np.float32))
+    said = train.evaluate(push, env, 3, seed=5)
+    assert (said["eval_success"], said["eval_success_any"], said["eval_success_drawn"]) == (1, 1, 0)
+    push.best_action, push.act = push.act, push.best_action
+    turned = train.evaluate(push, env, 3, seed=5)
+    assert (turned["eval_success"], turned["eval_success_drawn"]) == (0, 1)
+    assert said["eval_return"] > -100 > turned["eval_return"]  # that of the best actions
+    starts = {tuple(env.reset(seed=5 + episode)[0]) for episode in range(3)}
+    assert len(starts) == 3
+
+
+@pytest.mark.parametrize("shares, kept", [
+    ([0.8, 1.0, 0.9], True), ([1.0, 1.0, 0.8], False), ([0.7, 1.0, 0.9], False), ([0.9], True), ([], None)])
+def test_success_is_held_if_it_is_there_over_the_last_third_and_at_the_end(shares, kept):
+    """At least nine episodes of ten on average, and at the last evaluation; one that comes and goes is not held."""
+    assert run.held(shares) is kept
+
+
 @pytest.mark.usefixtures("unreported")
 def test_the_last_third_is_the_evaluations_of_the_last_third_of_the_steps(tmp_path, monkeypatch):
     """Of evaluations at 0, 50, ..., 300 steps, those at 250 and 300; the one before learning is none of them."""
@@ -182,7 +203,8 @@ def test_the_last_third_is_the_evaluations_of_the_last_third_of_the_steps(tmp_pa
     monkeypatch.setattr(train, "evaluate", lambda *_: {
         "eval_return": 0.0, "eval_success": next(shares), "eval_success_frames": 0.0, "eval_progress": 0.0})
     train.train(tiny(tmp_path, reward="true", eval_every=50))
-    assert json.load(open(tmp_path / "run" / "summary.json"))["success_last_third"] == pytest.approx(0.6)
+    summary = json.load(open(tmp_path / "run" / "summary.json"))
+    assert summary["success_last_third"] == pytest.approx(0.6) and summary["held"] is False
 
 
 def test_random_actions_are_held_as_long_as_asked(tmp_path, monkeypatch):
