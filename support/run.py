@@ -27,7 +27,6 @@ for come from the cache.
 Shapes: none. Names: Run, claim, make_folder. Needs torch (for checkpoints) and vlm_query (for labels.jsonl).
 """
 import contextlib
-import copy
 import csv
 import dataclasses
 import fcntl
