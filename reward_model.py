@@ -103,7 +103,8 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
       disagreement  of ten times as many pairs, those on which the members' P[second is better] spreads most.
       entropy       of ten times as many pairs, those on which the ensemble's P[second is better] is closest to 1/2.
       best          every other pair from the fifth of the images with the highest predicted reward: what a policy does
-                    at the end depends on the order near the goal.
+                    at the end depends on the order near the goal. The others are diverse: an image of the goal that is
+                    not held for good is not among the best, and rare.
       diverse       one image of each pair from a set that covers all there is to see (k-center), the other any: rare
                     images are asked about as often as frequent ones.
     model: RewardModel. best, disagreement and entropy need one; uniform stands in for them while there is none.
@@ -116,7 +117,7 @@ def sample_pairs(images, n_pairs, rng, how="uniform", model=None):
         raise ValueError(f"unknown sampler {how!r}; there are {', '.join(SAMPLERS)}")
     how = "uniform" if model is None and how != "diverse" else how
     tries = 10 * n_pairs
-    pairs = (best_pairs(model.predict(images), tries, rng) if how == "best"
+    pairs = (best_pairs(images, model.predict(images), n_pairs, tries, rng) if how == "best"
              else diverse_pairs(images, n_pairs, tries, rng) if how == "diverse"
              else uniform_pairs(n, tries, rng))
     worth = np.zeros(tries)
@@ -139,12 +140,12 @@ def uniform_pairs(n, n_pairs, rng):
     return np.stack([first, second], axis=1)
 
 
-def best_pairs(predicted, n_pairs, rng):
-    """(M, 2): every other pair from the fifth with the highest predicted reward (N,)."""
+def best_pairs(images, predicted, n_pairs, tries, rng):
+    """(tries, 2), tries even: from the fifth with the highest predicted reward (N,), and diverse ones, by turns."""
     best = np.argsort(-predicted, kind="stable")[:max(2, len(predicted) // 5)]
-    pairs = uniform_pairs(len(predicted), n_pairs, rng)
-    pairs[::2] = best[uniform_pairs(len(best), n_pairs, rng)][::2]
-    return pairs
+    top = best[uniform_pairs(len(best), tries // 2, rng)]
+    others = diverse_pairs(images, max(1, n_pairs // 2), tries // 2, rng)
+    return np.stack([top, others], axis=1).reshape(-1, 2)
 
 
 def diverse_pairs(images, n_pairs, tries, rng):

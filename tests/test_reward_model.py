@@ -45,6 +45,21 @@ def test_half_of_the_best_pairs_are_among_the_best():
     assert (pairs < 40).any(1).sum() > 80 and (pairs[:, 0] != pairs[:, 1]).all()
 
 
+def test_a_rare_image_is_asked_about_however_little_it_is_held_for():
+    """With "best", the one bright image of 100 must be in a pair although its predicted reward is the lowest."""
+    images, rng = np.zeros((100, 64, 64, 3), np.uint8), np.random.default_rng(0)
+    images[:, 0, 0] = np.arange(100)[:, None] % 3
+    images[7] = 255
+
+    class DarkIsGood:
+        def predict(self, images):
+            return -images.mean((1, 2, 3))
+
+    for _ in range(20):
+        pairs = reward_model.sample_pairs(images, 6, rng, "best", DarkIsGood())
+        assert (pairs == 7).any() and len(pairs) == 6
+
+
 def test_diverse_pairs_ask_about_rare_pictures_as_often_as_about_frequent_ones():
     """Four bright pictures among 96 nearly black ones are all there is to see: they must be in most pairs, on both sides."""
     images, rng = np.zeros((100, 64, 64, 3), np.uint8), np.random.default_rng(0)
