@@ -278,20 +278,21 @@ def order_accuracy(r_psi, I, rng, pairs=500):
 def evaluate(pi, env, episodes, seed):
     """Play episodes with the policy -> dict of means over them.
 
-    pi: has best_action(obs), what it holds for best, and act(obs), drawn as in training.  seed: of the first episode;
-    the same seeds at every evaluation, and none of training.
+    pi: has best_action(obs), what it holds for best; act(obs), drawn as in training; and rng, a torch.Generator.
+    seed: of the first episode; the same seeds at every evaluation, and none of training.
     eval_return: sum of true rewards.  eval_success: success at the last step; eval_success_any: at any step
     (Meta-World's own convention); eval_success_frames: share of steps with success.  eval_progress: at the last step.
     All are those of the best actions. eval_success_drawn: the same starts again, with drawn actions, success at the
     last step. A policy that succeeds only without noise stands at the edge of a cliff, and soon falls off.
     An environment that never says whether it succeeded gets no successes, in place of zeros.
     """
-    rows = []
+    rows, before = [], pi.rng.get_state()
     for episode in range(episodes):
         start = (seed + episode) % 2**32
         _, reward, progress, success = rollout(env, pi.best_action, start)  # (T,) each
         drawn = rollout(env, pi.act, start)[3]
         rows.append((reward.sum(), success[-1], success.max(), success.mean(), drawn[-1], progress[-1]))
+    pi.rng.set_state(before)  # training goes on with the draws that it would have made: to look changes nothing
     names = ("eval_return", "eval_success", "eval_success_any", "eval_success_frames", "eval_success_drawn",
              "eval_progress")
     return {name: float(value) for name, value in zip(names, np.mean(rows, axis=0))

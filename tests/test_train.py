@@ -178,7 +178,8 @@ def test_a_discrete_policy_is_evaluated_as_the_stochastic_one_it_is(space, diffe
 def test_an_evaluation_plays_each_start_twice_and_tells_the_two_apart():
     """Best actions stand still, which succeeds in CartPole's first steps; drawn actions push, and the pole falls."""
     env = envs.make("CartPole", horizon=30)
-    push = types.SimpleNamespace(best_action=envs.expert(env), act=lambda obs: np.ones(1, np.float32))
+    push = types.SimpleNamespace(best_action=envs.expert(env), act=lambda obs: np.ones(1, np.float32),
+                                 rng=torch.Generator())
     said = train.evaluate(push, env, 3, seed=5)
     assert (said["eval_success"], said["eval_success_any"], said["eval_success_drawn"]) == (1, 1, 0)
     push.best_action, push.act = push.act, push.best_action

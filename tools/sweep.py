@@ -116,6 +116,18 @@ SWEEPS = {
         "fit to convergence": {"reward_epochs": 200},
         "bfloat16": {"fast": 2},  # on a processor that has it
     }),
+    "steady": Sweep("What keeps success, once it is reached? One change at a time.", ("DrawerOpen",), {
+        "default": {},
+        "newest policy": {"average_over": 0.0},
+        "one update a step": {"updates": 1},
+        "discount .99": {"discount": 0.99},
+        "smaller steps": {"sac_lr": 5e-4},
+        "uniform pairs": {"sampler": "uniform"},
+        "before": {"average_over": 0.0, "updates": 1, "discount": 0.99, "sac_lr": 5e-4, "sampler": "uniform",
+                   "hidden": 256, "batch_size": 256},
+        "before, averaged": {"updates": 1, "discount": 0.99, "sac_lr": 5e-4, "sampler": "uniform",
+                             "hidden": 256, "batch_size": 256},
+    }),
 }
 # Settings of a sweep that Config has no field for: wrong and unsure answers are part of the stand-in's name, and to
 # leave a part out is what tools/ablations.py does. Each is a column of the table, with this value where a setting says
