@@ -1,6 +1,6 @@
 """RL-VLM-F: from a goal in words, and from images of a task, to a trained policy.
 
-    python train.py --env CartPole                                       no key, no network, about a minute
+    python train.py --env CartPole                                       no key, no network, a quarter of a minute
     python train.py --env DrawerOpen --vlm openai/MODEL                  a real VLM compares the images
     python train.py --env Reacher-v5 --goal "..." --vlm local/MODEL --vlm-url http://localhost:11434/v1
     python train.py --help                                               the settings

@@ -84,6 +84,20 @@ def test_the_evidence_has_the_numbers_of_its_csv():
                     assert [float(x) for x in numbers.split(", ")] == of, (task, setting, name)
 
 
+def test_the_table_of_what_is_held_is_that_of_its_csv():
+    """Every seed's success, and how many are held, must be those of held.csv and held_autograd.csv."""
+    rows = {"by hand": measured("held"), "sac.py itself (`--fast 0`)": measured("held_autograd")}
+    seen = set()
+    for task, how, seeds, steps, pairs, held, end, third, drawn, _ in table("results/README.md", "task | SAC"):
+        of = rows[how][task, "preference", "default"]
+        seen.add((how, task))
+        assert (int(seeds), steps, pairs) == (len(of), f"{int(of[0]['steps']):,}", of[0]["pairs_asked"])
+        assert held == f"**{sum(row['held'] == 'True' for row in of)} of {len(of)}**"
+        for cell, name in ((end, "eval_success"), (third, "success_last_third"), (drawn, "eval_success_drawn")):
+            assert [float(x) for x in cell.split(", ")] == column(of, name), (task, name)
+    assert seen == {(how, key[0]) for how, found in rows.items() for key in found}
+
+
 def test_the_readme_has_the_means_of_the_csv():
     """Its table of seven tasks must be the mean over the seeds of tasks.csv."""
     rows = measured("tasks")
