@@ -363,7 +363,10 @@ class SAC:
 
     @torch.no_grad()
     def act(self, obs, explore=True, actor=None):
-        """obs (O,) -> the action to take, (A,) in [-1, 1] or int: drawn from the policy, or its best guess."""
+        """obs (O,) -> the action to take, (A,) in [-1, 1] or int: drawn from the policy, or its best guess.
+
+        actor: the network whose policy it is; the newest one, if none is given.
+        """
         obs = torch.as_tensor(np.asarray(obs, np.float32), device=self.device)
         output = (actor or self.actor)((obs - self.obs_mean) / self.obs_std)  # logits, or means and log_stds
         if not self.discrete:
@@ -381,9 +384,9 @@ class SAC:
     def best_action(self, obs):
         """The action for evaluation: the best guess of the slow actor; where actions are Discrete, one that it draws.
 
-        The slow actor is a moving average of the actor's weights. Each update moves the actor by what 256 transitions
-        and an imperfect critic say, so the newest actor may miss a handle that the one before it took. The mean of
-        the last few hundred actors keeps what they have in common (Polyak and Juditsky 1992; arXiv 1803.05407).
+        The slow actor is a moving average of the actor's weights, over about the last 1 / slow updates. Each update
+        moves the actor by what one batch and an imperfect critic say, so the newest actor may miss a handle that the
+        one before it took. Their mean keeps what they have in common (Polyak and Juditsky 1992; arXiv 1803.05407).
         Greedy discrete policies can loop (left, right, left, ...) in states where two actions are almost equally
         likely. So we sample during evaluation too.
         """
