@@ -163,15 +163,16 @@ def filled_batch(size, seed=0):
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_target_follows_by_tau(reset):
-    """After one update every weight of targets and slow actor must be (1 - tau) old + tau new weight; of new critics too."""
-    agent = sac.SAC(2, box(1), hidden=(8,), tau=0.25)
+    """After one update a target's weight must be (1 - tau) old + tau new, also of new critics; the slow actor's by slow."""
+    agent = sac.SAC(2, box(1), hidden=(8,), tau=0.25, slow=0.125)
     if reset:
         agent.reset_critic()
-    for slow, fast in ((agent.target, agent.critic), (agent.slow_actor, agent.actor)):
-        before = [p.clone() for p in slow.parameters()]
-        agent.update(filled_batch(16))
-        for old, now, new in zip(before, slow.parameters(), fast.parameters()):
-            assert torch.allclose(now, 0.75 * old + 0.25 * new, atol=1e-6)
+    follow = [(agent.target, agent.critic, 0.25), (agent.slow_actor, agent.actor, 0.125)]
+    before = [[p.clone() for p in slow.parameters()] for slow, _, _ in follow]
+    agent.update(filled_batch(16))
+    for (slow, fast, share), was in zip(follow, before):
+        for old, now, new in zip(was, slow.parameters(), fast.parameters()):
+            assert torch.allclose(now, (1 - share) * old + share * new, atol=1e-6)
 
 
 def test_the_slow_actor_is_evaluated_and_the_newest_one_explores():

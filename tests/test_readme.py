@@ -92,7 +92,7 @@ def test_the_table_of_what_is_held_is_that_of_its_csv():
         of = rows[how][task, "preference", "default"]
         seen.add((how, task))
         assert (int(seeds), steps, pairs) == (len(of), f"{int(of[0]['steps']):,}", of[0]["pairs_asked"])
-        assert held == f"**{sum(row['held'] == 'True' for row in of)} of {len(of)}**"
+        assert held == f"{sum(row['held'] == 'True' for row in of)} of {len(of)}"
         for cell, name in ((end, "eval_success"), (third, "success_last_third"), (drawn, "eval_success_drawn")):
             assert [float(x) for x in cell.split(", ")] == column(of, name), (task, name)
     assert seen == {(how, key[0]) for how, found in rows.items() for key in found}

@@ -243,7 +243,7 @@ def test_the_command_names_only_what_differs():
     """What the task's schedule or the default has anyway must not be named; facts of a task must come with --set."""
     config = settings.resolve(settings.Config())
     assert settings.command_line(config) == "python train.py"
-    own = settings.resolve(settings.Config(env="DrawerOpen", max_pairs=100, horizon=50, hidden=64, hold=3))
+    own = settings.resolve(settings.Config(env="DrawerOpen", max_pairs=200, horizon=50, hidden=64, hold=3))
     assert settings.command_line(own) == "python train.py --env DrawerOpen --hidden 64 --set hold=3"
     foreign = settings.Config(env="Pendulum-v1", goal="-up", total_steps=50_000)
     assert settings.command_line(settings.resolve(foreign)) == "python train.py --env Pendulum-v1 --goal=-up"
