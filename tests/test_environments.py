@@ -262,7 +262,7 @@ def test_a_fault_in_the_middle_of_a_run_stops_it_in_one_line(tmp_path, capsys, r
         def step(self, action):
             self.ever += 1
             obs, *rest = super().step(action)
-            return obs * (np.nan if self.ever == 105 else 1), *rest
+            return obs * (np.nan if self.ever == 55 else 1), *rest
 
     gymnasium.register("Late-v0", entry_point=Late)
     try:
@@ -271,7 +271,7 @@ def test_a_fault_in_the_middle_of_a_run_stops_it_in_one_line(tmp_path, capsys, r
         del gymnasium.registry["Late-v0"]
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 2 and "Late-v0 gave nan as entry 0 of the observation" in said
-    assert "step 5 of the episode, 105 since the start" in said and "--resume" in said
+    assert "step 5 of the episode, 55 since the start" in said and "--resume" in said
 
 
 def test_the_trial_before_a_run_changes_no_random_number(monkeypatch):
