@@ -85,7 +85,7 @@ def test_the_evidence_has_the_numbers_of_its_csv():
 
 
 def test_the_table_of_what_is_held_is_that_of_its_csv():
-    """Every seed's success, and how many are held, must be those of held.csv and held_autograd.csv."""
+    """Every seed's success, and how many are held, must be those of held.csv, held_autograd.csv and steady.csv."""
     rows = {"by hand": measured("held"), "sac.py itself (`--fast 0`)": measured("held_autograd")}
     seen = set()
     for task, how, seeds, steps, pairs, held, end, third, drawn, _ in table("results/README.md", "task | SAC"):
@@ -96,6 +96,13 @@ def test_the_table_of_what_is_held_is_that_of_its_csv():
         for cell, name in ((end, "eval_success"), (third, "success_last_third"), (drawn, "eval_success_drawn")):
             assert [float(x) for x in cell.split(", ")] == column(of, name), (task, name)
     assert seen == {(how, key[0]) for how, found in rows.items() for key in found}
+    rows = measured("steady")
+    for setting, seeds, *cells in table("results/README.md", "setting | seeds"):
+        of = rows.pop(("DrawerOpen", "preference", setting))
+        assert int(seeds) == len(of)
+        for cell, name in zip(cells, ("eval_success", "success_last_third", "eval_success_drawn"), strict=True):
+            assert [float(x) for x in cell.split(", ")] == column(of, name), (setting, name)
+    assert not rows
 
 
 def test_the_readme_has_the_means_of_the_csv():
