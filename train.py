@@ -36,7 +36,7 @@ Differs from the paper:
      has the paper's own numbers.
   3. I is a random sample of the images of the whole run, each different image once; the official code draws from the
      last 100 episodes.
-  4. Evaluated is an average of the actor over the last twentieth of the steps (sac.py: SAC.best_action).
+  4. What is evaluated is an average of the actor over the last twentieth of the steps (sac.py: SAC.best_action).
 
 From Python:
     from train import Config, train
@@ -278,12 +278,12 @@ def order_accuracy(r_psi, I, rng, pairs=500):
 def evaluate(pi, env, episodes, seed):
     """Play episodes with the policy -> dict of means over them.
 
-    pi: has best_action(obs), what it holds for best; act(obs), drawn as in training; and rng, a torch.Generator.
+    pi: has best_action(obs), its best guess; act(obs), drawn as in training; and rng, the torch.Generator of its draws.
     seed: of the first episode; the same seeds at every evaluation, and none of training.
     eval_return: sum of true rewards.  eval_success: success at the last step; eval_success_any: at any step
     (Meta-World's own convention); eval_success_frames: share of steps with success.  eval_progress: at the last step.
     All are those of the best actions. eval_success_drawn: the same starts again, with drawn actions, success at the
-    last step. A policy that succeeds only without noise stands at the edge of a cliff, and soon falls off.
+    last step. A large gap between the two says that the policy depends on precise actions.
     An environment that never says whether it succeeded gets no successes, in place of zeros.
     """
     rows, before = [], pi.rng.get_state()

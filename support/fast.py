@@ -7,7 +7,7 @@ sac.py and reward_model.py, know nothing of it. Whoever changes sac.py gets what
              optimiser handles a tensor for each. Here every derivative is written out, both critics are one batched
              product, all weights of an optimiser are one vector, and every tensor of a layer's size is made once. Large
              products go to the faster of torch's two libraries, and acting is a handful of operations. The weights are
-             those that sac.SAC would have, but for rounding. Two to two and a half times as many training steps.
+             those that sac.SAC would have, but for rounding. About twice as many training steps (results/bench.csv).
   bfloat16   half the bits in the layers that take the time. It pays only on a processor with AVX512-BF16 or AMX, and
              only in layers of 128 or more: at 2 x 64 the conversions cost more than the products gain.
   Recorded   for networks this small, Python needs longer to launch the kernels of an update than a GPU to run them. A
@@ -135,8 +135,8 @@ def flatten(parameters):
 def onednn_is_exact():
     """May oneDNN have the large products of float32 numbers? Asked once, by a product whose error tells.
 
-    torch calls MKL for them, which on an AMD processor with AVX512 reaches but half of the speed that oneDNN, torch's
-    other library, reaches. torch gives float32 to oneDNN only where it is told that bfloat16 were precise enough.
+    torch calls MKL for them. On an AMD processor with AVX512, MKL reaches about half of the speed of oneDNN, torch's
+    other library. torch gives float32 to oneDNN only where it is told that bfloat16 is precise enough.
     trap: processors with AMX then do round, as they were told they may. Others gain nothing by rounding, and compute
     with all bits. Only these may be told so; on the others MKL is fast.
     """

@@ -118,10 +118,10 @@ class MetaWorld(gymnasium.Env):
         # The second half of an observation is the state one simulator step before. At the start
         # nothing came before, so both halves are the same.
         sim.curr_path_length, sim._prev_obs = 0, sim._get_curr_obs_combined_no_goal()
-        # From one fixed start, ten evaluation episodes would be one episode ten times; and a policy
-        # that has never started elsewhere hooks a handle from there and misses it by a millimetre
-        # from everywhere else. So the hand first goes a random way. Never down: in SweepInto the
-        # fingers would touch the cube.
+        # From one fixed start, ten evaluation episodes would be the same episode ten times, and a
+        # policy that was trained from one start often fails a centimetre beside that start. So the
+        # hand first moves in a random direction. Never down: in SweepInto the fingers would touch
+        # the cube.
         direction = self.np_random.uniform((-1, -1, 0), 1)  # (3,)
         for _ in range(self.start_steps):
             obs = sim.step(np.append(direction, -1))[0]  # -1: the fingers stay open
