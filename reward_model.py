@@ -5,10 +5,10 @@ closer to the goal" and 1 for "the second", with the Bradley-Terry model. Also h
 about, and which pairs to ask.
 Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
 
-    P[second is better] = exp(beta r1) / (exp(beta r0) + exp(beta r1))
+    P[second is better] = sigmoid(beta (r1 - r0) + b)        sigmoid(z) = 1 / (1 + exp(-z))
     loss = mean of -log P[the image that the label names]
 
-Differs from the paper (RL-VLM-F, arXiv 2402.03681). PaperFit in support/baselines.py leaves out 3 to 5 and the early
+Differs from the paper (RL-VLM-F, arXiv 2402.03681). PaperFit in support/baselines.py leaves out 3 to 6 and the early
 stop of 1; there, too, one answer in eight is held out, but only for the log:
   1. One answer in eight is held out. A fit ends when the loss on these has not fallen for more than three epochs, and
      goes back to the best epoch: real answers are partly wrong, and a network can learn wrong answers by heart.
@@ -19,7 +19,9 @@ stop of 1; there, too, one answer in eight is held out, but only for the log:
   4. There is a normalisation after each convolution, and every fit begins with fresh networks (1910.08475): a network
      that goes on from the last fit remembers the few answers of the beginning too well.
   5. predict() is standardised: mean 0 and deviation 1 over all images in D (1706.03741).
-  6. A fit may move images at random (random_shift; 2004.13649) or flip them left to right (random_flip). One CNN serves
+  6. b, one number for each member, is how far the VLM leans to the second image, whatever the two show. The paper has
+     no b. Real VLMs do lean, and what they lean is then not taken for a difference between images.
+  7. A fit may move images at random (random_shift; 2004.13649) or flip them left to right (random_flip). One CNN serves
      all tasks (official code: ResNet-18 for rope, water and cloth), and pairs are drawn from images of the whole run.
 
 Shapes: B batch, N images, M pairs, H and W pixels (at least 47). Images (N, H, W, 3) are uint8.
@@ -48,6 +50,7 @@ from torch import nn
 HOLD_OUT = 8  # every eighth answer only measures, and says when to stop
 BETA = 10.0  # inverse temperature of Bradley-Terry: at a difference of one, P[second is better] is 0.9999; "Differs" 3
 PREDICT_BYTES = 6 * 2**20  # bytes of images in one pass of predict(): among the fastest here, from 64 to 200 pixels
+LEAN_LR = 0.03  # learning rate of b: every answer moves the same way this one number, so it may take larger steps
 LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))  # channels, kernel, stride: the paper's CNN
 
 
@@ -176,7 +179,7 @@ def k_centers(points, k, rng):
 
 # ---- STEP 4: fit the reward model to the answers ----
 class PreferenceDataset:
-    """D, a ring of answered pairs: first, second (N, H, W, 3) uint8; label (N,) 0 or 1, the y of the paper.
+    """D, a ring of answered pairs: first, second (N, H, W, 3) uint8; label (N,) from 0 to 1, the y of the paper.
 
     held_out (N,) bool: these answers are not fitted, they only measure.
     """
@@ -187,19 +190,19 @@ class PreferenceDataset:
         self.capacity, self.added = int(capacity), 0
         self.first = np.zeros((self.capacity, *image_shape), np.uint8)
         self.second = np.zeros((self.capacity, *image_shape), np.uint8)
-        self.label = np.zeros(self.capacity, np.int64)
+        self.label = np.zeros(self.capacity, np.float32)
         self.held_out = np.zeros(self.capacity, bool)
 
     def __len__(self):
         return min(self.added, self.capacity)
 
     def add(self, first, second, label):
-        """Store M sure answers: first, second (M, H, W, 3) uint8, label (M,) in {0, 1}. Raises ValueError."""
+        """Store M answers: first, second (M, H, W, 3) uint8, label (M,) 0, 1, or between them. Raises ValueError."""
         label = np.asarray(label)
         check_images(self.first, first, label)
         check_images(self.second, second, label)
-        if not np.isin(label, (0, 1)).all():
-            raise ValueError(f"labels must be 0 or 1, got {sorted(set(label.tolist()))}; leave out what is unsure")
+        if not ((label >= 0) & (label <= 1)).all():
+            raise ValueError(f"labels must be 0 to 1, got {sorted(set(label.tolist()))}; leave out what is unsure")
         for one, two, answer in zip(first, second, label):
             row = self.added % self.capacity
             self.first[row], self.second[row], self.label[row] = one, two, answer
@@ -234,18 +237,20 @@ def check_images(stored, images, answers):
         raise ValueError(f"images must be {shape} uint8, not {images.shape} {images.dtype}")
 
 
-def preference_loss(r0, r1, label):
+def preference_loss(r0, r1, label, lean=0.0):
     """Bradley-Terry cross-entropy: how unlikely the reward model finds the VLM's answers.
 
-        P[second is better] = exp(r1) / (exp(r0) + exp(r1)),   loss = mean of -log P[the image that was picked]
+        P = P[second is better] = exp(r1 + b) / (exp(r0) + exp(r1 + b)) = sigmoid(r1 - r0 + b)
+        loss = mean of -(y log P + (1 - y) log(1 - P))
 
     r0, r1: (B,) rewards of the first and second image, already times beta.
-    label: (B,) int64, 0 = the first is better, 1 = the second is better.
-    Example: r0 == r1 -> log 2 = 0.693, whatever the labels.
+    label: (B,) y: 0 = the first is better, 1 = the second is better; between them, how sure the VLM is of the second.
+    lean: b, () or a number. It is the order effect of paired comparisons (Davidson and Beaver 1977): what speaks for
+    the second image whatever the images are.
+    Example: r0 == r1 and b = 0 -> log 2 = 0.693, whatever the labels.
     """
     assert r0.ndim == 1 and r0.shape == r1.shape == label.shape, (r0.shape, r1.shape, label.shape)
-    logits = torch.stack([r0, r1], dim=-1)  # (B, 2); the column is the label, so there is no sign to get wrong
-    return F.cross_entropy(logits, label)
+    return F.binary_cross_entropy_with_logits(r1 - r0 + lean, label.to(r0.dtype))
 
 
 class RewardNet(nn.Module):
@@ -264,6 +269,7 @@ class RewardNet(nn.Module):
             raise ValueError("the reward network needs images of at least 47 x 47 pixels")
         self.convolutions = nn.Sequential(*parts)
         self.head = nn.Linear(channels * height * width, 1)
+        self.lean = nn.Parameter(torch.zeros(()))  # b of preference_loss(); forward() has no use for it
 
     def forward(self, x):
         features = self.convolutions(x).flatten(1)  # (B, channels * height * width)
@@ -282,21 +288,28 @@ class RewardModel:
     more epochs than that; 0: they do not stop it.
     random_shift: pixels by which a fit moves an image at most.  random_flip: a fit flips half of the images left to
     right. Use it only where the goal knows no left and right; an image is then worth what its mirror image is worth.
+    intercept: whether b is fitted; without it, b is 0.
     """
 
     beta, normalise = BETA, True  # of its networks; a subclass may change them
 
     def __init__(self, image_shape, ensemble_size=3, lr=3e-4, device="cpu", seed=0, batch=16, patience=3,
-                 random_shift=0, random_flip=False):
+                 random_shift=0, random_flip=False, intercept=True):
         self.image_shape, self.ensemble_size, self.batch, self.patience = image_shape, ensemble_size, batch, patience
-        self.random_shift, self.random_flip = random_shift, random_flip
+        self.random_shift, self.random_flip, self.intercept = random_shift, random_flip, intercept
         self.device, self.rng = torch.device(device), np.random.default_rng(seed)
         self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over all images in D
         self.nets = self._new_networks()
         self.optimizer = self._adam(lr)
 
     def _adam(self, lr):
-        return torch.optim.Adam(self.nets.parameters(), lr=lr, fused=True)
+        return torch.optim.Adam(self._parameter_groups(lr), fused=True)
+
+    def _parameter_groups(self, lr):
+        """All weights with the learning rate lr, and b with its own."""
+        leans = [net.lean for net in self.nets]
+        weights = [weight for net in self.nets for weight in net.parameters() if weight is not net.lean]
+        return [{"params": weights, "lr": lr}, {"params": leans, "lr": LEAN_LR}]
 
     def _new_networks(self):
         """Networks whose first weights are drawn from the model's own generator."""
@@ -315,13 +328,13 @@ class RewardModel:
                 moment.zero_()
 
     def fit(self, data, epochs, stop_accuracy=0.97):
-        """Go over all fitted answers up to `epochs` times -> dict(loss, train_accuracy, heldout_accuracy, epochs).
+        """Go over all fitted answers up to `epochs` times -> dict(loss, train_accuracy, heldout_accuracy, epochs, lean).
 
         Stops after an epoch in which the accuracy exceeded stop_accuracy, as in the official code: to go on would only
         push apart what is ordered already. Stops also by the held-out answers ("Differs" 1), if there are at least
         four of them.
         train_accuracy: of single members, while they learn, on augmented images; heldout_accuracy: of the fitted
-        ensemble.
+        ensemble.  lean: mean b of the members; sigmoid(lean) is how often two equal images make the VLM say "second".
         Raises ValueError if there is nothing to fit.
         """
         if epochs < 1:
@@ -343,7 +356,8 @@ class RewardModel:
             loss, accuracy = of_best
         self.standardise(np.concatenate([data.first[: len(data)], data.second[: len(data)]]))
         return {"loss": loss, "train_accuracy": accuracy, "epochs": epoch,
-                "heldout_accuracy": self.accuracy(data, held_out=True)}
+                "heldout_accuracy": self.accuracy(data, held_out=True),
+                "lean": float(np.mean([net.lean.item() for net in self.nets]))}
 
     def one_epoch(self, data):
         """Each member once over all fitted answers, in an order of its own -> mean loss, share of answers in order."""
@@ -369,10 +383,11 @@ class RewardModel:
             r0, r1 = self.rewards(net, both).chunk(2)  # (B,) each
             answer = label.to(self.device)  # (B,)
             # trap: tanh rewards differ by at most 2. Without beta, a perfect fit still costs log(1 + e^-2) = 0.127.
-            loss = preference_loss(self.beta * r0, self.beta * r1, answer)
+            lean = net.lean if self.intercept else 0.0
+            loss = preference_loss(self.beta * r0, self.beta * r1, answer, lean)
             loss.backward()  # member by member, so that one member's activations at a time are in the cache
             losses.append(loss.detach())
-            right.append((r1 > r0) == answer.bool())
+            right.append((self.beta * (r1 - r0) + lean > 0) == (answer > 0.5))
         self.optimizer.step()  # the members share no weights, so one optimiser serves all
         return torch.stack(losses), torch.cat(right)
 
@@ -391,7 +406,8 @@ class RewardModel:
         r0, r1 = (torch.from_numpy(self.beta * self.member_rewards(images[rows]))
                   for images in (data.first, data.second))  # (members, held out) each
         label = torch.from_numpy(data.label[rows])
-        return float(np.mean([preference_loss(one, two, label) for one, two in zip(r0, r1)]))
+        return float(np.mean([preference_loss(one, two, label, net.lean.item())
+                              for one, two, net in zip(r0, r1, self.nets)]))
 
     def standardise(self, images):
         """From now on predict() has mean 0 and deviation 1 over these images.
@@ -405,7 +421,7 @@ class RewardModel:
 
     def accuracy(self, data, held_out):
         """Share of the answers on which the ensemble's order agrees; nan when there are none."""
-        agree = [(self.predict(second) > self.predict(first)) == (label == 1)
+        agree = [(self.predict(second) > self.predict(first)) == (label > 0.5)
                  for first, second, label in data.batches(256, np.random.default_rng(0), held_out)]
         return float(np.concatenate(agree).mean()) if agree else float("nan")
 

@@ -127,7 +127,7 @@ def test_the_paper_s_fit_is_bounded_and_goes_on_where_ours_begins_afresh(paper):
     class PaperModel(baselines.PaperFit, reward_model.RewardModel):
         pass
 
-    model = (PaperModel if paper else reward_model.RewardModel)((64, 64, 3), lr=1e-3)
+    model = (PaperModel if paper else reward_model.RewardModel)((64, 64, 3), lr=1e-3, intercept=not paper)
     data = reward_model.PreferenceDataset(32, (64, 64, 3))
     data.add(numbered_images(32) * 0, numbered_images(32) * 0 + 250, [1] * 32)
     loss = model.fit(data, epochs=30, stop_accuracy=1)["loss"]
