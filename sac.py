@@ -256,24 +256,32 @@ def tanh_gaussian(mean, log_std, noise):
 
 
 class MLP(nn.Sequential):
-    """Linear layers with ReLU between them: sizes (in, hidden..., out); (B, in) -> (B, out)."""
+    """Linear layers with ReLU between them: sizes (in, hidden..., out); (B, in) -> (B, out).
 
-    def __init__(self, sizes):
-        # ReLU may overwrite its input: the backward pass of the Linear layer before it does not use its own output.
-        layers = [part for a, b in zip(sizes[:-1], sizes[1:]) for part in (nn.Linear(a, b), nn.ReLU(inplace=True))]
-        super().__init__(*layers[:-1])  # no ReLU after the last layer
+    layer_norm: what a hidden layer gives, (B, width), is first brought to mean 0 and deviation 1 over the width.
+    """
+
+    def __init__(self, sizes, layer_norm=False):
+        layers = []
+        for a, b in zip(sizes[:-1], sizes[1:]):
+            norm = [nn.LayerNorm(b, elementwise_affine=False)] if layer_norm else []
+            # ReLU may overwrite its input: no backward pass of the layer before it uses that layer's own output.
+            layers += [nn.Linear(a, b), *norm, nn.ReLU(inplace=True)]
+        super().__init__(*layers[: -1 - layer_norm])  # neither of the two after the last layer
 
 
 class TwinCritic(nn.Module):
     """Two independent Q-networks. Box: Q(s, a) -> (2, B). Discrete: the value of every action -> (2, B, actions).
 
     Two, because a maximum over one noisy estimate is too high on average; SAC uses the smaller of both.
+    layer_norm: a Q-network with it cannot grow without bound where there are no data, so errors there are not passed
+    on from target to target (arXiv 2302.02948). It learns faster where each transition is used often.
     """
 
-    def __init__(self, obs_dim, action_dim, actions, hidden, network=MLP):
+    def __init__(self, obs_dim, action_dim, actions, hidden, network=MLP, layer_norm=False):
         super().__init__()
         sizes = (obs_dim + action_dim, *hidden, actions or 1)
-        self.q1, self.q2 = network(sizes), network(sizes)
+        self.q1, self.q2 = network(sizes, layer_norm), network(sizes, layer_norm)
 
     def forward(self, obs, action=None):
         x = obs if action is None else torch.cat([obs, action], dim=-1)
@@ -288,13 +296,14 @@ class SAC:
     update(batch) -> dict of 0-d tensors (not floats: reading a float would make a GPU wait).
     slow: share of the newest actor in the slow one after an update, which is the mean of about the last 1 / slow.
     alpha: the first entropy temperature. 0.1 suits rewards of standard deviation 1, as RewardModel.predict() gives.
+    layer_norm: of the critics.
     Raises ValueError for any other action space.
     """
 
     network = MLP  # a subclass may use another one
 
     def __init__(self, obs_dim, action_space, hidden=(256, 256), lr=3e-4, discount=0.99, tau=0.005, device="cpu",
-                 seed=0, alpha=0.1, slow=0.002):
+                 seed=0, alpha=0.1, slow=0.002, layer_norm=False):
         self.discrete = hasattr(action_space, "n")
         if type(action_space).__name__ not in ("Box", "Discrete"):  # by name: this file does not need gymnasium
             raise ValueError(f"SAC needs a Box or Discrete action space, not {action_space}")
@@ -302,7 +311,7 @@ class SAC:
         self.action_dim = 0 if self.discrete else int(np.prod(action_space.shape))
         self.discount, self.tau, self.slow, self.lr, self.device = discount, tau, slow, lr, torch.device(device)
         self.rng = torch.Generator(device=self.device).manual_seed(seed)
-        self.sizes = (obs_dim, self.action_dim, self.actions, tuple(hidden))
+        self.sizes, self.layer_norm = (obs_dim, self.action_dim, self.actions, tuple(hidden)), layer_norm
         self.obs_mean = torch.zeros(obs_dim, device=self.device)
         self.obs_std = torch.ones(obs_dim, device=self.device)
         # Layers draw their first weights from torch's global generator; fork_rng leaves it as it was.
@@ -333,7 +342,7 @@ class SAC:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.rng, device=self.device)))
-            self.critic = TwinCritic(*self.sizes, self.network).to(self.device)
+            self.critic = TwinCritic(*self.sizes, self.network, self.layer_norm).to(self.device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_optimizer = self._adam(self.critic.parameters())
 

@@ -307,7 +307,7 @@ def make_learner(run, parts):
     # The newest actor's share in the slow one, in an update: with 1 / n, that is the mean of about the last n of them.
     slow = 1 / max(1, config.average_over * config.total_steps * config.updates)
     pi = parts.SAC(obs_shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount, device=config.device,
-                   seed=config.seed, slow=slow)
+                   seed=config.seed, slow=slow, layer_norm=bool(config.layer_norm))
     image_shape = (config.reward_image_size, config.reward_image_size, 3) if looks_at_images(config) else None
     B = parts.ReplayBuffer(config.total_steps, obs_shape, space.shape, image_shape, run.path("buffer"), config.seed)
     return pi, B
@@ -321,7 +321,7 @@ def make_reward_model(run, parts):
     image_shape = (config.reward_image_size, config.reward_image_size, 3)
     r_psi = parts.RewardModel(image_shape, config.ensemble_size, config.reward_lr, config.device, config.seed,
                               batch=config.reward_batch, patience=config.patience, random_shift=config.random_shift,
-                              random_flip=bool(config.random_flip))
+                              random_flip=bool(config.random_flip), intercept=bool(config.intercept))
     stored = run.state["D"]["added"] if run.state else 0
     kept = len(run.labeler.kept[2]) if run.labeler.kept is not None else 0  # answers of --labels FOLDER
     return I, r_psi, parts.PreferenceDataset(max(most_pairs(config), stored, kept), image_shape)

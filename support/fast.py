@@ -47,8 +47,9 @@ def has_bfloat16():
         return False
 
 
+LAYER_NORM_EPS = 1e-5  # torch.nn.LayerNorm's own: added to the variance, so that it is never 0
 # The checksum of the parts of sac.py whose derivatives are written out here: follows_sac().
-WRITTEN_FOR = 530870857
+WRITTEN_FOR = 1490921414
 
 
 def follows_sac():
@@ -256,13 +257,15 @@ class Networks:
 
     weights (networks * P,), sizes (in, hidden..., out). gradient (networks * P,): where backward() writes; or None.
     bfloat16: as HalfMLP does it, in all layers but the first and the last.
+    layer_norm: as in MLP, between a layer and its max.
     to_input: backward() is asked for the derivative by the input, of its numbers from this one on.
 
     All tensors are made once for each size of a batch: new memory of this size costs as much as a layer, because the
     system clears each of its pages first.
     """
 
-    def __init__(self, weights, networks, sizes, gradient=None, bfloat16=False, to_input=0):
+    def __init__(self, weights, networks, sizes, gradient=None, bfloat16=False, to_input=0, layer_norm=False):
+        self.layer_norm = layer_norm
         self.parameters = self._views(weights, networks, sizes)
         nothing = [(None, None)] * len(self.parameters)
         self.gradients = nothing if gradient is None else self._views(gradient, networks, sizes)
@@ -283,19 +286,24 @@ class Networks:
         for number, (pair, gradients) in enumerate(zip(self.parameters, self.gradients)):
             dtype = torch.bfloat16 if self.bfloat16 and 0 < number < last else weight.dtype
             self.layers.append(Layer(before, *pair, dtype, *gradients))
-            before = self.layers[-1].y
+            before = torch.empty_like(self.layers[-1].y) if self.layer_norm else self.layers[-1].y
 
     def forward(self, x):
         """x (networks, B, in) -> output (networks, B, out):
 
             h_0 = x,   h_(l+1) = max(0, h_l W_l^T + b_l),   without the max after the last layer
+        With layer_norm, each of the B rows z of h_l W_l^T + b_l becomes (z - mean) / deviation before the max.
         trap: the next forward() overwrites what is returned.
         """
         if x.shape != self.x.shape:
             self._prepare(x.shape)
         self.x.copy_(x)
-        for layer in self.layers:
-            if layer is not self.layers[0]:
+        for layer, previous in zip(self.layers, [None, *self.layers]):
+            if previous is not None:
+                if self.layer_norm:
+                    z = previous.y  # (networks, B, out)
+                    normalised, *layer.moments = torch.native_layer_norm(z, z.shape[2:], None, None, LAYER_NORM_EPS)
+                    layer.before.copy_(normalised)
                 layer.before.relu_()  # in place: nobody needs what was there before the max
             for own, tensor in layer.converted:
                 own.copy_(tensor)
@@ -310,6 +318,8 @@ class Networks:
             d_b_l   = sum of d_l over B      (networks, 1, out)
             d_h_l   = d_l W_l                (networks, B, in)
             d_(l-1) = d_h_l where h_l > 0, else 0:   max(0, .) is flat below 0, and has slope 1 above
+        With layer_norm, d_(l-1) is then the derivative d by n = (z - mean) / deviation. Both depend on each z of a row:
+            d_z     = (d - mean of d - n * mean of d n) / deviation      means over the numbers of a row
         d_output (networks, B, out): of the last B rows of the batch, which may have had others before them.
         to_weights: d_W and d_b are written to the vector `gradient`. Otherwise they are left out, and d_x is returned,
         (networks, B, in - to_input). Nobody needs both.
@@ -320,7 +330,7 @@ class Networks:
             for layer, after in zip(self.layers[::-1], [None, *self.layers[::-1]]):
                 layer.prepare_backward(self.rows, self.to_input if layer is first else 0, after)
         d = d_output
-        for layer in reversed(self.layers):
+        for layer, previous in zip(self.layers[::-1], [*self.layers[-2::-1], None]):
             if layer.d is not d:
                 layer.d.copy_(d)
             if to_weights:
@@ -331,6 +341,10 @@ class Networks:
             d = layer.d_x
             if layer is not first:
                 relu_backward(d, layer.h, 0, grad_input=d)
+                if self.layer_norm:
+                    z, moments = previous.y[:, -self.rows:], [each[:, -self.rows:] for each in layer.moments]
+                    d, _, _ = torch.ops.aten.native_layer_norm_backward(d.to(z.dtype), z, z.shape[2:], *moments, None,
+                                                                        None, [True, False, False])
         return d
 
 
@@ -435,8 +449,8 @@ class ByHand:
         self.acting, self.acting_slowly = ([(weight[0], bias[0, 0]) for weight, bias in networks.parameters]
                                            for networks in (self.actor, Networks(self.slow, 1, sizes)))
         sizes, adam = (self.obs_dim + action_dim, *hidden, actions or 1), self.critic_adam
-        self.critics = Networks(adam.weights, 2, sizes, adam.gradient, bfloat16, to_input=self.obs_dim)
-        self.targets = Networks(self.target, 2, sizes, bfloat16=bfloat16)
+        self.critics = Networks(adam.weights, 2, sizes, adam.gradient, bfloat16, self.obs_dim, agent.layer_norm)
+        self.targets = Networks(self.target, 2, sizes, bfloat16=bfloat16, layer_norm=agent.layer_norm)
 
     def __deepcopy__(self, memo):
         return None  # a copy of the agent has its weights elsewhere, and makes its own
@@ -625,7 +639,7 @@ class FastRewardModel(RewardModel):
         super().__init__(*args, **settings)
 
     def _adam(self, lr):
-        return adam(self.nets.parameters(), lr, self.device)
+        return adam(self._parameter_groups(lr), lr, self.device)
 
     def rewards(self, net, images):
         if not self.bfloat16:

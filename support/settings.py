@@ -80,12 +80,14 @@ class Config:
     reward_lr: float | None = by_task(3e-4)  # learning rate of the reward model
     reward_epochs: int | None = by_task(50)  # most passes over all answers in one fit
     reward_batch: int | None = by_task(16)  # answers in one gradient step of a fit; 64 in the official code
+    intercept: int | None = by_task(1)  # 1: a fit finds out how far the VLM leans to the second image; 0: it does not
     patience: int = 3  # passes that a fit goes on without gain on held-out answers; 0: no limit
     # SAC
     sac_lr: float | None = by_task(3e-4)  # learning rate of actor, critics and temperature
     batch_size: int | None = by_task(256)  # transitions in one update
     updates: int | None = by_task(1)  # updates after each environment step
     hidden: int | None = by_task(256)  # width of the two hidden layers
+    layer_norm: int | None = by_task(0)  # 1: normalise the hidden layers of the critics
     discount: float | None = by_task(0.99)  # what a reward counts one step later, 0 to 1
     # Evaluation
     eval_every: int | None = by_task(5000)  # environment steps between two evaluations
@@ -124,6 +126,7 @@ RANGES = {
     "workers": (1, 256), "timeout": (1, 86_400), "image_buffer": (2, MOST),
     "vlm_image_size": (16, 4096), "reward_image_size": (47, 4096), "discount": (0, 1), "clip_alpha": (0, 1),
     "max_usd": (0, sys.float_info.max), "average_over": (0, 1), "random_flip": (0, 1), "fast": (0, 2),
+    "intercept": (0, 1), "layer_norm": (0, 1),
 }
 KINDS = {int: "a whole number", float: "a number", str: "text"}
 # What the stand-in can be told to do wrong: share of wrong and of unsure answers, seconds that an answer takes.

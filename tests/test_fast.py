@@ -53,11 +53,11 @@ SPACES = {"1 number": box(1), "3 numbers": box(3), "discrete": gymnasium.spaces.
 every_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 
 
-@pytest.mark.parametrize("size", [32, 256])
+@pytest.mark.parametrize("size, layer_norm", [(32, False), (32, True), (256, False)])
 @every_space
-def test_a_hundred_updates_by_hand_are_a_hundred_updates_of_sac(space, size):
+def test_a_hundred_updates_by_hand_are_a_hundred_updates_of_sac(space, size, layer_norm):
     """Gradients by hand must give SAC's own weights, averages, draws and results, also with fresh critics and units."""
-    plain, fast_one = (kind(5, space, hidden=(size, size)) for kind in (sac.SAC, FastSAC))
+    plain, fast_one = (kind(5, space, hidden=(size, size), layer_norm=layer_norm) for kind in (sac.SAC, FastSAC))
     for number in range(100):
         if number == 30:
             plain.reset_critic(), fast_one.reset_critic()
@@ -133,17 +133,18 @@ def test_each_derivative_by_hand_is_that_of_autograd():
     assert fast.min_gradient(torch.tensor([[1.0, 5], [2, 3]])).tolist() == [[-0.5, 0], [0, -0.5]]
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("hidden", [(8,), (8, 7, 6)])
-def test_the_chain_rule_by_hand_is_that_of_autograd(hidden):
+def test_the_chain_rule_by_hand_is_that_of_autograd(hidden, layer_norm):
     """Networks: the output of both, and the derivatives by all weights and by the input."""
-    pair = [sac.MLP((4, *hidden, 2)).double() for _ in range(2)]
+    pair = [sac.MLP((4, *hidden, 2), layer_norm).double() for _ in range(2)]
     x, d_output = torch.randn(2, 5, 4).double().requires_grad_(), torch.randn(2, 5, 2).double()
     weights = fast.interleaved(pair)
     expected = torch.stack([net(one) for net, one in zip(pair, x)])
     *grads, d_x = torch.autograd.grad(expected, [*weights, x], d_output)
     vector = fast.flatten(weights)
     gradient = torch.full_like(vector, np.nan)
-    both = fast.Networks(vector, 2, (4, *hidden, 2), gradient)
+    both = fast.Networks(vector, 2, (4, *hidden, 2), gradient, layer_norm=layer_norm)
     with torch.no_grad():
         output = both.forward(x)
         torch.testing.assert_close(output, expected)
