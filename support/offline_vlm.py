@@ -16,8 +16,10 @@ Where the images differ by less than the reader's margin it answers -1.
 
 Mistakes and unsure answers are drawn from a hash of (seed, goal, images in their order): neither
 threads nor history matter. A mistaken description has its two images exchanged, so both stages
-tell the same lie. Faults are drawn from a hash of (seed, request, how often it was seen), so
-asking again succeeds.  Shapes: a reader maps (H, W, 3) uint8 to a float, nan if it sees nothing.
+tell the same lie. With a judge of support/judges.py the errors are such as VLMs make: the judge's
+label comes first, and the description is made to fit it, so here too both stages agree.
+Faults are drawn from a hash of (seed, request, how often it was seen), so asking again succeeds.
+Shapes: a reader maps (H, W, 3) uint8 to a float, nan if it sees nothing.
 
 To use it elsewhere (point any client at url, as if it were OpenAI's):
     import json, urllib.request
@@ -244,14 +246,15 @@ def read_rooms(image):
 
 
 # read: the function; says: the sentence; merit(value): larger is closer to the goal; worst, best:
-# merits that a score of 0 and 1 stand for; margin: merits closer than this cannot be told apart.
-Reader = namedtuple("Reader", "read says merit worst best margin")
+# merits that a score of 0 and 1 stand for; margin: merits closer than this cannot be told apart;
+# sides: whether the sign of a value says to which side something leans.
+Reader = namedtuple("Reader", "read says merit worst best margin sides", defaults=[False])
 more, less = float, lambda value: -abs(value)  # which readings are better
 READERS = {
     SIGHT: Reader(read_brightness, "the image has a mean brightness of {value:.0f} of 255",
                   more, 0, 255, 8),
     "to balance the brown pole on the black cart to be upright": Reader(
-        read_pole, "the brown pole leans {value:+.1f} degrees from upright", less, -30, 0, 0.5),
+        read_pole, "the brown pole leans {value:+.1f} degrees from upright", less, -30, 0, 0.5, sides=True),
     "to open the drawer": Reader(
         read_drawer, "the drawer is {value:.1f} percent open", more, 0, 100, 1),
     "to move the soccer ball into the goal": Reader(
@@ -287,11 +290,37 @@ def find_value(reader, text, number):
 
 def describe(reader, images, lie, doubt):
     """Two images or one -> sentences. A lie exchanges the two images."""
-    values = [reader.read(image) for image in images][::-1 if lie else 1]
+    return tell(reader, [reader.read(image) for image in images][::-1 if lie else 1], doubt)
+
+
+def tell(reader, values, doubt=False):
+    """Readings of images, nan where nothing is seen -> a sentence for each."""
     return "\n".join(f"Image {number}: {reader.says.format(value=value)}."
                      if np.isfinite(value) and not doubt else
                      f"Image {number}: what matters for the goal cannot be made out."
                      for number, value in enumerate(values, start=1))
+
+
+def describe_as(judge, reader, images, keys):
+    """Two images -> sentences from which decide() makes the label that the judge gives them.
+
+    They tell what was read if that label follows from it; if not, the readings change places; if they
+    are too close for that, one of the two is told larger. keys: a text that stands for each image.
+    """
+    if judge.blind and not reader.sides:
+        raise BadQuestion(f"a judge that is blind on one side ({judge.blind}) needs a task with sides")
+    values = [reader.read(image) for image in images]
+    away = [(reader.best - reader.merit(value)) / (reader.best - reader.worst) for value in values]
+    sides = ["left" if value < 0 else "right" for value in values] if reader.sides else ("", "")
+    label = judge.label(away, keys, sides)
+    if label == -1:
+        return tell(reader, values, doubt=True)
+    # Where nothing is seen, VLMs answer all the same: they tell something, here the worst.
+    first, second = (value if np.isfinite(value) else abs(reader.worst) for value in values)
+    more_first, more_second = (value + np.copysign(3 * reader.margin, value) for value in (first, second))
+    told = ((first, second), (second, first), (more_first, second), (first, more_second))
+    return next(words for words in (tell(reader, pair) for pair in told)
+                if decide(reader, words) == str(label))
 
 
 def decide(reader, text):
@@ -452,7 +481,7 @@ def answer_code(goal, text, mistakes, seed):
 
 # ---- the one entrance ----
 
-def answer(parts, mistakes=0.0, unsure=0.0, seed=0):
+def answer(parts, mistakes=0.0, unsure=0.0, seed=0, judge=None):
     """parts: list of str | (H, W, 3) uint8 -> the text a model would have written."""
     text = "\n".join(part for part in parts if isinstance(part, str))
     images = [part for part in parts if not isinstance(part, str)]
@@ -470,8 +499,11 @@ def answer(parts, mistakes=0.0, unsure=0.0, seed=0):
         return f"{SAYS} From the notes.\n{judge(reader, text)}"
     draw = [seed, goals[-1], *(hashlib.sha256(image.tobytes()).hexdigest() for image in images)]
     sure = goals[-1] != SIGHT  # the sight check tests the line, not the eyes: never a lie there
-    words = describe(reader, images, lie=sure and chance("lie", *draw) < mistakes,
-                     doubt=sure and chance("doubt", *draw) < unsure)
+    if judge and sure and len(images) == 2:
+        words = describe_as(judge, reader, images, draw[2:])
+    else:
+        words = describe(reader, images, lie=sure and chance("lie", *draw) < mistakes,
+                         doubt=sure and chance("doubt", *draw) < unsure)
     if "-1" in text:
         words += "\n" + decide(reader, words)
     elif "from 0" in text and len(images) == 1:
@@ -647,7 +679,7 @@ class Handler(BaseHTTPRequestHandler):
             if body.get("stream"):
                 raise BadQuestion("streaming is not offered: leave stream out")
             parts = wire.read(body)
-            text = answer(parts, vlm.mistakes, vlm.unsure, vlm.seed)
+            text = answer(parts, vlm.mistakes, vlm.unsure, vlm.seed, vlm.judge)
         except (BadQuestion, ValueError, KeyError, TypeError, AttributeError,
                 RecursionError) as error:
             why = str(error) if isinstance(error, BadQuestion) else f"not understood: {error!r}"
@@ -713,7 +745,8 @@ class Server(ThreadingHTTPServer):
 class OfflineVLM:
     """The stand-in as an object: with OfflineVLM(mistakes=0.1) as url: ...
 
-    port: 0 picks a free one.  mistakes (on two images), unsure: shares of the questions.
+    port: 0 picks a free one.  mistakes (on two images), unsure: shares of the questions.  judge: one
+    of support/judges.py, or None; it errs on two images, with neither of these two.
     latency: seconds.  faults: share of tries that meet a transient fault, or the name of one of
     FAULTS, which then meets the first try of every question.  key: what the caller's must be.
     requests: Counter, hash of the body -> times asked.  ValueError for what is out of its range.
@@ -723,20 +756,26 @@ class OfflineVLM:
     hang, drip = 5.0, 0.05  # seconds of silence; seconds between two bytes
 
     def __init__(self, port=0, mistakes=0.0, unsure=0.0, latency=0.0, faults=0.0, seed=0,
-                 key=None):
+                 key=None, judge=None):
         if isinstance(faults, str) and faults not in FAULTS:
             raise ValueError(f"no fault {faults!r}: use a share or one of {', '.join(FAULTS)}")
         for name, share in {"mistakes": mistakes, "unsure": unsure, "faults": faults}.items():
             if not isinstance(share, str) and not 0 <= share <= 1:
                 raise ValueError(f"{name}={share}: a share is 0 to 1")
+        if judge and (mistakes or unsure):
+            raise ValueError("a judge has errors of its own: leave out mistakes and unsure")
         if not 0 <= latency < float("inf"):
             raise ValueError(f"latency={latency}: seconds, 0 or more")
         self.port, self.mistakes, self.unsure, self.latency = port, mistakes, unsure, latency
-        self.faults, self.seed, self.key = faults, seed, key
+        self.faults, self.seed, self.key, self.judge = faults, seed, key, judge
         self.requests, self.last = Counter(), None
         # Whatever changes its answers is in its name, so that no cache of answers mixes them up.
         version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:6]
         self.model = f"{NAME}-{version}-mistakes{mistakes}-unsure{unsure}-seed{seed}"
+        if judge:
+            code = Path(inspect.getfile(type(judge))).read_bytes()
+            told = hashlib.sha256(repr(judge).encode() + code).hexdigest()[:8]
+            self.model += f"-simulates-{judge.name or 'numbers'}-{told}"
         self.model += f"-{faults}" * (faults in STRANGE)
         self.lock = threading.Lock()
 
