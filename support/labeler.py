@@ -17,7 +17,7 @@ import imageio
 import numpy as np
 
 import vlm_query
-from support import cached_labels, offline_vlm, settings
+from support import cached_labels, judges, offline_vlm, settings
 from support.settings import UserError
 
 UNCERTAIN = ("asked", "unsure", "unreadable", "no_answer", "identical")  # counts that vlm_query gives
@@ -27,7 +27,7 @@ class Labeler:
     """labeler(images, pairs, step, rng) -> the pairs that got a label: first, second (L, S, S, 3) uint8, y (L,) 0 or 1.
 
     vlm: a vlm_query.VLM, or None: the oracle answers, from true progress.  mistakes: share of wrong answers of the
-    oracle.
+    oracle.  judge: of support/judges.py, as which the oracle errs instead, or None.
     kept: (first, second, label) of answers that are there already; all of them are given at the first call.
     log: the LabelLog of the run, and folder: where images of pairs are written; the run hands them over when it has
     them.
@@ -36,9 +36,11 @@ class Labeler:
 
     COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "right", "judged")
 
-    def __init__(self, goal, vlm=None, stages=2, workers=8, max_pairs=1000, mistakes=0.0, kept=None, server=None):
+    def __init__(self, goal, vlm=None, stages=2, workers=8, max_pairs=1000, mistakes=0.0, kept=None, server=None,
+                 judge=None):
         self.goal, self.vlm, self.stages, self.workers = goal, vlm, stages, workers
         self.max_pairs, self.mistakes, self.kept, self.server = max_pairs, mistakes, kept, server
+        self.judge = judge
         self.counts = dict.fromkeys(self.COUNTS, 0)
         self.exhausted = False  # a limit on calls or money was reached: training goes on with the reward there is
         self.log, self.folder, self.logged = None, None, 0  # logged: lines in labels.jsonl
@@ -62,6 +64,9 @@ class Labeler:
         self.start = self.logged
         if self.vlm is None:
             labels = vlm_query.oracle_labels(before, after, rng, self.mistakes)
+            if self.judge:
+                labels = np.array(judges.label_by_progress(self.judge, images.progress[:len(images)], before, after,
+                                                           first, second), np.int8)
             for pair, label in enumerate(labels):
                 log({"pair": pair, "label": int(label), "kind": "label" if label >= 0 else "unsure", "answers": []})
             counts = {"asked": len(labels), "unsure": int((labels == -1).sum())}
@@ -154,7 +159,8 @@ def make_labeler(config):
     if kind == "vlm" and (compares or config.reward == "code"):
         vlm, server = make_vlm(config, flaws)
     make = ScoreLabeler if config.reward == "score" else Labeler
-    return make(config.goal, vlm, config.stages, config.workers, config.max_pairs, flaws["mistakes"], kept, server)
+    return make(config.goal, vlm, config.stages, config.workers, config.max_pairs, flaws["mistakes"], kept, server,
+                settings.judge_of(config))
 
 
 def make_vlm(config, flaws):
@@ -164,7 +170,11 @@ def make_vlm(config, flaws):
         if config.goal not in offline_vlm.READERS:
             raise UserError(f'the offline stand-in is not a VLM and knows only these goals: '
                             f'{"; ".join(offline_vlm.READERS)}. For "{config.goal}" name a real one with --vlm')
-        server = offline_vlm.OfflineVLM(**flaws, seed=config.seed)
+        judge = settings.judge_of(config)
+        if judge and judge.blind and not offline_vlm.READERS[config.goal].sides:
+            raise UserError(f"--vlm {config.vlm[:60]}: a judge that is blind on one side needs a task that has sides, "
+                            "such as CartPole")
+        server = offline_vlm.OfflineVLM(**{flaw: flaws[flaw] for flaw in settings.FLAWS}, seed=config.seed, judge=judge)
         name, url = f"offline/{server.model}", server.start()
     # One cache for all runs beside each other: a question that was paid for once is never paid for again.
     cache = os.path.join(os.path.dirname(os.path.abspath(config.out)), "vlm_cache")

@@ -4,7 +4,8 @@ What this is: one dataclass, Config, holds every tunable; a field's comment is i
 the first of these that has one: the flag (or --set), the task's schedule (tasks/schedules.py), the default in Config.
 Flags and config.json of earlier versions are understood too (modern).
 Which STEPs: none.
-Names: Config, parse_args, resolve, resumed, command_line; labels_kind, kept_folder, vlm_name, flaws_of, who_labels;
+Names: Config, parse_args, resolve, resumed, command_line; labels_kind, kept_folder, vlm_name, flaws_of, judge_of,
+who_labels;
 UserError, say. Imports nothing large, so that --help is instant.
 
 To use it elsewhere:
@@ -23,6 +24,8 @@ import sys
 import typing
 import unicodedata
 
+from support import judges
+
 
 # ---- every tunable, once ----
 def by_task(default):
@@ -39,7 +42,7 @@ class Config:
     goal: str | None = None  # the goal in words, for the VLM; built-in tasks have one
     reward: str = "preference"  # preference (RL-VLM-F), code (VLM-CaR), score, clip, true, sparse
     labels: str = "vlm"  # who compares images: vlm, oracle (true progress), FOLDER of kept answers
-    # The VLM (to make one err: --vlm offline:mistakes=0.2,unsure=0.1,latency=1 or --labels oracle:mistakes=0.2)
+    # The VLM (to make one err: --vlm offline:judge=weak or offline:mistakes=0.2; --labels oracle:judge=weak)
     vlm: str = "offline"  # openai|gemini|anthropic|local/MODEL, or offline, which is no VLM
     vlm_url: str | None = None  # address of the server of local/MODEL: http://localhost:11434/v1
     vlm_extra: str = "{}"  # JSON added to every request: {"reasoning_effort": "low"}
@@ -178,10 +181,20 @@ def vlm_name(config):
 def flaws_of(config):
     """What whoever labels does wrong on purpose -> {"mistakes": share, "unsure": share, "latency": seconds}.
 
+    Where a judge is named, its words are there as well: {"judge": "weak", "slope": 2.0}.
+
     Example: --vlm offline:mistakes=0.2,latency=1 gives 0.2, 0.0 and 1.0. A real VLM is told to do nothing wrong.
     """
     asked = "labels" if labels_kind(config) == "oracle" else "vlm"
     return {**dict.fromkeys(FLAWS, 0.0), **read_flaws(asked, getattr(config, asked))}
+
+
+def judge_of(config):
+    """The judge of support/judges.py whose errors the stand-in or the oracle makes -> Judge, or None.
+
+    Example: --vlm offline:judge=weak,latency=1, with the goal and the seed of the run, which its errors depend on.
+    """
+    return judges.make(flaws_of(config), config.goal, config.seed)
 
 
 def read_flaws(name, text):
@@ -191,6 +204,12 @@ def read_flaws(name, text):
     found = {}
     for part in parts.split(",") if colon and possible else ():
         flaw, _, number = part.partition("=")
+        if flaw in judges.WORDS:
+            try:
+                found[flaw] = judges.read(flaw, number)
+            except ValueError as error:
+                raise UserError(f"--{name} {text[:60]}: {error}") from None
+            continue
         try:
             low, high = FLAWS[flaw] if flaw in possible else (1, 0)
             found[flaw] = float(number)
@@ -198,13 +217,18 @@ def read_flaws(name, text):
                 raise ValueError
         except ValueError:
             ranges = ", ".join(f"{each}= {FLAWS[each][0]} to {FLAWS[each][1]}" for each in possible)
-            raise UserError(f"--{name} {text[:60]}: after {who}: there are {ranges}, with commas between") from None
-    return found
+            raise UserError(f"--{name} {text[:60]}: after {who}: there are {ranges}, with commas between; or a judge's "
+                            f"{', '.join(f'{word}=' for word in judges.WORDS)}") from None
+    if judges.make(found) and (found.get("mistakes") or found.get("unsure")):
+        raise UserError(f"--{name} {text[:60]}: a judge has errors of its own: leave out mistakes= and unsure=")
+    return dict(sorted(found.items()))
 
 
 def with_flaws(who, flaws):
     """The way back: "offline", {"mistakes": 0.2} -> "offline:mistakes=0.2"; without flaws only "offline"."""
-    parts = [f"{flaw}={number:.12g}" for flaw, number in flaws.items() if number]
+    # trap: jitter=0 says something, mistakes=0 does not
+    parts = [f"{flaw}={value if isinstance(value, str) else f'{value:.12g}'}" for flaw, value in flaws.items()
+             if value or flaw not in FLAWS]
     return f"{who}:{','.join(parts)}" if parts else who
 
 
@@ -223,8 +247,10 @@ def who_labels(config):
         log = os.path.join(kept, "labels.jsonl") if os.path.isdir(kept) else kept
         # a stand-in stays a stand-in, whoever reads its answers
         return f"answers of {labeler_of(log)}, read from {kept}"
-    share = flaws_of(config)["mistakes"]
-    mistakes = f", wrong on purpose in {share:.0%}" if share else ""
+    flaws = flaws_of(config)
+    mistakes = f", wrong on purpose in {flaws['mistakes']:.0%}" if flaws["mistakes"] else ""
+    if judges.make(flaws):
+        mistakes = f", {judges.announce(flaws)}"
     if labels_kind(config) == "oracle" and config.reward == "preference":
         return f"oracle (labels from true progress, not a VLM{mistakes})"
     stand_in = config.vlm.startswith("offline")  # offline/NAME: one that runs already
@@ -331,11 +357,16 @@ def check_together(config):
     if kind == "kept" and not os.path.exists(config.labels):
         raise UserError(f"--labels {config.labels[:100]}: there are vlm, oracle, oracle:mistakes=0.2, or a folder or "
                         "file of kept answers (with --reward code: of programs), and none has this name")
+    if config.reward in ("score", "code") and judges.make(flaws):
+        raise UserError(f"--vlm {config.vlm[:60]}: a judge compares two images, and --reward {config.reward} does not")
     if config.reward == "score" and flaws.get("mistakes"):
         raise UserError(f"--vlm {config.vlm}: a mistake exchanges two images, and --reward score shows only one")
     if kind == "oracle" and any(flaws.values()):
         raise UserError(f"--vlm {config.vlm}: that is a flaw of the offline stand-in, which is not asked here; for the "
                         "oracle's own: --labels oracle:mistakes=0.2")
+    if kind == "oracle" and judge_of(config) and judge_of(config).blind:
+        raise UserError(f"--labels {config.labels[:60]}: an oracle knows progress, which has no sides; a judge that is "
+                        "blind on one is --vlm offline:judge=one-sided")
     if vlm_name(config) == "offline" and config.vlm_url:
         raise UserError("--vlm offline starts a stand-in of its own; for one that runs already: "
                         "--vlm offline/NAME --vlm-url URL")
