@@ -106,9 +106,9 @@ def others_at_rest(rows, x, axes):
 
 
 def labelers(rows):
-    """Who compared the images, on one line: the share of wrong labels is on an axis or in a name already."""
-    names = dict.fromkeys(
-        (row["method"], re.sub(r", wrong on purpose in \S+?%", "", row["labeler"])) for row in rows)
+    """Who compared the images, on one line. An axis or a name has the share of wrong labels, or the judge, already."""
+    known = r", wrong on purpose in \S+?%|(?<=published figures), judge [^)]*|(?<=neural judge), judge [^)]*"
+    names = dict.fromkeys((row["method"], re.sub(known, "", row["labeler"])) for row in rows)
     names = [pair for pair in names if pair[1] and not pair[1].startswith("nobody")]
     return "; ".join(f"{name} ({method})" if len(names) > 1 else name for method, name in names) or "nobody"
 
@@ -237,7 +237,7 @@ def words(name):
     """A column's name for people."""
     return {"eval_success": "success at the end", "eval_success_any": "success at any time", "eval_return": "return",
             "success_last_third": "success in the last third of the run", "max_pairs": "pairs that may be asked",
-            "vlm_mistakes": "wrong labels", "vlm_unsure": "unsure answers",
+            "vlm_mistakes": "wrong labels", "vlm_unsure": "unsure answers", "judge": "simulated judge",
             "spearman": "Spearman, learned and true reward"}.get(name, name.replace("_", " "))
 
 

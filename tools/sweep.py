@@ -129,10 +129,11 @@ SWEEPS = {
                              "hidden": 256, "batch_size": 256},
     }),
 }
-# Settings of a sweep that Config has no field for: wrong and unsure answers are part of the stand-in's name, and to
-# leave a part out is what tools/ablations.py does. Each is a column of the table, with this value where a setting says
+# Settings of a sweep that Config has no field for: wrong and unsure answers, and the judge as which it errs (a name, or
+# numbers: "slope=3,lean=1.1"; see support/judges.py), are part of the stand-in's name, and to leave a part out is what
+# tools/ablations.py does. Each is a column of the table, with this value where a setting says
 # nothing.
-PSEUDO = {"vlm_mistakes": 0.0, "vlm_unsure": 0.0, "ablation": "nothing"}
+PSEUDO = {"vlm_mistakes": 0.0, "vlm_unsure": 0.0, "judge": "none", "ablation": "nothing"}
 SMALL = ("config.json", "summary.json", "metrics.csv", "timing.csv", "labels.jsonl", "episodes.csv", "report.html",
          "train.log")  # what comes back from another machine; images and checkpoints stay there
 KEY = ("task", "method", "setting", "seed")  # what makes two rows the same run
@@ -165,6 +166,9 @@ class Job:
         fields = {name: value for name, value in self.overrides.items() if name not in PSEUDO}
         flaws = {name: self.overrides.get(f"vlm_{name}") for name in ("mistakes", "unsure")}
         flaws = ",".join(f"{name}={share:g}" for name, share in flaws.items() if share)
+        judge = self.overrides.get("judge", "none")
+        if judge != "none":
+            flaws = ",".join(filter(None, (judge if "=" in judge else f"judge={judge}", flaws)))
         if flaws:
             if fields.get("vlm", "offline") != "offline":
                 raise ValueError(f"{flaws} is a flaw of the offline stand-in, and --set says vlm={fields['vlm']}")
@@ -207,6 +211,8 @@ def parse_fields(words, split=True):
     from support import settings
 
     def value_of(name, text):
+        if name == "judge" and text != "none":
+            settings.read_flaws("vlm", f"offline:{text if '=' in text else f'judge={text}'}")
         if name in PSEUDO:
             return type(PSEUDO[name])(text)
         found = settings.parse_args([f"--{name.replace('_', '-')}={text}"])
