@@ -328,8 +328,9 @@ class RewardModel:
                 moment.zero_()
 
     def fit(self, data, epochs, stop_accuracy=0.97):
-        """Go over all fitted answers up to `epochs` times -> dict(loss, train_accuracy, heldout_accuracy, epochs, lean).
+        """Go over all fitted answers up to `epochs` times.
 
+        -> dict(loss, train_accuracy, heldout_accuracy, epochs, lean)
         Stops after an epoch in which the accuracy exceeded stop_accuracy, as in the official code: to go on would only
         push apart what is ordered already. Stops also by the held-out answers ("Differs" 1), if there are at least
         four of them.

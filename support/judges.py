@@ -66,7 +66,7 @@ PAIRS, MEDIAN = 50, 0.2  # pairs of either label behind a rate; the |D| that the
 
 # Kinds of judges. `slope` and `lean` are round numbers for what is found among the 33 cells of PUBLISHED, but for the
 # last two: these are fitted to tiny neural judges that were trained on images of CartPole and then asked 500 pairs in
-# both orders, in two stages. blurry has its shares of right answers within .04 everywhere; one-sided within .15.
+# both orders, in two stages. blurry has its shares of right answers within .04 everywhere; one-sided within .16.
 PRESETS = {
     "good": {"slope": 8.0, "lean": 0.2, "doubt": 0.3},  # Gemini 2.0 Flash on sweep-into, without its lean: a guess
     "weak": {"slope": 1.3, "lean": 1.3},  # the median cell
