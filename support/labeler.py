@@ -26,6 +26,7 @@ UNCERTAIN = ("asked", "unsure", "unreadable", "no_answer", "identical")  # count
 class Labeler:
     """labeler(images, pairs, step, rng) -> the pairs that got a label: first, second (L, S, S, 3) uint8, y (L,) 0 or 1.
 
+    soft: y is vlm_query.p_second, from 0 to 1, in place of the label, wherever it is known.
     vlm: a vlm_query.VLM, or None: the oracle answers, from true progress.  mistakes: share of wrong answers of the
     oracle.
     kept: (first, second, label) of answers that are there already; all of them are given at the first call.
@@ -36,8 +37,9 @@ class Labeler:
 
     COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "right", "judged")
 
-    def __init__(self, goal, vlm=None, stages=2, workers=8, max_pairs=1000, mistakes=0.0, kept=None, server=None):
-        self.goal, self.vlm, self.stages, self.workers = goal, vlm, stages, workers
+    def __init__(self, goal, vlm=None, stages=2, workers=8, max_pairs=1000, mistakes=0.0, kept=None, server=None,
+                 soft=False):
+        self.goal, self.vlm, self.stages, self.workers, self.soft = goal, vlm, stages, workers, soft
         self.max_pairs, self.mistakes, self.kept, self.server = max_pairs, mistakes, kept, server
         self.counts = dict.fromkeys(self.COUNTS, 0)
         self.exhausted = False  # a limit on calls or money was reached: training goes on with the reward there is
@@ -52,9 +54,11 @@ class Labeler:
         before, after = images.progress[pairs[:, 0]], images.progress[pairs[:, 1]]  # (M,) true progress, for the books
         true_labels = vlm_query.oracle_labels(before, after, rng)
         first, second = images.large[pairs[:, 0]], images.large[pairs[:, 1]]  # (M, P, P, 3)
+        p_second = np.full(len(pairs), np.nan, np.float32)  # (M,)
 
         def log(record):
             pair = record.pop("pair")
+            p_second[pair] = record.get("p_second", np.nan)
             self.write(pair, np.hstack([first[pair], second[pair]]),
                        {"step": step, **record, "true_label": int(true_labels[pair]),
                         "progress": [float(before[pair]), float(after[pair])]})
@@ -69,7 +73,8 @@ class Labeler:
             labels, counts = vlm_query.label_pairs(self.vlm, first, second, self.goal, self.stages, self.workers, log)
         self.count(counts, labels=labels >= 0, judged=(labels >= 0) & (true_labels >= 0), right=labels == true_labels)
         usable = labels >= 0
-        return images.small[pairs[usable, 0]], images.small[pairs[usable, 1]], labels[usable]
+        y = np.where(np.isnan(p_second), labels, p_second) if self.soft else labels  # (M,)
+        return images.small[pairs[usable, 0]], images.small[pairs[usable, 1]], y[usable]
 
     def write(self, number, image, record):
         """Question `number` of this session: its image into pairs/, its record into labels.jsonl."""
@@ -154,7 +159,8 @@ def make_labeler(config):
     if kind == "vlm" and (compares or config.reward == "code"):
         vlm, server = make_vlm(config, flaws)
     make = ScoreLabeler if config.reward == "score" else Labeler
-    return make(config.goal, vlm, config.stages, config.workers, config.max_pairs, flaws["mistakes"], kept, server)
+    return make(config.goal, vlm, config.stages, config.workers, config.max_pairs, flaws["mistakes"], kept, server,
+                bool(config.soft_labels))
 
 
 def make_vlm(config, flaws):
@@ -171,6 +177,7 @@ def make_vlm(config, flaws):
     vlm = vlm_query.VLM(name, url=url, cache=cache, workers=config.workers, max_calls=config.max_calls,
                         extra=json.loads(config.vlm_extra), max_usd=config.max_usd,
                         usd_per_mtok=settings.price_of(config), timeout=(10, config.timeout),
-                        deadline=max(300, 2.5 * config.timeout))  # time for a second try, and a third
+                        deadline=max(300, 2.5 * config.timeout),  # time for a second try, and a third
+                        logprobs=bool(config.soft_labels))
     vlm.check_sight()
     return vlm, server
