@@ -338,8 +338,8 @@ def p_second(text, tokens):
 
 
 def plain(token):
-    """A token as text. Some servers write it as it stands in their vocabulary: U+0120 and U+2581 are a space there."""
-    return re.sub(MINUS, "-", token.translate({0x120: " ", 0x2581: " ", 0x10a: "\n"}))
+    """A token as text. Some servers write it as it stands in their vocabulary, where these letters are white space."""
+    return token.translate({0x120: " ", 0x10a: "\n"})
 
 
 # ---- a batch of questions, side by side ----

@@ -679,7 +679,8 @@ def test_a_temperature_that_the_user_names_is_the_users(serve):
     assert fields(server) == [{"temperature": 0.7}]
     server = serve(always(http(words("0"))))
     client(server, extra={"temperature": None, "seed": 1}).ask(ASKS)
-    assert fields(server) == [{"seed": 1}]
+    client(server, extra={"temperature": 0.7, "top_logprobs": 20}, logprobs=True).ask(ASKS)
+    assert fields(server) == [{"seed": 1}, {"logprobs": True, "top_logprobs": 20, "temperature": 0.7}]
 
 
 def test_an_error_that_names_something_else_still_stops(serve):
@@ -729,6 +730,15 @@ def test_the_label_is_found_among_the_tokens_or_not_at_all(serve, text, tokens, 
     assert vlm.ask(ASKS)[::5] == (text, p)
 
 
+def test_a_token_that_was_drawn_though_it_is_not_among_the_likeliest_counts_too(serve):
+    """A server that samples may write the sixth likeliest token, and lists five."""
+    top = [{"token": each, "logprob": float(np.log(p))} for each, p in {"0": .6, "The": .2}.items()]
+    raw = json.loads(told("1"))
+    raw["choices"][0]["logprobs"]["content"] = [{"token": "1", "logprob": float(np.log(.15)), "top_logprobs": top}]
+    vlm = client(serve(always(http(json.dumps(raw).encode()))), logprobs=True)
+    assert vlm.ask(ASKS)[::5] == ("1", .2)
+
+
 @pytest.mark.parametrize("odd", [
     None, {}, {"content": None}, {"content": []}, {"content": ["1"]}, {"content": [{"token": "1", "logprob": -.1}]}, [], "no", 7,
     {"content": [{"token": "1", "logprob": -.1, "top_logprobs": None}]}, {"content": [{"token": 1, "logprob": -.1, "top_logprobs": []}]},
@@ -748,6 +758,12 @@ def test_probabilities_that_do_not_come_are_missed_once_in_words_and_the_label_s
     assert capfd.readouterr().err == ("local/m gave an answer without the probabilities of tokens (logprobs): "
                                       "labels without them are 0 or 1\n")
     assert all(asked["logprobs"] for asked in fields(server))
+
+
+@pytest.mark.parametrize("raw", [words("-1"), words("I cannot say."), words("1", "length"), told("-1"), words("1", "content_filter")])
+def test_nothing_is_missed_where_there_is_no_label(serve, capfd, raw):
+    """An unsure or useless first answer says nothing about what the server can tell."""
+    assert client(serve(always(http(raw))), logprobs=True).ask(ASKS).p_second is None and not capfd.readouterr().err
 
 
 @pytest.mark.parametrize("provider, message", [
