@@ -304,7 +304,8 @@ def number_and_verdict(text, own):
 # A number by itself. Group 1 says that it names an image: "Image 1". Not "10", "0.5", "h1".
 OWN_NUMBER = r"(?i)((?:image|picture)[^a-z\d\n]*)?(?<![a-z\d.])(\d)(?![a-z\d]|\.\d)"
 # A token that holds one digit and no other word: "1", " 1", "\n1", "1.". Not "-1", which is "unsure".
-DIGIT_TOKEN = r"[^\w-]*(\d)[^\w-]*"
+# trap: some servers write tokens as they stand in the vocabulary, where U+0120, a letter, is a space.
+DIGIT_TOKEN = r"(?:[^\w-]|\u0120)*(\d)[^\w-]*"
 
 
 def p_second(text, tokens):
@@ -322,24 +323,19 @@ def p_second(text, tokens):
     kept as they are; for a soft label p_second counts. With two stages it is the doubt of call 2 alone, so mostly near
     0 or 1: what call 1 was unsure of stands in the notes, if anywhere.
     """
-    label, text = parse_label(text), plain(text)
+    label = parse_label(text)
     # The label's place: the last such number by itself. Then which token has the same place, counted in characters.
     places = [m.start(2) for m in re.finditer(OWN_NUMBER, text) if not m[1] and int(m[2]) == label]
-    token_of = [others for token, others in tokens for _ in plain(token)]  # (characters,)
-    place = "".join(plain(token) for token, _ in tokens).rfind(text[places[-1]:].rstrip()) if places else -1
+    token_of = [others for token, others in tokens for _ in token]  # (characters,)
+    place = "".join(token for token, _ in tokens).rfind(text[places[-1]:].rstrip()) if places else -1
     if place < 0:
         return None
     p = [0.0, 0.0]  # of "0", of "1", each summed over "1", " 1" and so on
     for token, logprob in token_of[place].items():
-        digit = re.fullmatch(DIGIT_TOKEN, plain(token))
+        digit = re.fullmatch(DIGIT_TOKEN, token)
         if digit and digit[1] in "01" and logprob < 0.01:  # 0 is the most, but for rounding; nan is refused too
             p[int(digit[1])] += math.exp(logprob)
     return round(p[1] / sum(p), 4) if p[label] and len(token_of[place]) > 1 else None
-
-
-def plain(token):
-    """A token as text. Some servers write it as it stands in their vocabulary, where these letters are white space."""
-    return token.translate({0x120: " ", 0x10a: "\n"})
 
 
 # ---- a batch of questions, side by side ----
