@@ -554,9 +554,12 @@ def test_each_provider_gets_the_body_that_its_documentation_asks_for():
     assert body == {"model": "m", "max_tokens": 8192, "messages": [{"role": "user", "content": content}]}
 
 
-def test_no_body_holds_a_temperature_and_extra_is_merged_in_depth():
-    """Current models refuse a temperature; extra must leave its neighbours alone."""
-    assert "temperature" not in inspect.getsource(vlm_query).split('"""', 2)[2]  # after the header
+def test_only_local_servers_are_told_a_temperature_and_extra_is_merged_in_depth():
+    """They sample unless told not to; current hosted models refuse it. Extra must leave its neighbours alone."""
+    told = {provider: sent_by(provider)[2].get("temperature") for provider in ("local/m", "openai/m", "anthropic/m", "offline/m")}
+    assert told == {"local/m": 0, "openai/m": None, "anthropic/m": None, "offline/m": None}
+    assert sent_by("local/m", extra={"temperature": 0.5})[2]["temperature"] == 0.5
+    assert sent_by("local/m", extra={"temperature": None})[2] == sent_by("offline/m")[2]
     _, _, body = sent_by("gemini/m", extra={"generationConfig": {"seed": 1}})
     assert body["generationConfig"] == {"seed": 1} and "contents" in body
     assert vlm_query.merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}

@@ -17,12 +17,15 @@ SGLang), Gemini and Anthropic. It begins with a table of what can go wrong, and 
 Differs from the paper:
   1. The prompts are worded anew, because the official code has no licence. Each call asks for the same
      things as in the paper.
-  2. No temperature is sent, because some current models refuse it. A run is repeatable by the answers kept on disk.
+  2. Temperature 0 is sent to `local/` alone: such servers sample unless told not to, while some current hosted models
+     refuse it. {"temperature": null} in `extra` leaves it out. A run is repeatable by the answers kept on disk.
   3. A failed call is no "-1". It is made again, and in the end counted as "no answer". If more than half of a batch
      comes to nothing, or the server is silent for a whole deadline, the run stops. The official client turns every
      failure into "-1", so it trains on after its key has expired.
   4. Pairs whose images look the same are not sent. The official client pays for their answers and drops them.
   5. The pairs of a batch are asked side by side, in threads. No label depends on which answer arrives first.
+  6. On request (VLM(..., logprobs=True)) the log also has p_second, how likely the VLM found it that the second image
+     is closer. It can stand for y in the loss: a soft label.
 
 Shapes: M pairs, N images, H and W pixels. Images are (M, H, W, 3) uint8 RGB, labels (M,) int8, scores (N,) float64.
 `ask` is a function that takes a list of str and (H, W, 3) images, and returns a Reply; or an object such as VLM, which
@@ -98,7 +101,8 @@ number from 0 (as far from the goal as can be) to 1 (the goal is fully reached).
 # What `ask` returns. `text` is the answer. `end` says how it ended: "complete"; "cut off" (the output limit was met, or
 # the model was still thinking); "refused" (by the model or by a filter); "empty" (there are no words in it); "failed"
 # (the server's fault); or "unreachable: WHY" (there is no answer at all). `cached`: it was on disk and cost nothing.
-Reply = namedtuple("Reply", "text end tokens_in tokens_out cached")
+# `p_second`: see p_second(); None where nobody knows it.
+Reply = namedtuple("Reply", "text end tokens_in tokens_out cached p_second", defaults=[None])
 
 
 class VLMError(Exception):
@@ -147,9 +151,11 @@ def record_of(question, kind, value=None, replies=(), seconds=0.0):
 
     Example, of a pair in two stages: {"answers": ["In Image 1 the drawer ...", "1"], "ends": ["complete", "complete"],
     "label": 1, "kind": "label", "tokens_in": 1830, "tokens_out": 122, "cached": False, "seconds": 3.214}
+    A label whose p_second() is known has that too: "p_second": 0.93.
     """
+    soft = {"p_second": replies[-1].p_second} if kind == "label" and replies[-1].p_second is not None else {}
     return {"answers": [r.text for r in replies], "ends": [r.end for r in replies],
-            question.value: question.none if value is None else value, "kind": kind,
+            question.value: question.none if value is None else value, "kind": kind, **soft,
             "tokens_in": sum(r.tokens_in for r in replies), "tokens_out": sum(r.tokens_out for r in replies),
             "cached": bool(replies) and all(r.cached for r in replies), "seconds": seconds}
 
@@ -292,6 +298,44 @@ def number_and_verdict(text, own):
             said.update([float(number)] if number else [])
     # trap: after a line "0", a lone "1" is its confidence, a footnote, or a change of mind.
     return number if len(said) == 1 else None, verdicts[-1] if verdicts else None
+
+
+# ---- soft labels: how sure was the VLM of its label? ----
+# A number by itself. Group 1 says that it names an image: "Image 1". Not "10", "0.5", "h1".
+OWN_NUMBER = r"(?i)((?:image|picture)[^a-z\d\n]*)?(?<![a-z\d.])(\d)(?![a-z\d]|\.\d)"
+# A token that holds one digit and no other word: "1", " 1", "\n1", "1.". Not "-1", which is "unsure".
+# trap: some servers write tokens as they stand in the vocabulary, where U+0120, a letter, is a space.
+DIGIT_TOKEN = r"(?:[^\w-]|\u0120)*(\d)[^\w-]*"
+
+
+def p_second(text, tokens):
+    """P[the second image is closer] = P("1") / (P("0") + P("1")), read at the token that holds the label, or None.
+
+    text: an answer.  tokens: for each of its tokens (the token, {each token that may have stood there: its natural
+    log-probability}). They may hold more than the text: thoughts before it, a mark of its end after it.
+    None where the text has no label 0 or 1, where its token is not found, or where nothing else may have stood there.
+
+    Worked example: "Image 1 is shut.\\n1" ends with the tokens " shut", ".\\n", "1". parse_label() reads 1, and the last
+    1 that names no image is the last token. There may have stood {"1": log .6, " 1": log .1, "0": log .2, "-": log .1}:
+        P("1") = .6 + .1, P("0") = .2  ->  .7 / .9 = .7778; "-" would have begun "-1", which speaks for neither image.
+
+    Where the server samples, the label is one draw, and may be the less likely one: label 1 with p_second .3. Both are
+    kept as they are; for a soft label p_second counts. With two stages it is the doubt of call 2 alone, so mostly near
+    0 or 1: what call 1 was unsure of stands in the notes, if anywhere.
+    """
+    label = parse_label(text)
+    # The label's place: the last such number by itself. Then which token has the same place, counted in characters.
+    places = [m.start(2) for m in re.finditer(OWN_NUMBER, text) if not m[1] and int(m[2]) == label]
+    token_of = [others for token, others in tokens for _ in token]  # (characters,)
+    place = "".join(token for token, _ in tokens).rfind(text[places[-1]:].rstrip()) if places else -1
+    if place < 0:
+        return None
+    p = [0.0, 0.0]  # of "0", of "1", each summed over "1", " 1" and so on
+    for token, logprob in token_of[place].items():
+        digit = re.fullmatch(DIGIT_TOKEN, token)
+        if digit and digit[1] in "01" and logprob < 0.01:  # 0 is the most, but for rounding; nan is refused too
+            p[int(digit[1])] += math.exp(logprob)
+    return round(p[1] / sum(p), 4) if p[label] and len(token_of[place]) > 1 else None
 
 
 # ---- a batch of questions, side by side ----
@@ -507,6 +551,9 @@ def check_images(**arrays):
 #   Wrong key, no permission, bad request, unknown model, quota or money gone, a redirect, a web page for an answer.
 #     VLMError with the provider's own words and what to do. --resume goes on from there.
 #
+# The server refuses temperature 0, or to tell the probabilities of tokens, and names it in its error:
+#     It is said once, and asked without. So it is with probabilities that do not come: labels are then 0 or 1.
+#
 # It is an answer, and no label. These three are counted apart, and none of them becomes a label:
 #   "no answer"   refused, filtered, cut off, empty, no choices, <think> that never ends, all of the text in
 #                 reasoning_content; an end that is the server's fault ("error", "abort"). What is empty or the server's
@@ -531,6 +578,10 @@ HTTP_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError)
 TOO_LATE = (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError)
 
 
+class Refused(VLMError):
+    """An error of the server's that does not pass, in its own words."""
+
+
 class Silence(TimeoutError):
     """Nobody had an answer since the question was asked: the fault is the server's, not the question's."""
 
@@ -540,7 +591,8 @@ class VLM:
 
     name: "openai/MODEL", "gemini/MODEL", "anthropic/MODEL", "local/MODEL" (OpenAI's format, at `url`) or "offline".
     url: base of the server, where it is not the official one.  key: by default from the environment.
-    cache: folder in which all answers are kept, so that none is paid for twice.  extra: merged into every body.
+    cache: folder in which all answers are kept, so that none is paid for twice.  extra: merged into every body; where
+    it says None, that field is left out.  logprobs: ask how likely the other label was, for Reply.p_second.
     workers: requests at the same time, at most.  timeout: seconds (to connect, for the whole answer).
     deadline: seconds after which a question is not tried again.
     max_calls, max_usd: limits; usd_per_mtok: dollars per million tokens (in, out), for usd and max_usd.
@@ -557,9 +609,11 @@ class VLM:
     backoff = 1.0  # seconds; a wait is random() * min(60, 2**try) * backoff
     block = 16  # with max_usd, so many questions are asked before the money is counted again
     TOTALS = ("calls", "cached_calls", "tokens_in", "tokens_out")
+    WITHOUT = {"temperature": "temperature 0: it is left out, and the same question may get another answer",
+               "logprobs": "the probabilities of tokens (logprobs): labels without them are 0 or 1"}
 
     def __init__(self, name, url=None, key=None, cache=None, workers=8, max_calls=None, timeout=(10, 120), extra=None,
-                 max_usd=None, usd_per_mtok=None, deadline=300):
+                 max_usd=None, usd_per_mtok=None, deadline=300, logprobs=False):
         provider, _, model = name.partition("/")
         if provider not in PROVIDERS:
             raise VLMError(f"unknown VLM {name!r}: use one of {', '.join(PROVIDERS)}, then /MODEL")
@@ -582,6 +636,10 @@ class VLM:
         # A short key is a dummy, such as "none", and may be a word of any answer.
         self._secret = spellings(self._key) if len(self._key) >= 8 else None
         self.extra, self.timeout, self.deadline = extra or {}, timeout, deadline
+        # What a body asks for beside the question, until the server refuses it. trap: threads read it, so it is never
+        # changed, but replaced as a whole.
+        self._wants = {"temperature": {} if "temperature" in self.extra else self.wire.greedy,
+                       "logprobs": self.wire.logprobs if logprobs else {}}
         self.max_calls, self.max_usd, self.usd_per_mtok = max_calls, max_usd, usd_per_mtok
         self.cache = Path(cache) if cache else None
         if cache:
@@ -595,6 +653,9 @@ class VLM:
         self._heard = self._warned = self._waiting = False  # ever an answer; ever a failed try; the last try failed
         self._silent_since = math.inf  # when the first try began that came after the last answer
         self._batch = None  # the `stop` of the batch that this clock is for
+        self._missed = set()  # which of WITHOUT has been said
+        if logprobs and not self.wire.logprobs:
+            self._go_without("logprobs", "does not tell")
 
     def ask(self, parts):
         """parts: list of str | (H, W, 3) uint8, shown in that order -> Reply. Raises LimitReached, VLMError."""
@@ -660,9 +721,10 @@ class VLM:
         The way of a question: _question() makes the body and names the file. If the file holds an answer, _read()
         reads it and nothing is sent. Otherwise alone() locks the question, and _send() asks: it waits (_wait), takes
         its turn (_turns), sends one request (_post), has the answer judged (_judge), and begins again if the fault may
-        pass. _read() takes the words out of the JSON, and write_answer() puts the JSON on disk.
+        pass. _read() takes the words out of the JSON, and write_answer() puts the JSON on disk. Where the server
+        refuses something that we ask for beside the question, all of this begins again without it.
         """
-        body, file = self._question(parts)
+        body, file, wants = self._question(parts)
         shared, cached = stop or threading.Event(), self._kept(file)
         try:
             with alone(file, shared) if file and not cached else contextlib.nullcontext():
@@ -676,25 +738,57 @@ class VLM:
             if stop and isinstance(error, Silence):
                 raise VLMError(f"{self.name} gives no answer: {error}") from None
             return Reply("", f"unreachable: {error}", 0, 0, False)
-        text, end, *tokens = read
+        except Refused as error:
+            refused = [name for name in wants if name in str(error).lower()]
+            if not refused:
+                raise
+            self._go_without(refused[0], "refuses")
+            return self.answer(parts, deadline, stop)
+        text, end, *tokens, p = read
+        if "logprobs" in wants and p is None and end == "complete" and parse_label(text) in (0, 1):
+            self._go_without("logprobs", "gave an answer without")
         if self.max_usd is not None and end == "complete" and not any(tokens):
             raise VLMError(f"{self.name} does not say how many tokens it used, so max_usd cannot be kept: "
                            "use max_calls")
         with self._lock:
             for name, more in zip(self.TOTALS, (1, bool(cached), *tokens)):
                 setattr(self, name, getattr(self, name) + more)
-        return Reply(text, end, *tokens, bool(cached))
+        return Reply(text, end, *tokens, bool(cached), p)
+
+    def _go_without(self, name, why):
+        """Say once what is missing, of WITHOUT. What the server refuses is not sent any more.
+
+        trap: one answer without probabilities is no reason to stop asking for them, or other labels of the batch would
+        depend on which answer arrives first.
+        """
+        with self._lock:
+            first = name not in self._missed
+            self._missed.add(name)
+            if why == "refuses":
+                self._wants = {**self._wants, name: {}}
+        if first:
+            warn(f"{self.name} {why} {self.WITHOUT[name]}")
 
     def _question(self, parts):
-        """Parts -> the body to send (bytes), and the file that its answer is kept in (None without a cache)."""
+        """Parts -> the body to send (bytes), the file that its answer is kept in (None without a cache), and which of
+        _wants the body asks for.
+
+        Probabilities are asked for only where a label is: so call 1 of two is the same with them and without, and an
+        answer to it that is on disk serves both.
+        """
         text, image = self.wire.text, self.wire.image
         content = [text(part) if isinstance(part, str) else image(png_base64(part)) for part in parts]
-        body = json.dumps(merged(self.wire.body(self.model, content), self.extra)).encode()
+        label = isinstance(parts[-1], str) and parts[-1].endswith(ANSWER)
+        wants = {name: field for name, field in self._wants.items() if field and (label or name != "logprobs")}
+        body = self.wire.body(self.model, content)
+        for field in (*wants.values(), self.extra):
+            body = merged(body, field)
+        body = json.dumps(body).encode()
         # trap: the stand-in gets another port at each start, so its URL must not count. Its model's name says all that
         # matters (but plain "offline" names no model).
         where = "offline" if self.name.startswith("offline/") else f"{self.name}\n{self.url}"
         key = hashlib.sha256(where.encode() + b"\n" + body).hexdigest()
-        return body, self.cache and self.cache / f"{key}.json"
+        return body, self.cache and self.cache / f"{key}.json", wants
 
     def _kept(self, file):
         """What _read() makes of the kept answer; None if there is none, or one that we would not have kept."""
@@ -705,19 +799,24 @@ class VLM:
             return read if keepable(read) else None
 
     def _read(self, raw):
-        """Body of an answer -> (text, end, tokens in, tokens out). Whatever the body holds, it raises nothing."""
+        """Body of an answer -> (text, end, tokens in, tokens out, p_second). Whatever it holds, nothing is raised."""
+        odd = (KeyError, IndexError, TypeError, AttributeError)
         try:
             data = json.loads(raw)
             if data.get("error"):
-                return "(filtered)", "refused", 0, 0  # _judge() lets no other error through
+                return "(filtered)", "refused", 0, 0, None  # _judge() lets no other error through
             text, end, tokens_in, tokens_out = self.wire.read(data)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            return "", "empty", 0, 0  # such as "choices": "none"
+        except odd:
+            return "", "empty", 0, 0, None  # such as "choices": "none"
         # trap: half an emoji ("\ud83d") is legal JSON, but can be neither printed nor written.
         text = text.encode(errors="replace").decode() if isinstance(text, str) else ""
         if end in ("complete", "failed") and not after_thinking(text).strip():
             end = "cut off" if text.strip() else "empty"  # cut off: all of it was thinking
-        return text, end, counted(tokens_in), counted(tokens_out)
+        p = None
+        if self._wants["logprobs"]:
+            with contextlib.suppress(*odd):  # such as "logprobs": null
+                p = p_second(text, self.wire.tokens(data))
+        return text, end, counted(tokens_in), counted(tokens_out), p
 
     def _send(self, body, deadline, stop):
         """POST until there is an answer -> its body. TimeoutError when it is given up; VLMError when that is hopeless.
@@ -843,7 +942,7 @@ class VLM:
         gone = status == 429 and re.search(QUOTA_GONE, json.dumps(error))
         if not gone and (status in (408, 409, 425, 429) or status >= 500) and status != 501:
             return why, wait_wished(headers, error)
-        raise VLMError(f"{why} - {CURE.get(status, 'check the URL' if status < 400 else 'change what it refuses')}")
+        raise Refused(f"{why} - {CURE.get(status, 'check the URL' if status < 400 else 'change what it refuses')}")
 
 
 # ---- waiting for a turn ----
@@ -954,6 +1053,25 @@ def anthropic_read(data):
     return text, ANTHROPIC_ENDS.get(data.get("stop_reason"), "failed"), tokens_in, usage.get("output_tokens")
 
 
+# And where the probabilities of tokens are, of an answer "1":
+#   OpenAI     {"choices": [{"logprobs": {"content": [
+#                  {"token": "1", "logprob": -0.36, "top_logprobs": [{"token": "1", "logprob": -0.36}, ...]}]}}]}
+#   Gemini     {"candidates": [{"logprobsResult": {"chosenCandidates": [{"token": "1", "logProbability": -0.36}],
+#                  "topCandidates": [{"candidates": [{"token": "1", "logProbability": -0.36}, ...]}]}}]}
+#   Anthropic  has none
+def openai_tokens(data):
+    """The answer's JSON -> for each token (the token, {each that may have stood there: log-probability})."""
+    return [(token["token"], {each["token"]: each["logprob"] for each in [*token["top_logprobs"], token]})
+            for token in data["choices"][0]["logprobs"]["content"]]
+
+
+def gemini_tokens(data):
+    """See openai_tokens(). A log-probability of 0 may be left out, as any 0 in Google's JSON."""
+    found = data["candidates"][0]["logprobsResult"]
+    return [(token["token"], {each["token"]: each.get("logProbability", 0.0) for each in [*top["candidates"], token]})
+            for token, top in zip(found["chosenCandidates"], found["topCandidates"])]
+
+
 # All three formats are one POST of JSON. They differ in:
 #   url, path      the official address; `local` has none, so the user names it. VLM fills in {model}.
 #   variable       of the environment, holds the key. Whoever has an official address needs one.
@@ -961,21 +1079,26 @@ def anthropic_read(data):
 #   text, image    str -> one part of a question, as the provider writes it. An image is base64 of a PNG.
 #   body           (model, list of parts) -> the whole question
 #   read           the answer's JSON -> (text, end, tokens in, tokens out)
-Provider = namedtuple("Provider", "url path variable headers text image body read")
+#   logprobs       what asks for the probabilities of tokens, {} where there are none; tokens reads them. Five for each
+#                  token, because some servers allow no more.
+#   greedy         what asks for the likeliest answer in place of a random one; {} where some models refuse that
+Provider = namedtuple("Provider", "url path variable headers text image body read logprobs tokens greedy")
 PROVIDERS = {
     "openai": Provider(
         "https://api.openai.com/v1", "/chat/completions", "OPENAI_API_KEY", {"Authorization": "Bearer {key}"},
         lambda text: {"type": "text", "text": text},
         lambda data: {"type": "image_url", "image_url": {"url": "data:image/png;base64," + data}},
         # There is no output limit: left out, it is the model's own, and thinking counts against it.
-        lambda model, content: {"model": model, "messages": [{"role": "user", "content": content}]}, openai_read),
+        lambda model, content: {"model": model, "messages": [{"role": "user", "content": content}]}, openai_read,
+        {"logprobs": True, "top_logprobs": 5}, openai_tokens, {}),
     "gemini": Provider(
         # trap: Gemini also takes ?key=..., which ends up in logs and error messages.
         "https://generativelanguage.googleapis.com/v1beta", "/models/{model}:generateContent", "GEMINI_API_KEY",
         {"x-goog-api-key": "{key}"}, lambda text: {"text": text},
         # trap: some gateways drop camelCase "inlineData" silently and answer from the text alone.
         lambda data: {"inline_data": {"mime_type": "image/png", "data": data}},
-        lambda model, content: {"contents": [{"role": "user", "parts": content}]}, gemini_read),
+        lambda model, content: {"contents": [{"role": "user", "parts": content}]}, gemini_read,
+        {"generationConfig": {"responseLogprobs": True, "logprobs": 5}}, gemini_tokens, {}),
     "anthropic": Provider(
         "https://api.anthropic.com/v1", "/messages", "ANTHROPIC_API_KEY",
         {"x-api-key": "{key}", "anthropic-version": "2023-06-01"}, lambda text: {"type": "text", "text": text},
@@ -983,16 +1106,17 @@ PROVIDERS = {
         lambda data: {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}},
         # trap: max_tokens must be given, and thinking counts against it: do not be thrifty.
         lambda model, content: {"model": model, "max_tokens": 8192, "messages": [{"role": "user", "content": content}]},
-        anthropic_read)}
-PROVIDERS["local"] = PROVIDERS["openai"]._replace(url=None, variable="LOCAL_API_KEY")
-PROVIDERS["offline"] = PROVIDERS["local"]
+        anthropic_read, {}, None, {})}
+PROVIDERS["offline"] = PROVIDERS["openai"]._replace(url=None, variable="LOCAL_API_KEY")
+# vLLM, llama.cpp and Ollama tell the probabilities before the temperature is applied: 0 does not make them 0 and 1.
+PROVIDERS["local"] = PROVIDERS["offline"]._replace(greedy={"temperature": 0})
 
 
 def merged(body, extra):
-    """extra laid over body, dict by dict, so that a setting leaves its neighbours alone."""
+    """extra laid over body, dict by dict, so that a setting leaves its neighbours alone. None leaves a field out."""
     both = {key: merged(body[key], value) if isinstance(value, dict) and isinstance(body.get(key), dict) else value
             for key, value in extra.items()}
-    return {**body, **both}
+    return {key: value for key, value in {**body, **both}.items() if value is not None}
 
 
 # ---- errors: which of them pass, how long to wait, what to tell the user ----

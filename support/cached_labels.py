@@ -163,9 +163,12 @@ def read_pair(path):
 
 
 def read_log(path):
-    """labels.jsonl -> [(path of the pair's image, 0 or 1)] of the pairs that got a label."""
+    """labels.jsonl -> [(path of the pair's image, 0 or 1)] of the pairs that got a label.
+
+    Of a pair that was asked in both orders, the first order, if the answers agree.
+    """
     *lines, _torn = read_plain(path, LARGEST_LOG).split(b"\n")  # a last line without its end was cut off by a crash
-    pairs = []
+    labels, turned = {}, {}  # index -> label; index of the first order -> label in the second one
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -175,9 +178,12 @@ def read_log(path):
         # trap: True is an int, and a string could name any file of this machine
         if type(index) is not int or index < 0 or type(label) is not int:
             raise CachedLabelsError(f"{path}: line {number} is not a label record")
-        if label in (0, 1):
-            pairs.append((os.path.join(os.path.dirname(path), "pairs", f"{index:06d}.png"), label))
-    return pairs
+        if type(first := record.get("turns_round")) is int:
+            turned[first] = label
+        else:
+            labels[index] = label
+    return [(os.path.join(os.path.dirname(path), "pairs", f"{index:06d}.png"), label)
+            for index, label in labels.items() if label in (0, 1) and turned.get(index, 1 - label) == 1 - label]
 
 
 def labeler_of(path):

@@ -20,25 +20,30 @@ import vlm_query
 from support import cached_labels, judges, offline_vlm, settings
 from support.settings import UserError
 
-UNCERTAIN = ("asked", "unsure", "unreadable", "no_answer", "identical")  # counts that vlm_query gives
+# Counts of a batch: those that vlm_query gives, and pairs whose two orders got contradicting answers.
+UNCERTAIN = ("asked", "unsure", "unreadable", "no_answer", "identical", "contradicted")
 
 
 class Labeler:
     """labeler(images, pairs, step, rng) -> the pairs that got a label: first, second (L, S, S, 3) uint8, y (L,) 0 or 1.
 
+    soft: y is vlm_query.p_second, from 0 to 1, in place of the label, wherever it is known.
     vlm: a vlm_query.VLM, or None: the oracle answers, from true progress.  mistakes: share of wrong answers of the
     oracle.  judge: of support/judges.py, as which the oracle errs instead, or None.
     kept: (first, second, label) of answers that are there already; all of them are given at the first call.
     log: the LabelLog of the run, and folder: where images of pairs are written; the run hands them over when it has
     them.
-    counts: asked, labels, unsure, unreadable, no_answer, identical, and `right` of `judged` labels by true progress.
+    both_orders: each pair is asked both ways round, as two questions, and has a label if the answers agree.
+    counts: asked, labels, unsure, unreadable, no_answer, identical, contradicted, and `right` of `judged` labels by true
+    progress.
     """
 
-    COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "right", "judged")
+    COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "contradicted", "right", "judged")
 
     def __init__(self, goal, vlm=None, stages=2, workers=8, max_pairs=1000, mistakes=0.0, kept=None, server=None,
-                 judge=None):
+                 judge=None, soft=False, both_orders=False):
         self.goal, self.vlm, self.stages, self.workers = goal, vlm, stages, workers
+        self.soft, self.both_orders = soft, both_orders
         self.max_pairs, self.mistakes, self.kept, self.server = max_pairs, mistakes, kept, server
         self.judge = judge
         self.counts = dict.fromkeys(self.COUNTS, 0)
@@ -51,14 +56,19 @@ class Labeler:
             self.exhausted = True
             self.counts.update(asked=len(self.kept[2]), labels=len(self.kept[2]))
             return self.kept
+        if self.both_orders:  # M pairs are 2 M questions: each pair, and then the same turned round
+            pairs = np.stack([pairs, pairs[:, ::-1]], 1).reshape(-1, 2)
         before, after = images.progress[pairs[:, 0]], images.progress[pairs[:, 1]]  # (M,) true progress, for the books
         true_labels = vlm_query.oracle_labels(before, after, rng)
         first, second = images.large[pairs[:, 0]], images.large[pairs[:, 1]]  # (M, P, P, 3)
+        p_second = np.full(len(pairs), np.nan, np.float32)  # (M,)
 
         def log(record):
             pair = record.pop("pair")
+            p_second[pair] = record.get("p_second", np.nan)
+            turned = {"turns_round": self.start + pair - 1} if self.both_orders and pair % 2 else {}
             self.write(pair, np.hstack([first[pair], second[pair]]),
-                       {"step": step, **record, "true_label": int(true_labels[pair]),
+                       {"step": step, **turned, **record, "true_label": int(true_labels[pair]),
                         "progress": [float(before[pair]), float(after[pair])]})
 
         self.start = self.logged
@@ -72,9 +82,16 @@ class Labeler:
             counts = {"asked": len(labels), "unsure": int((labels == -1).sum())}
         else:
             labels, counts = vlm_query.label_pairs(self.vlm, first, second, self.goal, self.stages, self.workers, log)
+        y = np.where(np.isnan(p_second), labels, p_second) if self.soft else labels  # (M,)
+        if self.both_orders:
+            # What a VLM answers whatever it is shown, it answers in both orders. So a label is what both agree on.
+            labels, turned = labels[::2], labels[1::2]  # (M,) each
+            counts["contradicted"] = int(((labels >= 0) & (turned == labels)).sum())
+            labels = np.where((labels >= 0) & (turned == 1 - labels), labels, -1)
+            y, pairs, true_labels = (y[::2] + 1 - y[1::2]) / 2, pairs[::2], true_labels[::2]
         self.count(counts, labels=labels >= 0, judged=(labels >= 0) & (true_labels >= 0), right=labels == true_labels)
         usable = labels >= 0
-        return images.small[pairs[usable, 0]], images.small[pairs[usable, 1]], labels[usable]
+        return images.small[pairs[usable, 0]], images.small[pairs[usable, 1]], y[usable]
 
     def write(self, number, image, record):
         """Question `number` of this session: its image into pairs/, its record into labels.jsonl."""
@@ -93,8 +110,9 @@ class Labeler:
         self.counts["right"] += int(right[judged].sum())
 
     def room(self, pairs):
-        """How many of so many pairs may be asked in this session."""
-        return 0 if self.exhausted else max(0, min(pairs, self.max_pairs - self.counts["asked"]))
+        """How many pairs may be asked about in this session, with so many questions."""
+        questions = 0 if self.exhausted else max(0, min(pairs, self.max_pairs - self.counts["asked"]))
+        return questions // 2 if self.both_orders else questions
 
     def accuracy(self):
         return self.counts["right"] / self.counts["judged"] if self.counts["judged"] else float("nan")
@@ -104,14 +122,14 @@ class Labeler:
 
     def row(self):
         """What metrics.csv says about the labels so far."""
-        names = {"pairs_asked": "asked", **{name: name for name in self.COUNTS[1:6]}}
+        names = {"pairs_asked": "asked", **{name: name for name in self.COUNTS[1:7]}}
         return {**{column: self.counts[name] for column, name in names.items()}, "label_accuracy": self.accuracy()}
 
     def state_dict(self):
         return {"counts": dict(self.counts), "exhausted": self.exhausted, "vlm": self.vlm and self.vlm.state_dict()}
 
     def load_state_dict(self, state):
-        self.counts = state["counts"]
+        self.counts = {**self.counts, **state["counts"]}  # an older checkpoint has fewer
         if self.vlm:
             self.vlm.load_state_dict(state["vlm"])
         # a limit may have been raised since
@@ -160,7 +178,7 @@ def make_labeler(config):
         vlm, server = make_vlm(config, flaws)
     make = ScoreLabeler if config.reward == "score" else Labeler
     return make(config.goal, vlm, config.stages, config.workers, config.max_pairs, flaws["mistakes"], kept, server,
-                settings.judge_of(config))
+                settings.judge_of(config), bool(config.soft_labels), bool(config.both_orders))
 
 
 def make_vlm(config, flaws):
@@ -181,6 +199,7 @@ def make_vlm(config, flaws):
     vlm = vlm_query.VLM(name, url=url, cache=cache, workers=config.workers, max_calls=config.max_calls,
                         extra=json.loads(config.vlm_extra), max_usd=config.max_usd,
                         usd_per_mtok=settings.price_of(config), timeout=(10, config.timeout),
-                        deadline=max(300, 2.5 * config.timeout))  # time for a second try, and a third
+                        deadline=max(300, 2.5 * config.timeout),  # time for a second try, and a third
+                        logprobs=bool(config.soft_labels))
     vlm.check_sight()
     return vlm, server

@@ -331,6 +331,34 @@ def decide(reader, text):
     return "1" if merits[1] > merits[0] else "0"
 
 
+def p_second(parts, text):
+    """How sure the stand-in is, of what it answered to these parts: P[the second image is closer].
+
+    P = sigmoid(difference in merit / margin), from the numbers in the words. So it always fits the label: at the least
+    difference that gets one it is .73 or .27. Mistakes in the words are believed. 0.5 where there are no numbers.
+    """
+    words = "\n".join([*(part for part in parts if isinstance(part, str)), text])
+    for reader in (READERS[goal] for goal in READERS if goal in words):
+        merits = [reader.merit(find_value(reader, words, number)) for number in (1, 2)]
+        if np.isfinite(merits).all():
+            return float(1 / (1 + np.exp(np.clip((merits[0] - merits[1]) / reader.margin, -30, 30))))
+    return 0.5
+
+
+def tokens_of(text, p):
+    """Text -> [(token, {each that may have stood there: probability})]. p: of "1", where the text ends with a label."""
+    tokens = re.findall(r"\s?[^\W\d]+|\d|\s|.", text)
+    label = re.search(r"(?<![-.\d])[01]$", text)
+    return [(token, {token: 1.0}) for token in tokens[:-1]] + [
+        (token, {"1": p, "0": 1 - p} if label else {token: 1.0}) for token in tokens[-1:]]
+
+
+def log_probabilities(tokens, name):
+    """What tokens_of() returned -> for each token {"token": it, name: log-probability}; and all that may be there."""
+    top = [[{"token": each, name: float(np.log(p))} for each, p in others.items()] for _, others in tokens]
+    return [next(each for each in all_of if each["token"] == token) for (token, _), all_of in zip(tokens, top)], top
+
+
 def score(reader, text):
     """Words -> "0.00" to "1.00", or "unknown"."""
     merit = reader.merit(find_value(reader, text, 1))
@@ -512,6 +540,7 @@ def answer(parts, mistakes=0.0, unsure=0.0, seed=0, judge=None):
 
 
 # ---- the wire formats: read(body) -> parts, write(...) -> body, fail(...) -> error body ----
+# probabilities: what tokens_of() returned where the client asked for it, else [].
 
 def decode(data, declared=None):
     """base64 -> (H, W, 3) uint8; refuses what the real servers refuse."""
@@ -551,10 +580,11 @@ def read_chat(body):
     return read_messages(body, "image_url", lambda part: data_url(part["image_url"]["url"]))
 
 
-def write_chat(text, end, tokens):
+def write_chat(text, end, tokens, probabilities):
     message = {"role": "assistant", "content": None if end == "refused" else text,
                "refusal": text if end == "refused" else None}
-    choices = [{"index": 0, "message": message, "logprobs": None,
+    content = [{**token, "top_logprobs": top} for token, top in zip(*log_probabilities(probabilities, "logprob"))]
+    choices = [{"index": 0, "message": message, "logprobs": {"content": content} if content else None,
                 "finish_reason": "length" if end == "cut off" else "stop"}]
     return {"id": "chatcmpl-0", "object": "chat.completion", "created": 0, "model": NAME,
             "choices": [] if end == "empty" else choices,
@@ -571,14 +601,16 @@ def read_gemini(body):
     return parts
 
 
-def write_gemini(text, end, tokens):
+def write_gemini(text, end, tokens, probabilities):
     usage = {"promptTokenCount": tokens[0], "candidatesTokenCount": tokens[1],
              "totalTokenCount": sum(tokens)}
     if end in ("refused", "empty"):  # no candidates at all, in both cases
         blocked = {"promptFeedback": {"blockReason": "SAFETY"}} if end == "refused" else {}
         return {**blocked, "usageMetadata": usage, "modelVersion": NAME}
+    chosen, top = log_probabilities(probabilities, "logProbability")
+    told = {"logprobsResult": {"chosenCandidates": chosen, "topCandidates": [{"candidates": each} for each in top]}}
     return {"candidates": [{"index": 0, "content": {"role": "model", "parts": [{"text": text}]},
-                            "finishReason": "MAX_TOKENS" if end == "cut off" else "STOP"}],
+                            "finishReason": "MAX_TOKENS" if end == "cut off" else "STOP", **(told if top else {})}],
             "usageMetadata": usage, "modelVersion": NAME, "responseId": "0"}
 
 
@@ -589,7 +621,7 @@ def read_anthropic(body):
         part["source"]["data"], part["source"]["media_type"]))
 
 
-def write_anthropic(text, end, tokens):
+def write_anthropic(text, end, tokens, probabilities):
     stop = {"complete": "end_turn", "cut off": "max_tokens", "refused": "refusal"}
     content = [{"type": "text", "text": text, "citations": None}] if end != "empty" else []
     return {"id": "msg_0", "type": "message", "role": "assistant", "model": NAME,
@@ -691,7 +723,9 @@ class Handler(BaseHTTPRequestHandler):
         tokens = (sum(len(part) // 4 if isinstance(part, str) else
                       -(-part.shape[0] // 32) * -(-part.shape[1] // 32) for part in parts),
                   len(text) // 4)
-        self.reply(wire, fault, json.dumps(wire.write(text, end, tokens)).encode())
+        wanted = body.get("logprobs") or body.get("generationConfig", {}).get("responseLogprobs")
+        probabilities = tokens_of(text, p_second(parts, text)) if wanted else []
+        self.reply(wire, fault, json.dumps(wire.write(text, end, tokens, probabilities)).encode())
 
     def reply(self, wire, fault, good):
         """Send the good answer, or what the fault makes of it."""

@@ -67,7 +67,7 @@ SOLVED = 0.99  # share of evaluation steps with success at which the run's clock
 IN_A_FILM, IN_AN_EPISODE = 100, 1000
 METRICS = (
     "step", "episodes", "pairs_asked", "labels", "unsure", "unreadable", "no_answer", "identical",
-    "label_accuracy", "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return",
+    "contradicted", "label_accuracy", "lean", "train_accuracy", "heldout_accuracy", "reward_accuracy", "eval_return",
     "eval_success", "eval_success_any", "eval_success_frames", "eval_success_drawn",
     "eval_progress", "critic_loss", "q_mean", "alpha",
 )
@@ -693,7 +693,7 @@ def same_answers(config, counts, data):
         if np.ptp(data.score[:len(data)]) == 0:
             return {"same": f"all {len(data)} scores are {data.score[0]:.3g}, whatever the image"}
     else:
-        second = int(data.label[:len(data)].sum())
+        second = int((data.label[:len(data)] > 0.5).sum())
         often, which = max((second, "second"), (len(data) - second, "first"))
         if 20 * often >= 19 * len(data):  # the order of a pair is random: by chance in one run of ten thousand
             return {"same": f"{often} of {len(data)} labels prefer the {which} image, whatever the two show"}

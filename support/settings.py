@@ -45,8 +45,9 @@ class Config:
     # The VLM (to make one err: --vlm offline:judge=weak or offline:mistakes=0.2; --labels oracle:judge=weak)
     vlm: str = "offline"  # openai|gemini|anthropic|local/MODEL, or offline, which is no VLM
     vlm_url: str | None = None  # address of the server of local/MODEL: http://localhost:11434/v1
-    vlm_extra: str = "{}"  # JSON added to every request: {"reasoning_effort": "low"}
+    vlm_extra: str = "{}"  # JSON added to each request, null drops a field: {"temperature": null}
     stages: int = 2  # 2: the VLM describes, then decides, as in the paper; 1: in one call
+    both_orders: int = 0  # 1: ask each pair both ways round (two questions); a label needs both
     timeout: float = 120.0  # seconds to wait for an answer; best twice what one takes
     max_calls: int | None = None  # stop asking after this many answers, cached ones included
     max_usd: float | None = None  # stop asking after this many dollars, cached answers included
@@ -70,6 +71,7 @@ class Config:
     seed_steps: int | None = by_task(1000)  # environment steps with random actions, at the start
     image_buffer: int = 1000  # images kept to pick pairs from
     workers: int = 8  # questions that are asked at the same time
+    soft_labels: int = 0  # 1: a label is P[second is closer], where the server tells token probabilities
     # Rewards without preferences (--reward code, --reward clip)
     potential: str = "level"  # for code: Phi - 1 (level), or the difference of Phi over a step
     unverified: str = "stop"  # for code: stop, or skip a sub-task that no program passes for
@@ -129,7 +131,7 @@ RANGES = {
     "workers": (1, 256), "timeout": (1, 86_400), "image_buffer": (2, MOST),
     "vlm_image_size": (16, 4096), "reward_image_size": (47, 4096), "discount": (0, 1), "clip_alpha": (0, 1),
     "max_usd": (0, sys.float_info.max), "average_over": (0, 1), "random_flip": (0, 1), "fast": (0, 2),
-    "intercept": (0, 1), "layer_norm": (0, 1),
+    "intercept": (0, 1), "layer_norm": (0, 1), "soft_labels": (0, 1), "both_orders": (0, 1),
 }
 KINDS = {int: "a whole number", float: "a number", str: "text"}
 # What the stand-in can be told to do wrong: share of wrong and of unsure answers, seconds that an answer takes.
@@ -359,6 +361,11 @@ def check_together(config):
                         "file of kept answers (with --reward code: of programs), and none has this name")
     if config.reward in ("score", "code") and judges.make(flaws):
         raise UserError(f"--vlm {config.vlm[:60]}: a judge compares two images, and --reward {config.reward} does not")
+    if config.both_orders and config.reward != "preference":
+        raise UserError(f"--both-orders 1: --reward {config.reward} asks about no pairs")
+    if config.soft_labels and (kind != "vlm" or config.reward != "preference"):
+        raise UserError("--soft-labels 1: only a VLM that compares images tells how sure it is: leave out "
+                        + ("--reward" if config.reward != "preference" else "--labels"))
     if config.reward == "score" and flaws.get("mistakes"):
         raise UserError(f"--vlm {config.vlm}: a mistake exchanges two images, and --reward score shows only one")
     if kind == "oracle" and any(flaws.values()):

@@ -122,7 +122,7 @@ def answered(message, **choice):
     "<|im_end|>", "done", "end", "finished", "FINISH_REASON_STOP"))])
 def test_a_whole_answer_is_whole_whatever_its_server_calls_that(choice):
     """Together, TGI, KoboldCpp and others have words of their own, or none."""
-    assert answered({"content": "0"}, **choice) == ("0", "complete", 5, 0)
+    assert answered({"content": "0"}, **choice) == ("0", "complete", 5, 0, None)
     assert answered({"content": ""}, **choice)[1] == "empty"
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 
 import numpy as np
@@ -17,6 +18,7 @@ from support import offline_vlm
 import vlm_query
 from support.offline_vlm import OfflineVLM
 from test_components import BRIGHT, KEY, gray, grays, quick, says
+from test_offline_vlm import POLE, draw_poles
 from vlm_query import LabelLog, VLM, VLMError, label_pairs
 
 # fault of the stand-in -> what one pair, whose right label is 1, must come out as
@@ -273,9 +275,9 @@ def test_an_end_that_is_the_servers_fault_is_not_kept(tmp_path, end):
     body = {"choices": [{"message": {"content": "0"}, "finish_reason": end}], "usage": {"prompt_tokens": 5}}
     vlm = VLM("local/m", url="http://127.0.0.1:1/v1", cache=tmp_path)
     vlm._post = lambda _: (200, {}, json.dumps(body))
-    assert vlm.ask(["hi"])[1:] == ("failed", 5, 0, False)
+    assert vlm.ask(["hi"])[1:5] == ("failed", 5, 0, False)
     body["choices"][0]["finish_reason"] = "stop"
-    assert vlm.ask(["hi"]) == ("0", "complete", 5, 0, False) and vlm.ask(["hi"]).cached
+    assert vlm.ask(["hi"]) == ("0", "complete", 5, 0, False, None) and vlm.ask(["hi"]).cached
 
 
 @pytest.mark.parametrize("said, meant", [(float("nan"), 0), ([1], 0), ("x", 0), (-3, 0), (None, 0), (7.0, 7)])
@@ -284,7 +286,7 @@ def test_odd_token_counts_lose_no_answer(said, meant):
     body = {"choices": [{"message": {"content": "0"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": said}}
     vlm = VLM("local/m", url="http://127.0.0.1:1/v1")
     vlm._post = lambda _: (200, {}, json.dumps(body))
-    assert vlm.ask(["hi"]) == ("0", "complete", meant, 0, False)
+    assert vlm.ask(["hi"]) == ("0", "complete", meant, 0, False, None)
 
 
 @pytest.mark.parametrize("provider, body", [
@@ -295,7 +297,7 @@ def test_an_empty_answer_costs_what_it_says(provider, body):
     """Tokens of an answer without choices must be in the books, or max_usd would never be met."""
     vlm = VLM(provider, url="http://127.0.0.1:1/v1", key=KEY)
     vlm._post = lambda _: (200, {}, json.dumps(body))
-    assert vlm.ask(["hi"]) == ("", "empty", 5, 2, False) and vlm.tokens_in == 5
+    assert vlm.ask(["hi"]) == ("", "empty", 5, 2, False, None) and vlm.tokens_in == 5
 
 
 @pytest.mark.parametrize("url", ["http://localhost:abc/v1", "http://localhost:99999/v1", "http://local host/v1",
@@ -542,3 +544,69 @@ def test_a_small_file_that_claims_to_be_huge_is_not_unpacked(tmp_path):
         huge_png(tmp_path / "huge.png", side)
         with pytest.raises(VLMError, match=words):
             vlm_query.load_image(tmp_path / "huge.png")
+
+
+# ---- soft labels ----
+@pytest.mark.parametrize("provider", ["local/m", "gemini/m"])
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("fault", [0.0, "100% sure", "think closed"])
+def test_the_stand_in_tells_how_sure_it_is_in_both_formats(provider, stages, fault):
+    """p_second must be the sigmoid of the difference over the reader's margin, so it fits each label."""
+    records, margin = [], offline_vlm.READERS[BRIGHT].margin
+    first, second = gray(100, 100, 100, 200), gray(110, 90, 255, 200)
+    second[3, :4] = 180  # no difference to speak of
+    with OfflineVLM(faults=fault) as url:
+        labels, _ = label_pairs(quick(url, provider, logprobs=True), first, second, BRIGHT, stages, log=records.append)
+    told = [record.get("p_second") for record in sorted(records, key=lambda record: record["pair"])]
+    sigmoid = [round(1 / (1 + np.exp(-difference / margin)), 4) for difference in (10, -10)]
+    assert labels.tolist() == [1, 0, 1, -1] and told == [*sigmoid, 1.0, None]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_of_a_mistake_the_stand_in_is_as_sure_as_of_an_answer(stages):
+    """A soft label must not give away which answers are wrong on purpose."""
+    first, second, right = draw_poles(30)
+    records = []
+    with OfflineVLM(mistakes=0.4) as url:
+        vlm = VLM("offline", url=url, logprobs=True)
+        labels, _ = label_pairs(vlm, first, second, POLE, stages, log=lambda record: records.append(record))
+    assert 5 < (labels != right).sum() < 20
+    assert all((record["p_second"] > 0.5) == record["label"] for record in records)
+
+
+def test_an_ask_of_ones_own_may_tell_p_second_too():
+    """And a Reply of five, as before there was p_second, is still one."""
+    records = []
+    label_pairs(lambda parts: vlm_query.Reply("1", "complete", 1, 1, False, .8), *gray(9, 99)[:, None], "g", 1, log=records.append)
+    label_pairs(lambda parts: vlm_query.Reply("-1", "complete", 1, 1, False, .8), *gray(9, 99)[:, None], "g", 1, log=records.append)
+    label_pairs(says("1"), *gray(9, 99)[:, None], "g", 1, log=records.append)
+    assert [record.get("p_second") for record in records] == [.8, None, None]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_labeler_hands_out_probabilities_in_place_of_labels_where_there_are_any(tmp_path, soft):
+    """y must be p_second also where the label, one draw, was the less likely one; 0 or 1 where nobody told; int8 when off."""
+    from support.labeler import Labeler
+
+    said = iter([("1", .9), ("0", .7), ("1", None), ("-1", None), ("0", .1)])
+    labeler = Labeler("g", lambda parts: vlm_query.Reply(*(word := next(said))[:1], "complete", 1, 1, False, word[1]), 1, 1, soft=soft)
+    labeler.log, labeler.folder = LabelLog(tmp_path / "labels.jsonl"), tmp_path
+    large = gray(*range(0, 200, 20), size=48)
+    images = types.SimpleNamespace(large=large, small=large, progress=np.arange(10.0))
+    pairs = np.arange(10).reshape(5, 2)
+    first, second, y = labeler(images, pairs, 1, np.random.default_rng(0))
+    assert (first == large[[0, 2, 4, 8]]).all() and (second == large[[1, 3, 5, 9]]).all()
+    assert np.allclose(y, [.9, .7, 1, .1] if soft else [1, 0, 1, 0]) and y.dtype == (np.float32 if soft else np.int8)
+    records = LabelLog.read(tmp_path / "labels.jsonl")
+    assert [record["label"] for record in records] == [1, 0, 1, -1, 0]
+    assert [record.get("p_second") for record in records] == [.9, .7, None, None, .1] and labeler.counts["labels"] == 4
+
+
+def test_soft_labels_are_refused_where_nobody_can_tell():
+    """The oracle, kept answers and a score have no probabilities: one line."""
+    from support import settings
+
+    for fields, leave_out in (({"labels": "oracle"}, "--labels"), ({"labels": "."}, "--labels"), ({"reward": "score"}, "--reward")):
+        with pytest.raises(settings.UserError, match=f"--soft-labels 1: only a VLM .* leave out {leave_out}"):
+            settings.resolve(settings.Config(soft_labels=1, **fields))
+    assert settings.resolve(settings.Config(soft_labels=1)).soft_labels == 1 and settings.Config().soft_labels == 0

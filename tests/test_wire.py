@@ -605,3 +605,238 @@ def test_no_escape_code_of_a_server_reaches_the_terminal(serve, tmp_path, capfd)
     out, err = capfd.readouterr()
     assert "owned" in out and err.count("owned") == 2 and err.count("\n") == 2
     assert not set("\x1b\x07\x08\x9b\u202e\ud800\r\x00") & set(out + err)
+
+
+# ---- temperature 0, and the probabilities of tokens ----
+ASKS = ["Image 1:", np.zeros((16, 16, 3), np.uint8), vlm_query.ANSWER]  # any question that ends with ANSWER
+ODDS = {"1": .63, " 1": .07, "0": .3}  # P[second] = .7
+
+
+def told(text, tokens=None, finish="stop"):
+    """OpenAI's answer with probabilities. tokens: [(token, {what may have stood there: probability})]."""
+    content = [{"token": token, "logprob": float(np.log(top[token])), "bytes": None,
+                "top_logprobs": [{"token": each, "logprob": float(np.log(p))} for each, p in top.items()]}
+               for token, top in tokens or [(text, {text: .99, "x": .01})]]
+    choice = {"message": {"content": text}, "finish_reason": finish, "logprobs": {"content": content}}
+    return json.dumps({"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 1}}).encode()
+
+
+def in_order(*replies):
+    """A handler that sends these, one a request, and the last one for ever."""
+    return lambda connection, body, n: connection.sendall(replies[min(n, len(replies)) - 1]) or True
+
+
+def fields(server):
+    """What each body asks for beside the question."""
+    return [{name: value for name, value in json.loads(body).items() if name not in ("model", "messages")}
+            for body in server.bodies]
+
+
+REFUSES = {  # in the words of servers that do
+    "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+    "logprobs": "Gaudi doesn't support logprobs. Please remove 'logprobs'/'top_logprobs' from your request to receive a response."}
+
+
+@pytest.mark.parametrize("status", ["400 No", "422 No", "403 No"])
+def test_a_server_that_refuses_temperature_0_is_asked_without_it_and_the_user_hears_once(serve, tmp_path, capfd, status):
+    """And the answer is kept as one to the question without it, so that nobody takes it for a greedy one."""
+    def handler(connection, body, n):
+        refused = b'"temperature"' in body
+        error = json.dumps({"error": {"message": REFUSES["temperature"]}}).encode()
+        return connection.sendall(http(error, status) if refused else http(words("0"))) or True
+
+    server = serve(handler)
+    vlm = client(server, cache=tmp_path)
+    assert label_pairs(vlm, *pictures(6), "g", stages=1)[1]["label0"] == 6
+    assert fields(server)[0] == {"temperature": 0} and fields(server)[-1] == {} and len(server.bodies) >= 7
+    assert capfd.readouterr().err == "local/m refuses temperature 0: it is left out, and the same question may get another answer\n"
+    greedy, without = client(server, cache=tmp_path), client(server, cache=tmp_path, extra={"temperature": None})
+    assert not greedy._question(ASKS)[1] == without._question(ASKS)[1] == vlm._question(ASKS)[1]
+    before = len(server.bodies)
+    assert label_pairs(without, *pictures(6), "g", stages=1)[1]["cached"] == 6 and len(server.bodies) == before
+
+
+def test_threads_that_were_refused_together_all_go_on(serve):
+    """Two bodies with the temperature may be under way when the first refusal arrives."""
+    both = threading.Barrier(4)
+
+    def handler(connection, body, n):
+        if b'"temperature"' not in body:
+            return connection.sendall(http(words("0"))) or True
+        both.wait(20)
+        return connection.sendall(http(json.dumps({"error": {"message": REFUSES["temperature"]}}).encode(), "400 No")) or True
+
+    vlm = client(serve(handler))
+    vlm._turns.limit = 4
+    assert label_pairs(vlm, *pictures(4), "g", stages=1, workers=4)[1]["label0"] == 4
+
+
+def test_a_temperature_that_the_user_names_is_the_users(serve):
+    """It is sent as it is; and a server that refuses it stops the run, in its own words."""
+    server = serve(always(http(json.dumps({"error": {"message": REFUSES["temperature"]}}).encode(), "400 No")))
+    with pytest.raises(VLMError, match="Only the default .* value is supported.*change what it refuses"):
+        client(server, extra={"temperature": 0.7}).ask(ASKS)
+    assert fields(server) == [{"temperature": 0.7}]
+    server = serve(always(http(words("0"))))
+    client(server, extra={"temperature": None, "seed": 1}).ask(ASKS)
+    client(server, extra={"temperature": 0.7, "top_logprobs": 20}, logprobs=True).ask(ASKS)
+    assert fields(server) == [{"seed": 1}, {"logprobs": True, "top_logprobs": 20, "temperature": 0.7}]
+
+
+def test_an_error_that_names_something_else_still_stops(serve):
+    """The goal's own words must not read as a refusal of what was not asked for, nor be asked for ever."""
+    server = serve(always(http(b'{"error": {"message": "no images here, at any temperature, with logprobs or without"}}', "400 No")))
+    with pytest.raises(VLMError, match="no images here"):
+        client(server, logprobs=True).ask(ASKS)
+    assert fields(server) == [{"temperature": 0, "logprobs": True, "top_logprobs": 5}, {"logprobs": True, "top_logprobs": 5}, {}]
+
+
+@pytest.mark.parametrize("provider, url, where", [
+    ("openai/m", "", lambda body: body), ("gemini/m", "beta", lambda body: body.get("generationConfig", {})),
+    ("local/m", "", lambda body: body)])
+def test_probabilities_are_asked_for_where_a_label_is_and_nowhere_else(serve, provider, url, where):
+    """Off by default; with two stages only in call 2, so that call 1, with its images, is the same question as before."""
+    raw = {"candidates": [{"content": {"parts": [{"text": "1"}]}, "finishReason": "STOP"}], **json.loads(words("1"))}
+    server = serve(always(http(json.dumps(raw).encode())))
+    asked = []
+    for settings in ({}, {"logprobs": True}):
+        for stages in (1, 2):
+            vlm = VLM(provider, url=server.url, key="k", **settings)
+            label_pairs(vlm, *pictures(1), "g", stages)
+    asked = ["logprobs" in where(json.loads(body)) for body in server.bodies]
+    assert asked == [False, False, False, True, False, True]
+    assert server.bodies[1] == server.bodies[4]  # byte for byte: call 1 without and with
+
+
+@pytest.mark.parametrize("text, tokens, p", [
+    ("1", [("1", ODDS)], .7), (" 1", [(" 1", ODDS)], .7), ("1", [("\n1", {"\n1": .4, "\n0": .6})], .4),
+    ("**1**", [("**", {"**": 1}), ("1", ODDS), ("**", {"**": 1})], .7), ("0", [("0", ODDS), ("<|im_end|>", {"<|im_end|>": 1})], .7),
+    ("1", [("\u01201", {"\u01201": .9, "\u01200": .1})], .9), ("1", [("\u25811", {"\u25811": .9, "1": .05, "0": .05})], .95),
+    ("100% sure: 1", [("1", {"1": 1}), ("0", {"0": 1}), ("0", {"0": 1}), ("% sure:", {"% sure:": 1}), (" 1", ODDS)], .7),
+    ("0 (Image 1)", [("0", ODDS), (" (Image ", {" (Image ": 1}), ("1", {"1": .9, "2": .1}), (")", {")": 1})], .7),
+    ("1, Image 2 is closer than Image 1", [("1", ODDS), (", Image 2 is closer than Image ", {", Image 2 is closer than Image ": 1}),
+                                           ("1", {"1": .9, "0": .1})], .7),
+    ("\u2705 Done.\n1", [("\ufffd", {"\ufffd": 1}), ("\ufffd", {"\ufffd": 1}), (" Done.\n", {" Done.\n": 1}), ("1", ODDS)], .7),
+    ("1", [("<think>Is it 1?</think>\n\n", {"<think>Is it 1?</think>\n\n": 1}), ("1", ODDS), ("</s>", {"</s>": 1})], .7),
+    ("1", [("1", {"1": .6, "0": .2, "-": .1, "10": .05, "-0": .05})], .75),
+    ("1", [("1", {"1": .3, "0": .6})], .3333), ("1", [("1", {"1": .9, "The": .1})], 1.0),
+    ("-1", [("-", {"-": 1}), ("1", ODDS)], None), ("\u22121", [("\u22121", {"\u22121": .9, "1": .1})], None),
+    ("1", [("1", {"1": .9})], None), ("0.5", [("0", ODDS), (".", {".": 1}), ("5", {"5": 1})], None),
+    ("\uff11", [("\ufffd", ODDS | {"\ufffd": 1}), ("\ufffd", {"\ufffd": 1})], None), ("1", [("2", ODDS | {"2": 1})], None),
+    ("Step 1 is done.\n\uff11", [("Step ", {"Step ": 1}), ("1", ODDS), (" is done.\n", {" is done.\n": 1}), ("\ufffd", {"\ufffd": 1})], None)])
+def test_the_label_is_found_among_the_tokens_or_not_at_all(serve, text, tokens, p):
+    """Spaces, marks, thoughts and images' numbers around it; a label in pieces, an unsure one, one that stands alone."""
+    vlm = client(serve(always(http(told(text, tokens)))), logprobs=True)
+    assert vlm.ask(ASKS)[::5] == (text, p)
+
+
+def test_a_token_that_was_drawn_though_it_is_not_among_the_likeliest_counts_too(serve):
+    """A server that samples may write the sixth likeliest token, and lists five."""
+    top = [{"token": each, "logprob": float(np.log(p))} for each, p in {"0": .6, "The": .2}.items()]
+    raw = json.loads(told("1"))
+    raw["choices"][0]["logprobs"]["content"] = [{"token": "1", "logprob": float(np.log(.15)), "top_logprobs": top}]
+    vlm = client(serve(always(http(json.dumps(raw).encode()))), logprobs=True)
+    assert vlm.ask(ASKS)[::5] == ("1", .2)
+
+
+@pytest.mark.parametrize("odd", [
+    None, {}, {"content": None}, {"content": []}, {"content": ["1"]}, {"content": [{"token": "1", "logprob": -.1}]}, [], "no", 7,
+    {"content": [{"token": "1", "logprob": -.1, "top_logprobs": None}]}, {"content": [{"token": 1, "logprob": -.1, "top_logprobs": []}]},
+    {"content": [{"token": "1", "logprob": "x", "top_logprobs": [{"token": "0", "logprob": -1}]}]},
+    {"content": [{"token": "1", "logprob": float("nan"), "top_logprobs": [{"token": "0", "logprob": -1}]}]},
+    {"content": [{"token": "1", "logprob": 9e9, "top_logprobs": [{"token": "0", "logprob": -1}]}]},
+    {"content": [{"token": ["1"], "logprob": -.1, "top_logprobs": [{"token": "0", "logprob": -1}]}]},
+    {"tokens": ["1"], "token_logprobs": [-.1], "top_logprobs": [{"1": -.1}]}])
+def test_probabilities_that_do_not_come_are_missed_once_in_words_and_the_label_stays(serve, capfd, odd):
+    """A server that ignores the wish, or has a format of its own, costs no label; and the wish stays in each body."""
+    raw = json.loads(words("1"))
+    raw["choices"][0]["logprobs"] = odd
+    server = serve(always(http(json.dumps(raw).encode())))
+    records = []
+    labels, _ = label_pairs(client(server, logprobs=True), *pictures(3), "g", stages=1, log=records.append)
+    assert labels.tolist() == [1, 1, 1] and not any("p_second" in record for record in records)
+    assert capfd.readouterr().err == ("local/m gave an answer without the probabilities of tokens (logprobs): "
+                                      "labels without them are 0 or 1\n")
+    assert all(asked["logprobs"] for asked in fields(server))
+
+
+@pytest.mark.parametrize("raw", [words("-1"), words("I cannot say."), words("1", "length"), told("-1"), words("1", "content_filter")])
+def test_nothing_is_missed_where_there_is_no_label(serve, capfd, raw):
+    """An unsure or useless first answer says nothing about what the server can tell."""
+    assert client(serve(always(http(raw))), logprobs=True).ask(ASKS).p_second is None and not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("provider, message", [
+    ("local/m", REFUSES["logprobs"]), ("gemini/m", "Logprobs is not enabled for models/gemini-2.5-pro"),
+    ("openai/m", "You are not allowed to request logprobs from this model")])
+def test_a_server_that_refuses_to_tell_is_asked_without_and_the_user_hears_once(serve, capfd, provider, message):
+    """The labels are then those of a run without soft labels, and so are the questions."""
+    answer = {"candidates": [{"content": {"parts": [{"text": "1"}]}, "finishReason": "STOP"}], **json.loads(words("1"))}
+    error = http(json.dumps({"error": {"message": message, "code": 400}}).encode(), "400 No")
+    server = serve(lambda connection, body, n: connection.sendall(error if b"ogprobs" in body else http(json.dumps(answer).encode())) or True)
+    vlm, records = VLM(provider, url=server.url, key="k", logprobs=True), []
+    labels, _ = label_pairs(vlm, *pictures(3), "g", stages=1, log=records.append)
+    assert labels.tolist() == [1, 1, 1] and not any("p_second" in record for record in records)
+    assert capfd.readouterr().err == f"{provider} refuses the probabilities of tokens (logprobs): labels without them are 0 or 1\n"
+    plain = serve(always(http(json.dumps(answer).encode())))
+    label_pairs(VLM(provider, url=plain.url, key="k"), *pictures(3), "g", stages=1)
+    assert sorted(body for body in server.bodies if b'"logprobs"' not in body) == sorted(plain.bodies)
+
+
+def test_anthropic_has_none_and_says_so_before_anything_is_asked(serve, capfd):
+    """One line, and the run goes on."""
+    raw = {"content": [{"type": "text", "text": "1"}], "stop_reason": "end_turn", "usage": {}}
+    server = serve(always(http(json.dumps(raw).encode())))
+    vlm = VLM("anthropic/m", url=server.url, key="k", logprobs=True)
+    assert capfd.readouterr().err == ("anthropic/m does not tell the probabilities of tokens (logprobs): "
+                                      "labels without them are 0 or 1\n")
+    assert vlm.ask(ASKS)[::5] == ("1", None) and fields(server) == [{"max_tokens": 8192}] and not capfd.readouterr().err
+
+
+def test_geminis_probabilities_are_read_also_where_a_zero_is_left_out(serve):
+    """logProbability 0 is a certain token, and Google's JSON may leave a 0 out."""
+    def answer(*top):
+        found = {"chosenCandidates": [top[0], {"token": "\n"}], "topCandidates": [{"candidates": list(top)}, {"candidates": [{"token": "\n"}]}]}
+        candidate = {"content": {"parts": [{"text": "1\n"}]}, "finishReason": "STOP", "logprobsResult": found}
+        return http(json.dumps({"candidates": [candidate]}).encode())
+
+    server = serve(in_order(
+        answer({"token": "1", "logProbability": float(np.log(.6))}, {"token": "0", "logProbability": float(np.log(.2))}),
+        answer({"token": "1"}, {"token": "0", "logProbability": -50})))
+    vlm = VLM("gemini/m", url=server.url, key="k", logprobs=True)
+    assert [vlm.ask(ASKS).p_second for _ in range(2)] == [.75, 1.0]
+    assert json.loads(server.bodies[0])["generationConfig"] == {"responseLogprobs": True, "logprobs": 5}
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_probabilities_are_in_the_log_and_in_the_cache(serve, tmp_path, stages):
+    """A resumed run reads the same ones without asking; and turning them on asks only for what was not there."""
+    def handler(connection, body, n):
+        label = b"Finish with one last line" in body
+        return connection.sendall(http(told("1", [("1", ODDS)]) if label else words("They differ."))) or True
+
+    server = serve(handler)
+    runs = []
+    for logprobs in (False, True, True, False):
+        records, before = [], len(server.bodies)
+        labels, counts = label_pairs(client(server, cache=tmp_path, logprobs=logprobs), *pictures(2), "g", stages, log=records.append)
+        runs.append(([record.get("p_second", "-") for record in records], counts["cached"], len(server.bodies) - before))
+        assert labels.tolist() == [1, 1]
+    # With two stages both pairs share call 2, because their notes are the same.
+    first = (3, 1) if stages == 2 else (2, 2)
+    assert runs == [(["-", "-"], runs[0][1], first[0]), ([.7, .7], runs[1][1], first[1]), ([.7, .7], 2, 0), (["-", "-"], 2, 0)]
+    assert json.loads(json.dumps(records)) == records
+
+
+def test_a_kept_answer_that_is_not_whole_does_not_end_a_run_with_soft_labels(serve, tmp_path):
+    """Somebody may have cut the probabilities out of the file: then the label is 0 or 1."""
+    vlm = client("http://127.0.0.1:9/v1", cache=tmp_path, logprobs=True)
+    vlm._question(ASKS)[1].write_bytes(words("1"))
+    assert vlm.ask(ASKS) == ("1", "complete", 5, 1, True, None)
+
+
+@pytest.mark.parametrize("provider, name", [("openai/m", "4c07e99b"), ("gemini/m", "5c4c5fbd"), ("anthropic/m", "331fcf96"), ("offline/m", "33194bad")])
+def test_old_answers_of_hosted_models_are_still_found(tmp_path, provider, name):
+    """The names of their files were written down when there was neither temperature nor logprobs."""
+    vlm = VLM(provider, url="http://h/v1", key="k", cache=tmp_path, extra={"a": {"b": 1}})
+    assert vlm._question([vlm_query.ANSWER])[1].name.startswith(name)

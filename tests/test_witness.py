@@ -95,6 +95,47 @@ def test_the_sdk_sends_the_json_that_we_send_and_reads_the_text_that_we_read(pro
     assert vlm_query.parse_label(theirs[0]) == 1 and ours.end == "complete"
 
 
+UNSURE = [*QUESTION[:3], DARK + 11, QUESTION[4]]  # little brighter: the stand-in is not quite sure
+
+
+def probabilities_by_openai(url):
+    openai = pytest.importorskip("openai", reason=CURE)
+    client = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, _strict_response_validation=True)
+    content = [{"type": "text", "text": part} if isinstance(part, str) else
+               {"type": "image_url", "image_url": {"url": data_url(part)}} for part in UNSURE]
+    answer = client.chat.completions.create(model="m", messages=[{"role": "user", "content": content}],
+                                            logprobs=True, top_logprobs=5)
+    last = answer.choices[0].logprobs.content[-1]
+    return last.token, {each.token: each.logprob for each in last.top_logprobs}
+
+
+def probabilities_by_google(url):
+    genai = pytest.importorskip("google.genai", reason=CURE)
+    root = genai.types.HttpOptions(base_url=url.removesuffix("/v1"), api_version="v1")
+    parts = [genai.types.Part.from_text(text=part) if isinstance(part, str) else
+             genai.types.Part.from_bytes(data=png(part), mime_type="image/png") for part in UNSURE]
+    client = genai.Client(api_key=KEY, http_options=root)
+    answer = client.models.generate_content(
+        model="m", contents=[genai.types.Content(role="user", parts=parts)],
+        config=genai.types.GenerateContentConfig(response_logprobs=True, logprobs=5))
+    found = answer.candidates[0].logprobs_result
+    return found.chosen_candidates[-1].token, {each.token: each.log_probability for each in found.top_candidates[-1].candidates}
+
+
+@pytest.mark.parametrize("provider, witness", [("openai/m", probabilities_by_openai), ("gemini/m", probabilities_by_google)])
+def test_the_sdk_asks_for_probabilities_as_we_do_and_reads_those_that_we_read(provider, witness):
+    """Of tokens that may stand where the label is; the body must be equal as well."""
+    server = OfflineVLM(key=KEY)
+    with server as url:
+        token, others = witness(url)
+        raw = server.last[2]
+        ours = VLM(provider, url=url, key=KEY, logprobs=True).ask(UNSURE)
+        assert json.loads(server.last[2]) == plain(json.loads(raw))
+    assert token == "1" and sorted(others) == ["0", "1"]
+    p = {token: np.exp(logprob) for token, logprob in others.items()}
+    assert 0.7 < ours.p_second < 0.9 and ours.p_second == pytest.approx(p["1"] / (p["0"] + p["1"]), abs=1e-4)
+
+
 @pytest.mark.parametrize("fault", ["refusal", "cut off"])
 @pytest.mark.parametrize("provider", ["openai/m", "anthropic/m"])
 def test_the_sdk_accepts_the_stand_ins_refusals_and_cut_off_answers(provider, fault):
