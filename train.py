@@ -87,7 +87,7 @@ def train(config, parts=None):
 
     config: Config; the schedule fills in what is None.  parts: other classes (support/run.py: choose_parts).
     """
-    if config.reward not in ("preference", "score"):
+    if config.reward not in (*settings.FROM_PAIRS, "score"):
         return train_on_given_reward(config, parts)
     with started(config) as run:
         config, env, labeler, rng = run.config, run.env, run.labeler, np.random.default_rng(run.config.seed)

@@ -34,8 +34,8 @@ class Labeler:
     log: the LabelLog of the run, and folder: where images of pairs are written; the run hands them over when it has
     them.
     both_orders: each pair is asked both ways round, as two questions, and has a label if the answers agree.
-    counts: asked, labels, unsure, unreadable, no_answer, identical, contradicted, and `right` of `judged` labels by true
-    progress.
+    counts: asked, labels, unsure, unreadable, no_answer, identical, contradicted, and `right` of `judged` labels, by
+    true progress.
     """
 
     COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "contradicted", "right", "judged")
@@ -165,7 +165,7 @@ def make_labeler(config):
 
     Where nothing has to be asked (a reward that needs no VLM), the labeler has none. VLM-CaR asks its `vlm` itself.
     """
-    flaws, kept, compares = settings.flaws_of(config), None, config.reward in ("preference", "score")
+    flaws, kept, compares = settings.flaws_of(config), None, config.reward in (*settings.FROM_PAIRS, "score")
     folder, kind = settings.kept_folder(config), settings.labels_kind(config)
     if folder and compares:
         try:

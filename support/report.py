@@ -583,7 +583,7 @@ def write_report(folder):
     """
     run = read_run(folder)
     config, summary, labeler = run.config, run.summary, f"labeler: {safe(run.labeler)}"
-    compares = config.get("reward", "preference") in ("preference", "score")  # was anybody asked?
+    compares = config.get("reward", "preference") in ("preference", "preference+sparse", "score")  # was anybody asked?
     sections = {
         "How it learned": lambda: charts([
             curves(run, "Return of the evaluation episodes", {

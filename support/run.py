@@ -55,10 +55,10 @@ import envs
 import vlm_query
 from reward_model import PreferenceDataset, RewardModel
 from sac import SAC, ReplayBuffer, StoredArrayError
-from support import baselines, fast, given_rewards, interrupts, report
+from support import baselines, fast, given_rewards, interrupts, report, shaped
 from support.labeler import make_labeler
-from support.settings import (UserError, command_line, kept_folder, labels_kind, must_stay, resolve, resume_command,
-                              say, vlm_name, who_labels)
+from support.settings import (FROM_PAIRS, UserError, command_line, kept_folder, labels_kind, must_stay, resolve,
+                              resume_command, say, vlm_name, who_labels)
 
 # No training episode has these seeds (--seed below 10).
 EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000
@@ -479,12 +479,14 @@ def prepare(config):
     kind, vlm = labels_kind(config), vlm_name(config)
     who = "offline_stand-in" if vlm.startswith("offline") else vlm.replace("/", "_")
     who = who if kind == "vlm" else kind
-    name = f"{config.reward}-{who}" if config.reward in ("preference", "score", "code") else config.reward
+    name = f"{config.reward}-{who}" if config.reward in (*FROM_PAIRS, "score", "code") else config.reward
     name = f"{config.env}-{name}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = config.resume or config.out or os.path.join("runs", name.replace(":", "_").replace("/", "_"))
     if not config.resume:  # tried before anything is paid for, and made for good when there is something to put in
         out = make_folder(out, unique=not config.out)
         os.rmdir(out)
+    if config.reward == "preference+sparse":
+        env = shaped.SuccessReward(env)
     return dataclasses.replace(config, goal=env.goal, horizon=env.horizon, out=out), env, eval_env
 
 
@@ -518,7 +520,7 @@ def check_disk(config, env):
         # of every step the small image; of every image that may be asked about both
         pixels = (config.total_steps + config.image_buffer) * config.reward_image_size**2
         needed += 3 * (pixels + config.image_buffer * config.vlm_image_size**2)
-    if config.reward in ("preference", "score") and not kept_folder(config):
+    if config.reward in (*FROM_PAIRS, "score") and not kept_folder(config):
         needed += most_pairs(config) * 2 * config.vlm_image_size**2  # of every pair a PNG, a third of its six bytes
     free = shutil.disk_usage(place).free + there
     if needed > free:  # trap: the file is sparse at first; a disk that fills up later kills the run without a word
@@ -550,8 +552,11 @@ def choose_parts(config):
     if config.reward == "score":
         bases.insert(0, baselines.ScoreFit)
         dataset = baselines.ScoreDataset
+    buffer = ReplayBuffer
+    if config.reward == "preference+sparse":
+        buffer = functools.partial(shaped.PotentialBuffer, discount=config.discount)
     model = type("RewardModel", tuple(bases), {}) if len(bases) > 1 else bases[0]
-    return types.SimpleNamespace(SAC=sac, ReplayBuffer=ReplayBuffer, RewardModel=functools.partial(model, **options),
+    return types.SimpleNamespace(SAC=sac, ReplayBuffer=buffer, RewardModel=functools.partial(model, **options),
                                  PreferenceDataset=dataset)
 
 
@@ -563,7 +568,7 @@ def apart(kept, steps):
 # ---- the part of the run folder that only a resumed run needs ----
 def buffer_files(config):
     """The files in buffer/ that this run has: names without .npy."""
-    asked = ["query", "query_small"] * (config.reward in ("preference", "score"))
+    asked = ["query", "query_small"] * (config.reward in (*FROM_PAIRS, "score"))
     return ["obs", "next_obs", "action", *asked] + ["image"] * looks_at_images(config)
 
 
@@ -730,7 +735,7 @@ def closing_text(config, run, at, labeler, programs, spearman):
         text[0] += (f"; success at the end of {last['eval_success']:.0%} of {config.eval_episodes} "
                     f"evaluation episodes, and on {last['eval_success_frames']:.0%} of their steps")
     text[0] += "."
-    if config.reward in ("preference", "score"):
+    if config.reward in (*FROM_PAIRS, "score"):
         things = "images" if config.reward == "score" else "pairs of images"
         text += [f"Learned from {counts['labels']} answers to {counts['asked']} {things} "
                  f"({counts['unsure']} unsure, {counts['unreadable']} unreadable, "

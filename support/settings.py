@@ -40,7 +40,7 @@ class Config:
     # The task
     env: str = "CartPole"  # a built-in task (envs.py), or any Gymnasium id with --goal
     goal: str | None = None  # the goal in words, for the VLM; built-in tasks have one
-    reward: str = "preference"  # preference (RL-VLM-F), code (VLM-CaR), score, clip, true, sparse
+    reward: str = "preference"  # preference (RL-VLM-F), preference+sparse, code (VLM-CaR), score, clip, true, sparse
     labels: str = "vlm"  # who compares images: vlm, oracle (true progress), FOLDER of kept answers
     # The VLM (to make one err: --vlm offline:judge=weak or offline:mistakes=0.2; --labels oracle:judge=weak)
     vlm: str = "offline"  # openai|gemini|anthropic|local/MODEL, or offline, which is no VLM
@@ -110,9 +110,10 @@ class Config:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 FACTS = ("horizon", "action_repeat", "hold", "vlm_image_size", "reward_image_size", "random_shift", "random_flip")
+FROM_PAIRS = ("preference", "preference+sparse")  # rewards that come from comparing images
 GROUPS_IN_HELP = 4  # --help shows the first groups of Config, --help-all has every field
 CHOICES = {
-    "reward": ("preference", "code", "score", "clip", "true", "sparse"),
+    "reward": (*FROM_PAIRS, "code", "score", "clip", "true", "sparse"),
     "schedule": ("ours", "paper"),
     "sampler": ("uniform", "disagreement", "entropy", "best", "diverse"),
     "unverified": ("stop", "skip"),
@@ -253,7 +254,7 @@ def who_labels(config):
     mistakes = f", wrong on purpose in {flaws['mistakes']:.0%}" if flaws["mistakes"] else ""
     if judges.make(flaws):
         mistakes = f", {judges.announce(flaws)}"
-    if labels_kind(config) == "oracle" and config.reward == "preference":
+    if labels_kind(config) == "oracle" and config.reward in FROM_PAIRS:
         return f"oracle (labels from true progress, not a VLM{mistakes})"
     stand_in = config.vlm.startswith("offline")  # offline/NAME: one that runs already
     return f"offline stand-in (not a VLM{mistakes})" if stand_in else config.vlm
@@ -354,18 +355,18 @@ def check_together(config):
     """What settings ask of each other, and of the texts that they hold: one line where something does not fit."""
     price_of(config)
     kind, flaws = labels_kind(config), read_flaws("vlm", config.vlm)
-    if config.reward != "preference" and kind != "vlm" and (config.reward, kind) != ("code", "kept"):
+    if config.reward not in FROM_PAIRS and kind != "vlm" and (config.reward, kind) != ("code", "kept"):
         raise UserError(f"--reward {config.reward} compares no images: leave out --labels")
     if kind == "kept" and not os.path.exists(config.labels):
         raise UserError(f"--labels {config.labels[:100]}: there are vlm, oracle, oracle:mistakes=0.2, or a folder or "
                         "file of kept answers (with --reward code: of programs), and none has this name")
     if config.reward in ("score", "code") and judges.make(flaws):
         raise UserError(f"--vlm {config.vlm[:60]}: a judge compares two images, and --reward {config.reward} does not")
-    if config.both_orders and config.reward != "preference":
+    if config.both_orders and config.reward not in FROM_PAIRS:
         raise UserError(f"--both-orders 1: --reward {config.reward} asks about no pairs")
-    if config.soft_labels and (kind != "vlm" or config.reward != "preference"):
+    if config.soft_labels and (kind != "vlm" or config.reward not in FROM_PAIRS):
         raise UserError("--soft-labels 1: only a VLM that compares images tells how sure it is: leave out "
-                        + ("--reward" if config.reward != "preference" else "--labels"))
+                        + ("--labels" if config.reward in FROM_PAIRS else "--reward"))
     if config.reward == "score" and flaws.get("mistakes"):
         raise UserError(f"--vlm {config.vlm}: a mistake exchanges two images, and --reward score shows only one")
     if kind == "oracle" and any(flaws.values()):

@@ -23,7 +23,6 @@ To use it elsewhere (beside sac.py):
     B.relabel(lambda images: images.mean((1, 2, 3)))  # Phi 0, 1, 2
     print(B.reward[:3])  # 0 + 0.5 * 0 - 0,   0 + 0.5 * 1 - 0,   1 + 0.5 * 2 - 1
 """
-import gymnasium
 import numpy as np
 
 from sac import ReplayBuffer
@@ -50,8 +49,14 @@ class PotentialBuffer(ReplayBuffer):
         return count
 
 
-class SuccessReward(gymnasium.Wrapper):
-    """The environment with its success, 0 or 1, in place of its reward."""
+class SuccessReward:
+    """An environment as envs.make() gives it, with success, 0 or 1, in place of its reward."""
+
+    def __init__(self, env):
+        self.env = env
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
 
     def step(self, action):
         obs, _, terminated, truncated, info = self.env.step(action)

@@ -343,7 +343,7 @@ def audit(config, pairs=100, policy=None):
     """Draw, ask, sum up, write the folder -> {"verdict": one line, "rows": of audit.csv, "text", "folder", "image"}."""
     if pairs < 1:
         raise settings.UserError(f"--pairs {pairs}: at least one pair")
-    if config.resume or config.labels != "vlm" or config.reward != "preference":
+    if config.resume or config.labels != "vlm" or config.reward not in settings.FROM_PAIRS:
         raise settings.UserError("an audit asks a VLM to compare images: leave out --resume, --labels and --reward")
     if config.out is None:
         name = f"audit-{config.env}-{config.vlm}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
