@@ -315,8 +315,8 @@ def p_second(text, tokens):
     log-probability}). They may hold more than the text: thoughts before it, a mark of its end after it.
     None where the text has no label 0 or 1, where its token is not found, or where nothing else may have stood there.
 
-    Worked example: "Image 1 is shut.\\n1" ends with the tokens " shut", ".\\n", "1". parse_label() reads 1, and the last
-    1 that names no image is the last token. There may have stood {"1": log .6, " 1": log .1, "0": log .2, "-": log .1}:
+    Worked example: "Image 1 is shut.\\n1" ends with the tokens " shut", ".\\n", "1". parse_label() reads 1. The last 1
+    that names no image is the last token. There may have stood {"1": log .6, " 1": log .1, "0": log .2, "-": log .1}:
         P("1") = .6 + .1, P("0") = .2  ->  .7 / .9 = .7778; "-" would have begun "-1", which speaks for neither image.
 
     Where the server samples, the label is one draw, and may be the less likely one: label 1 with p_second .3. Both are
