@@ -31,10 +31,11 @@ class Labeler:
     kept: (first, second, label) of answers that are there already; all of them are given at the first call.
     log: the LabelLog of the run, and folder: where images of pairs are written; the run hands them over when it has
     them.
-    counts: asked, labels, unsure, unreadable, no_answer, identical, and `right` of `judged` labels by true progress.
+    counts: asked, labels, unsure, unreadable, no_answer, identical; `right` of `judged` labels by true progress; how
+    many answers were "the first" and "the second".
     """
 
-    COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "right", "judged")
+    COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "right", "judged", "first", "second")
 
     def __init__(self, goal, vlm=None, stages=2, workers=8, max_pairs=1000, mistakes=0.0, kept=None, server=None):
         self.goal, self.vlm, self.stages, self.workers = goal, vlm, stages, workers
@@ -68,6 +69,8 @@ class Labeler:
         else:
             labels, counts = vlm_query.label_pairs(self.vlm, first, second, self.goal, self.stages, self.workers, log)
         self.count(counts, labels=labels >= 0, judged=(labels >= 0) & (true_labels >= 0), right=labels == true_labels)
+        self.counts["first"] += int((labels == 0).sum())
+        self.counts["second"] += int((labels == 1).sum())
         usable = labels >= 0
         return images.small[pairs[usable, 0]], images.small[pairs[usable, 1]], labels[usable]
 
@@ -89,7 +92,8 @@ class Labeler:
 
     def room(self, pairs):
         """How many of so many pairs may be asked in this session."""
-        return 0 if self.exhausted else max(0, min(pairs, self.max_pairs - self.counts["asked"]))
+        over = self.exhausted or is_stuck(self.counts)
+        return 0 if over else max(0, min(pairs, self.max_pairs - self.counts["asked"]))
 
     def accuracy(self):
         return self.counts["right"] / self.counts["judged"] if self.counts["judged"] else float("nan")
@@ -106,7 +110,7 @@ class Labeler:
         return {"counts": dict(self.counts), "exhausted": self.exhausted, "vlm": self.vlm and self.vlm.state_dict()}
 
     def load_state_dict(self, state):
-        self.counts = state["counts"]
+        self.counts = {"first": 0, "second": 0, **state["counts"]}  # older runs did not count these
         if self.vlm:
             self.vlm.load_state_dict(state["vlm"])
         # a limit may have been raised since
@@ -115,6 +119,17 @@ class Labeler:
     def close(self):
         if self.server:
             self.server.stop()
+
+
+def is_stuck(counts):
+    """Is the answer always the same, whatever is shown? Then no more is asked, for such answers say nothing.
+
+    At least 60 answers, of which at most one in a hundred is another. The order of each pair is random, so whoever
+    looks says "the first" about half of the time. A VLM that leans, so that nine in ten of its answers are the same,
+    can still be learned from; its first 60 are all the same in two runs of a thousand.
+    """
+    said = counts["first"] + counts["second"]
+    return said >= 60 and 100 * min(counts["first"], counts["second"]) <= said
 
 
 class ScoreLabeler(Labeler):
