@@ -32,10 +32,12 @@ class Labeler:
     log: the LabelLog of the run, and folder: where images of pairs are written; the run hands them over when it has
     them.
     counts: asked, labels, unsure, unreadable, no_answer, identical; `right` of `judged` labels by true progress; how
-    many answers were "the first" and "the second".
+    many answers were "the first" and "the second"; and `clear_right` of `clear` labels, those of the half of each
+    session's pairs that differ most in progress, where who reads the goal the wrong way round is soon found out.
     """
 
-    COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "right", "judged", "first", "second")
+    COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "right", "judged", "first", "second",
+              "clear", "clear_right")
 
     def __init__(self, goal, vlm=None, stages=2, workers=8, max_pairs=1000, mistakes=0.0, kept=None, server=None):
         self.goal, self.vlm, self.stages, self.workers = goal, vlm, stages, workers
@@ -68,9 +70,12 @@ class Labeler:
             counts = {"asked": len(labels), "unsure": int((labels == -1).sum())}
         else:
             labels, counts = vlm_query.label_pairs(self.vlm, first, second, self.goal, self.stages, self.workers, log)
-        self.count(counts, labels=labels >= 0, judged=(labels >= 0) & (true_labels >= 0), right=labels == true_labels)
-        self.counts["first"] += int((labels == 0).sum())
-        self.counts["second"] += int((labels == 1).sum())
+        judged, right = (labels >= 0) & (true_labels >= 0), labels == true_labels  # (M,) each
+        self.count(counts, labels=labels >= 0, judged=judged, right=right)
+        difference = np.where(judged, np.abs(after - before), np.nan)  # (M,)
+        clear = difference >= np.nanmedian(difference) if judged.any() else judged
+        for name, rows in zip(self.COUNTS[8:], (labels == 0, labels == 1, clear, clear & right)):
+            self.counts[name] += int(rows.sum())
         usable = labels >= 0
         return images.small[pairs[usable, 0]], images.small[pairs[usable, 1]], labels[usable]
 
@@ -110,7 +115,7 @@ class Labeler:
         return {"counts": dict(self.counts), "exhausted": self.exhausted, "vlm": self.vlm and self.vlm.state_dict()}
 
     def load_state_dict(self, state):
-        self.counts = {"first": 0, "second": 0, **state["counts"]}  # older runs did not count these
+        self.counts = {**dict.fromkeys(self.COUNTS[8:], 0), **state["counts"]}  # older runs did not count these
         if self.vlm:
             self.vlm.load_state_dict(state["vlm"])
         # a limit may have been raised since

@@ -703,10 +703,11 @@ def same_answers(config, counts, data):
             return found
     if len(data) < ENOUGH:
         return {}
-    right, judged = counts["right"], counts["judged"]
-    # Two standard deviations below the half: by chance, of labels that are 60 % right, once in a thousand runs.
-    if judged >= ENOUGH and right < judged / 2 - math.sqrt(judged):
-        return {"way round": f"right way round? {right} of {judged} labels agree with the environment's own progress"}
+    right, clear = counts["clear_right"], counts["clear"]
+    # Two standard deviations below the half: of labels that are 60 % right, by chance in three runs of a thousand.
+    if 2 * clear >= ENOUGH and right < clear / 2 - math.sqrt(clear):
+        return {"way round": f"right way round? Of the clearer half of the pairs, {right} of {clear} labels agree with "
+                             "the environment's own progress"}
     if not counts["judged"] and not kept_folder(config):
         return {"judged": "nobody knows how right the labels are: true progress (info['progress'], or the reward) is "
                           "the same in both images of every pair"}

@@ -91,7 +91,8 @@ class Says:
     (dict(labels=[1] * 25, kept="x", counts={"judged": 0}, exhausted=True), "same"),
     (dict(rewards=(), step=300, counts={"asked": 40, "labels": 0, "second": 80}), "stuck"),  # two orders, never agreed
     (dict(labels=[0] * 60, counts={"first": 60}), "stuck"), (dict(labels=[0] * 59, counts={"first": 59}), "same"),
-    (dict(labels=FAIR, counts={"right": 9}), "way round"), (dict(labels=FAIR[:20], counts={"right": 5}), "way round"),
+    (dict(labels=FAIR, counts={"clear": 20, "clear_right": 5}), "way round"),
+    (dict(labels=FAIR, counts={"clear": 100, "clear_right": 39}), "way round"),
     (dict(scores=[0.5] * 25, reward="score"), "same"),
     (dict(labels=FAIR, counts={"judged": 0}), "judged"),
     (dict(labels=FAIR, rewards=np.full(300, 0.7), step=300), "reward"),  # learned: as soon as it is fitted
@@ -111,7 +112,7 @@ def test_what_teaches_nothing_is_doubted(case, cause):
 
 @pytest.mark.parametrize("case", [
     dict(labels=FAIR), dict(labels=[1] * 12), dict(labels=[1] * 19), dict(labels=[0, 1, 1, 1] * 10),
-    dict(labels=FAIR, counts={"right": 14}), dict(labels=FAIR[:18], counts={"right": 0}),
+    dict(labels=FAIR, counts={"clear": 20, "clear_right": 6}), dict(labels=FAIR[:18], counts={"clear": 9}),
     dict(labels=FAIR, counts={"first": 12, "second": 88}),  # it leans, and can be learned from
     dict(counts={"asked": 12, "unsure": 12}, step=300), dict(labels=FAIR, counts={"asked": 400, "unsure": 360}),
     dict(labels=FAIR, kept="x", counts={"judged": 0}, exhausted=True),
@@ -215,7 +216,7 @@ def test_a_run_says_it_once_and_in_its_closing_words(tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("answers, asked, says", [
     ("1", 60, "no more is asked, because the answer has always been the same"), ("1", 60, "the same answer 20 times of 20"),
-    ("wrong", 100, "right way round? 0 of 20 labels agree"),
+    ("wrong", 100, "right way round? Of the clearer half of the pairs, 0 of 10 labels agree"),
 ])
 def test_a_vlm_that_does_not_look_is_named_at_the_first_session_and_asked_no_more(tmp_path, monkeypatch, capsys, answers,
                                                                                  asked, says):
@@ -235,7 +236,7 @@ def test_a_vlm_that_does_not_look_is_named_at_the_first_session_and_asked_no_mor
     train.train(settings.Config(env="Silentbar-v0", **{**TINY, **changes}))
     summary, err = json.loads((tmp_path / "run" / "summary.json").read_text()), capsys.readouterr().err
     assert summary["asked"] == asked and f"warning: {says}" in err
-    assert says.split(" 0")[0].split(" 20")[0] in summary["text"]
+    assert says.split(", 0")[0].split(" 20")[0] in summary["text"]
 
 
 def test_the_bar_says_nothing_of_what_nobody_knows():
