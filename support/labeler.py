@@ -20,8 +20,9 @@ import vlm_query
 from support import cached_labels, judges, offline_vlm, settings
 from support.settings import UserError
 
-# Counts of a batch: those that vlm_query gives, and pairs whose two orders got contradicting answers.
-UNCERTAIN = ("asked", "unsure", "unreadable", "no_answer", "identical", "contradicted")
+# Counts of a batch that are added up as they are: those that vlm_query gives, and those that __call__ adds.
+ADDED = ("asked", "unsure", "unreadable", "no_answer", "identical", "contradicted", "first", "second", "clear",
+         "clear_right")
 
 
 class Labeler:
@@ -34,11 +35,13 @@ class Labeler:
     log: the LabelLog of the run, and folder: where images of pairs are written; the run hands them over when it has
     them.
     both_orders: each pair is asked both ways round, as two questions, and has a label if the answers agree.
-    counts: asked, labels, unsure, unreadable, no_answer, identical, contradicted, and `right` of `judged` labels, by
-    true progress.
+    counts: asked, labels, unsure, unreadable, no_answer, identical, contradicted; `right` of `judged` labels by true
+    progress; how many answers were "the first" and "the second"; and `clear_right` of `clear` labels, those of the half
+    of each session's pairs that differ most in progress, where who reads the goal the wrong way round is soon found out.
     """
 
-    COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "contradicted", "right", "judged")
+    COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "contradicted", "right", "judged",
+              "first", "second", "clear", "clear_right")
 
     def __init__(self, goal, vlm=None, stages=2, workers=8, max_pairs=1000, mistakes=0.0, kept=None, server=None,
                  judge=None, soft=False, both_orders=False):
@@ -83,13 +86,19 @@ class Labeler:
         else:
             labels, counts = vlm_query.label_pairs(self.vlm, first, second, self.goal, self.stages, self.workers, log)
         y = np.where(np.isnan(p_second), labels, p_second) if self.soft else labels  # (M,)
+        counts.update(first=int((labels == 0).sum()), second=int((labels == 1).sum()))
+        difference = np.abs(after - before)  # (M,)
         if self.both_orders:
             # What a VLM answers whatever it is shown, it answers in both orders. So a label is what both agree on.
             labels, turned = labels[::2], labels[1::2]  # (M,) each
             counts["contradicted"] = int(((labels >= 0) & (turned == labels)).sum())
             labels = np.where((labels >= 0) & (turned == 1 - labels), labels, -1)
             y, pairs, true_labels = (y[::2] + 1 - y[1::2]) / 2, pairs[::2], true_labels[::2]
-        self.count(counts, labels=labels >= 0, judged=(labels >= 0) & (true_labels >= 0), right=labels == true_labels)
+            difference = difference[::2]
+        judged, right = (labels >= 0) & (true_labels >= 0), labels == true_labels  # (M,) each
+        clear = judged & (difference >= np.median(difference[judged])) if judged.any() else judged
+        counts.update(clear=int(clear.sum()), clear_right=int((clear & right).sum()))
+        self.count(counts, labels=labels >= 0, judged=judged, right=right)
         usable = labels >= 0
         return images.small[pairs[usable, 0]], images.small[pairs[usable, 1]], y[usable]
 
@@ -103,7 +112,7 @@ class Labeler:
     def count(self, counts, labels, judged, right):
         """counts: of vlm_query.  labels, judged, right: (M,) bool, for each question."""
         self.exhausted = counts.get("limit", 0) > 0
-        for name in UNCERTAIN:
+        for name in ADDED:
             self.counts[name] += counts.get(name, 0)
         self.counts["labels"] += int(labels.sum())
         self.counts["judged"] += int(judged.sum())
@@ -111,7 +120,8 @@ class Labeler:
 
     def room(self, pairs):
         """How many pairs may be asked about in this session, with so many questions."""
-        questions = 0 if self.exhausted else max(0, min(pairs, self.max_pairs - self.counts["asked"]))
+        over = self.exhausted or is_stuck(self.counts)
+        questions = 0 if over else max(0, min(pairs, self.max_pairs - self.counts["asked"]))
         return questions // 2 if self.both_orders else questions
 
     def accuracy(self):
@@ -129,7 +139,7 @@ class Labeler:
         return {"counts": dict(self.counts), "exhausted": self.exhausted, "vlm": self.vlm and self.vlm.state_dict()}
 
     def load_state_dict(self, state):
-        self.counts = {**self.counts, **state["counts"]}  # an older checkpoint has fewer
+        self.counts = {**self.counts, **state["counts"]}  # an older run did not count all of these
         if self.vlm:
             self.vlm.load_state_dict(state["vlm"])
         # a limit may have been raised since
@@ -138,6 +148,17 @@ class Labeler:
     def close(self):
         if self.server:
             self.server.stop()
+
+
+def is_stuck(counts):
+    """Is the answer always the same, whatever is shown? Then no more is asked, for such answers say nothing.
+
+    At least 60 answers, of which at most one in a hundred is another. The order of each pair is random, so whoever
+    looks says "the first" about half of the time. A VLM that leans, so that nine in ten of its answers are the same,
+    can still be learned from; its first 60 are all the same in two runs of a thousand.
+    """
+    said = counts["first"] + counts["second"]
+    return said >= 60 and 100 * min(counts["first"], counts["second"]) <= said
 
 
 class ScoreLabeler(Labeler):

@@ -56,7 +56,7 @@ import vlm_query
 from reward_model import PreferenceDataset, RewardModel
 from sac import SAC, ReplayBuffer, StoredArrayError
 from support import baselines, fast, given_rewards, interrupts, report, shaped
-from support.labeler import make_labeler
+from support.labeler import is_stuck, make_labeler
 from support.settings import (FROM_PAIRS, UserError, command_line, kept_folder, labels_kind, must_stay, resolve,
                               resume_command, say, vlm_name, who_labels)
 
@@ -650,7 +650,7 @@ def doubts(config, at, labeler, pool, buffer, data, programs, episodes):
                                  "at what the environment draws (eval_before.gif in the run folder)")
         elif labeler.exhausted and not counts["labels"]:
             found["limit"] = "a limit (--max-calls, --max-usd) was reached before there was any label"
-        elif counts["asked"] >= ENOUGH and 20 * counts["labels"] <= counts["asked"]:
+        elif counts["asked"] >= ENOUGH and 20 * counts["labels"] <= counts["asked"] and not is_stuck(counts):
             found["answers"] = (f"of {counts['asked']} questions only {counts['labels']} got a label "
                                 f"({counts['unsure']} unsure, {counts['unreadable']} unreadable, "
                                 f"{counts['no_answer']} unanswered)")
@@ -692,16 +692,27 @@ def say_nothing(programs, buffer, rewards):
 
 def same_answers(config, counts, data):
     """What ENOUGH answers have in common that they should not -> {cause: sentence}."""
-    if len(data) < ENOUGH:
-        return {}
     if config.reward == "score":
-        if np.ptp(data.score[:len(data)]) == 0:
+        if len(data) >= ENOUGH and np.ptp(data.score[:len(data)]) == 0:
             return {"same": f"all {len(data)} scores are {data.score[0]:.3g}, whatever the image"}
     else:
-        second = int((data.label[:len(data)] > 0.5).sum())
-        often, which = max((second, "second"), (len(data) - second, "first"))
-        if 20 * often >= 19 * len(data):  # the order of a pair is random: by chance in one run of ten thousand
-            return {"same": f"{often} of {len(data)} labels prefer the {which} image, whatever the two show"}
+        first, second = counts["first"], counts["second"]
+        if not first + second:  # kept answers, which nobody counted
+            second = int((data.label[:len(data)] > 0.5).sum())
+            first = len(data) - second
+        said, (often, which) = first + second, max((second, "second"), (first, "first"))
+        if said >= ENOUGH and 20 * often >= 19 * said:  # a pair's order is random: by chance once in ten thousand runs
+            found = {"same": f'the same answer {often} times of {said}, "the {which}": does it look at the images?'}
+            if is_stuck(counts):
+                found["stuck"] = "no more is asked, because the answer has always been the same"
+            return found
+    if len(data) < ENOUGH:
+        return {}
+    right, clear = counts["clear_right"], counts["clear"]
+    # Two standard deviations below the half: of labels that are 60 % right, by chance in three runs of a thousand.
+    if 2 * clear >= ENOUGH and right < clear / 2 - math.sqrt(clear):
+        return {"way round": f"right way round? Of the clearer half of the pairs, {right} of {clear} labels agree with "
+                             "the environment's own progress"}
     if not counts["judged"] and not kept_folder(config):
         return {"judged": "nobody knows how right the labels are: true progress (info['progress'], or the reward) is "
                           "the same in both images of every pair"}

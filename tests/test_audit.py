@@ -1,5 +1,6 @@
 """audit_vlm.py: the questions, the verdict, the costs."""
 import contextlib
+import csv
 import dataclasses
 import json
 import types
@@ -92,6 +93,8 @@ def test_pairs_are_spread_over_all_differences_and_never_look_alike():
     again, _ = audit_vlm.draw_pairs(images, progress, 50, np.random.default_rng(1))
     assert np.array_equal(pairs, again)  # so that a second audit finds its answers in the cache
     assert np.histogram(gap, audit_vlm.BINS)[0].tolist() == [10] * 5
+    near = (progress[pairs] > progress.max() - audit_vlm.NEAR * np.ptp(progress)).all(axis=1)
+    assert 5 * 3 - 3 <= near.sum() <= 5 * 3 + 3  # every other one in the three bins that have such pairs
     assert len(set(map(frozenset, pairs))) == 50 and 10 < (pairs[:, 0] < pairs[:, 1]).sum() < 40
     assert not any(vlm_query.looks_identical(images[a], images[b]) for a, b in pairs)
     few, _ = audit_vlm.draw_pairs(images[:3], np.array([0.0, 0.0, 1.0]), 50, np.random.default_rng(1))
@@ -108,7 +111,8 @@ def audit_records(answer, pairs=40, difference=0.5):
         said = answer(pair, order, true_label)
         kind = said if isinstance(said, str) else "label" if said >= 0 else "unsure"
         records += [{"pair": pair, "order": order, "stages": stages, "true_label": true_label, "kind": kind,
-                     "label": said if kind == "label" else -1, "difference": difference, "tokens_in": 300,
+                     "label": said if kind == "label" else -1 if kind == "unsure" else -2, "difference": difference,
+                     "progress": [0.0, difference] if true_label else [difference, 0.0], "tokens_in": 300,
                      "tokens_out": 40, "cached": order == 0, "seconds": 2.0 * order} for stages in (1, 2)]
     return records
 
@@ -117,28 +121,145 @@ VLMS = {
     "good enough": lambda pair, order, true: true,
     "good enough: 90 %": lambda pair, order, true: 1 - true if pair % 10 == 0 else true,
     "not good enough": lambda pair, order, true: 1 - true,
-    "not good enough: 50 %": lambda pair, order, true: 0,  # always picks the first picture
+    "not good enough: 50 % right": lambda pair, order, true: 0,  # always picks the first picture
     "undecided, ask more --pairs": lambda pair, order, true: 1 - true if pair % 4 == 0 else true,
     "not good enough: 100 %": lambda pair, order, true: true if pair < 15 else "unreadable",
     "undecided: no question": lambda pair, order, true: "limit",
 }
 
 
+def judged(found):
+    return audit_vlm.verdict(found, audit_vlm.faults(found))
+
+
 @pytest.mark.parametrize("begins", VLMS)
 def test_the_verdict_follows_its_rule(begins):
     """P(right) above or below 3/4, the interval around it, and half of the questions labelled: nothing else decides."""
-    rows = audit_vlm.summaries(audit_records(VLMS[begins]), None)
-    assert all(audit_vlm.verdict(rows, stages).startswith(begins) for stages in (1, 2))
-    unclear = audit_vlm.summaries(audit_records(VLMS[begins], difference=0.07), None)
-    assert audit_vlm.verdict(unclear, 2).startswith("undecided: no question")
+    rows = audit_vlm.summaries(audit_records(VLMS[begins]), None, scale=(0, 1))
+    assert all(judged(audit_vlm.of(rows, stages, 0.0)).startswith(begins) for stages in (1, 2))
+    unclear = audit_vlm.summaries(audit_records(VLMS[begins], difference=0.07), None, scale=(0, 1))
+    assert judged(audit_vlm.of(unclear, 2, 0.0)).startswith("undecided: no question")
 
 
 def test_a_habit_of_picking_the_first_picture_is_seen():
     """Who always picks the first must have first_share 1 and consistent 0; who is always wrong must be consistent."""
     first, wrong = (audit_vlm.summary([r for r in audit_records(VLMS[name]) if r["stages"] == 2])
-                    for name in ("not good enough: 50 %", "not good enough"))
+                    for name in ("not good enough: 50 % right", "not good enough"))
     assert (first["first_share"], first["consistent"], first["accuracy"]) == (1, 0, 0.5)
     assert (wrong["first_share"], wrong["consistent"], wrong["accuracy"]) == (0.5, 1, 0)
+
+
+# ---- how a judge leans ----
+def some_pairs(count):
+    """progress (count, 2) and side (count, 2) of pairs that are spread as the audit's are."""
+    rng = np.random.default_rng(0)
+    angle = np.concatenate([rng.normal(0, 4, 60), rng.uniform(-30, 30, 60)]).clip(-30, 30)
+    images = rng.integers(0, 255, (120, 4, 4, 3), np.uint8)
+    pairs, _ = audit_vlm.draw_pairs(images, -abs(angle), count, rng)
+    return -abs(angle)[pairs], np.sign(angle)[pairs]
+
+
+def ask_judge(progress, side, seed, slope, lean, doubt=0.0, spread=0.6, jitter=0.8, blur=0.0, blind=0):
+    """The answers of score = slope D + lean + noise in both orders.  spread: noise that turns round with the pair."""
+    rng, labels = np.random.default_rng(seed), []
+    away = np.maximum(np.where(side == blind, 0, -progress / 30), blur)  # blind: that side looks as if at the goal
+    own = spread * rng.normal(size=len(progress))
+    for sign in (1, -1):
+        score = sign * (slope * (away[:, 0] - away[:, 1]) + own) + lean + jitter * rng.normal(size=len(progress))
+        labels.append(np.where(abs(score) < doubt, -1, (score > 0).astype(int)))
+    return labels
+
+
+def measured(pairs=200, seed=0, **judge):
+    progress, side = some_pairs(pairs)
+    label, swapped = ask_judge(progress, side, seed, **judge)
+    return audit_vlm.measure(*progress.T, label, swapped, *side.T, scale=(-30, 0))
+
+
+JUDGES = {  # published models, as support/judges.py has them; two kinds that no lean describes; and a good one
+    "good": (dict(slope=8, lean=0.2, doubt=0.3), set()),
+    "good, all its noise in each answer": (dict(slope=8, lean=0.2, spread=0, jitter=1), set()),
+    "leans-second": (dict(slope=3, lean=1.1), {"leans"}),
+    "leans-first": (dict(slope=4.5, lean=-0.9), {"leans"}),
+    "weak": (dict(slope=1.3, lean=1.3), {"leans"}),
+    "weak, to the first": (dict(slope=1.3, lean=-1.3), {"leans"}),
+    "stuck": (dict(slope=1.3, lean=4), {"does not look"}),
+    "stuck, on the first": (dict(slope=0, lean=-4), {"does not look"}),
+    "inverted": (dict(slope=-2.7, lean=0.4), {"wrong way round"}),
+    "a little inverted": (dict(slope=-1.3, lean=-0.4), {"wrong way round"}),
+    "sampled": (dict(slope=1.3, lean=0, spread=0, jitter=1), {"not steady"}),
+    "blurry": (dict(slope=25, lean=1.9, blur=0.18), {"leans", "blurry near the goal"}),
+    "blurry, no lean": (dict(slope=8, lean=0, blur=0.18), {"blurry near the goal"}),
+    "blind": (dict(slope=8, lean=0.2, blind=1), {"blind on one side"}),
+}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_the_fault_of_a_judge_is_named_and_a_good_one_has_none(name):
+    """Of ten simulated audits at least nine must name each fault, and of a good judge at least nine no fault."""
+    judge, faults = JUDGES[name]
+    named = [set(audit_vlm.faults(measured(seed=seed, **judge))) for seed in range(10)]
+    assert sum(faults <= found if faults else not found for found in named) >= 9, named
+    if faults & {"leans", "does not look", "wrong way round"} and not judge.get("blur"):
+        assert sum(found == faults for found in named) >= 8, named
+
+
+@pytest.mark.parametrize("name", [name for name in JUDGES if name.split(",")[0] in (
+    "good", "leans-second", "leans-first", "weak", "inverted", "a little inverted")])
+def test_lean_and_d_prime_of_a_judge_are_recovered(name):
+    """From 200 pairs: the mean of twenty audits within .05 and .1, and single ones nearly always within .2."""
+    judge, (progress, _) = JUDGES[name][0], some_pairs(200)
+    true = audit_vlm.fitted_d_prime(abs(progress[:, 1] - progress[:, 0]) / 30, judge["slope"], judge["lean"],
+                                    judge.get("doubt", 0))
+    found = [measured(seed=seed, **judge) for seed in range(20)]
+    lean = np.array([one["lean"] for one in found]) - judge["lean"]
+    fitted, counted = (np.array([one[column] for one in found]) - true for column in ("d_prime_fitted", "d_prime"))
+    assert abs(lean.mean()) < 0.05 and (abs(lean) < 0.2).sum() >= 18
+    assert abs(fitted.mean()) < 0.1 and (abs(fitted) < 0.2).sum() >= 17
+    assert abs(counted.mean()) < 0.15 and fitted.std() < counted.std()
+    assert all(abs(one["bias_free"] - audit_vlm.NORMAL.cdf(one["d_prime"] / 2)) < 1e-9 for one in found)
+
+
+def test_measures_by_hand():
+    """Two pairs, (.1, .5) and (.9, .2): "second" each time but once; the first pair is judged the same both times."""
+    found = audit_vlm.measure([0.1, 0.9], [0.5, 0.2], label=[1, 1], label_when_swapped=[0, 1], scale=(0, 1))
+    assert (found["right_second"], found["right_first"], found["says_second"]) == (1, 0.5, 0.75)
+    assert (found["consistent"], found["agree_right"], found["clear_right"], found["labelled"]) == (0.5, 1, 0.75, 1)
+    assert np.isnan(found["near_right"]) and found["near_z"] == found["side_z"] == found["cross_z"] == 0
+    unsure = audit_vlm.measure([0.9, 0.1], [0.85, 0.99], label=[-1, 1], label_when_swapped=[-2, 0], scale=(0, 1))
+    assert unsure["labelled"] == 1 and unsure["consistent"] == 1 and unsure["right_second"] == 1
+
+
+def test_the_worked_examples_of_the_measures():
+    """d' of a published cell, a lean from a share, a comparison of twice ten pairs, and no division by zero."""
+    assert audit_vlm.d_prime(48, 50, 36, 50) == pytest.approx(1.08, abs=0.01)
+    slope, lean, doubt, _ = audit_vlm.fit_lean(np.zeros(100), [1] * 84 + [0] * 16)
+    assert lean == pytest.approx(0.99, abs=0.01) and slope == pytest.approx(0, abs=0.01) and doubt == 0
+    ten, gap = np.repeat([True, False], 10), np.full(20, 0.15)
+    found = audit_vlm.compare(np.array([1, 0] * 5 + [1] * 10, float), ten, ~ten, gap)
+    assert found == pytest.approx((0.5, 1, -0.5, -2.58), abs=0.01)
+    assert audit_vlm.compare(np.ones(20), ten, ~ten, gap)[3] == 0
+    assert audit_vlm.compare(np.ones(20), ten, np.zeros(20, bool), gap)[3] == 0
+    side, number = audit_vlm.sides(np.array([[5, -2.0], [5, -1], [5, 1], [5, 2]]), np.array([-2.0, -1, -1, -2]))
+    assert side.tolist() == [-1, -1, 1, 1] and number == 1
+    assert audit_vlm.sides(np.array([[-2.0], [-1], [1], [2]]), np.array([1.0, 2, 3, 4])) == (None, None)
+
+
+NEURAL = {("left", 1): {"blind on one side"}, ("left", 2): {"blind on one side"},
+          ("left-350", 1): {"not steady", "blurry near the goal"}, ("left-350", 2): {"blind on one side"},
+          ("weak-310", 1): {"leans"}, ("weak-310", 2): {"leans", "blurry near the goal"}}
+
+
+@pytest.mark.parametrize("name, stages", NEURAL)
+def test_the_faults_of_tiny_neural_judges_are_named(name, stages):
+    """Real answers: left and left-350 never saw the pole lean right; weak-310 was trained for a short time only."""
+    with open(Path(__file__).parents[1] / "results" / "neural_judges.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["judge"], row["stages"]) == (name, str(stages))]
+    first, second, label, swapped = (np.array([float(row[column]) for row in rows]) for column in (
+        "degrees_first", "degrees_second", "label", "label_when_swapped"))
+    found = audit_vlm.measure(-abs(first), -abs(second), label, swapped, np.sign(first), np.sign(second), (-30, 0))
+    assert len(rows) == 500 and NEURAL[name, stages] <= set(audit_vlm.faults(found))
+    assert not judged(found).startswith("good enough")
 
 
 def test_time_and_price_of_a_run_are_projected_from_its_schedule():
@@ -219,3 +340,11 @@ def test_mistakes_on_the_audit_command_line_end_in_one_line(tmp_path, monkeypatc
     said = capsys.readouterr().err.strip().splitlines()
     assert says in said[-1] and said[-1].startswith("audit_vlm.py: ")
     assert not list(tmp_path.glob("runs/audit*"))
+
+
+def test_only_a_vlm_that_is_paid_for_has_a_price():
+    """The price of a million tokens is asked for where there is one, not of a server of one's own."""
+    row = audit_vlm.summary(audit_records(VLMS["good enough"]))
+    for vlm, says in (("openai/m", "unknown: give --usd-per-mtok"), ("local/m", "none"), ("offline:mistakes=0.1", "none")):
+        config = settings.resolve(settings.Config(env="CartPole"))
+        assert f"price of a pair: {says}" in audit_vlm.cost_lines(row, 2, dataclasses.replace(config, vlm=vlm))[-1]

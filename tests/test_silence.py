@@ -22,6 +22,7 @@ import sac
 from support import baselines, given_rewards
 from support.labeler import Labeler
 import train
+import vlm_query
 
 SMALL = (48, 48, 3)
 
@@ -50,7 +51,7 @@ def books(pictures=None, labels=(), scores=None, rewards=None, terminated=False,
     rewards = rng.normal(size=step) if rewards is None else np.asarray(rewards, np.float32)
     buffer.reward[:len(rewards)], buffer.terminated[:step] = rewards, terminated
     books = dict.fromkeys(Labeler.COUNTS, 0)
-    books.update({**dict.fromkeys(("asked", "labels", "judged"), len(data)), **(counts or {})})
+    books.update({**dict.fromkeys(("asked", "labels", "judged", "right"), len(data)), **(counts or {})})
     labeler, compares = types.SimpleNamespace(counts=books, exhausted=exhausted), config.reward in ("preference", "score")
     at = train.Progress(step=step, episodes=episodes, explored=not explores)
     return config, at, labeler, pool if compares else None, buffer, data if compares else None, programs
@@ -88,6 +89,10 @@ class Says:
     (dict(rewards=(), step=300, counts={"asked": 40, "no_answer": 20, "unreadable": 20}), "answers"),
     (dict(labels=[1] * 40), "same"), (dict(labels=[0] * 40), "same"), (dict(labels=[0] * 39 + [1]), "same"),
     (dict(labels=[1] * 25, kept="x", counts={"judged": 0}, exhausted=True), "same"),
+    (dict(rewards=(), step=300, counts={"asked": 40, "labels": 0, "second": 80}), "stuck"),  # two orders, never agreed
+    (dict(labels=[0] * 60, counts={"first": 60}), "stuck"), (dict(labels=[0] * 59, counts={"first": 59}), "same"),
+    (dict(labels=FAIR, counts={"clear": 20, "clear_right": 5}), "way round"),
+    (dict(labels=FAIR, counts={"clear": 100, "clear_right": 39}), "way round"),
     (dict(scores=[0.5] * 25, reward="score"), "same"),
     (dict(labels=FAIR, counts={"judged": 0}), "judged"),
     (dict(labels=FAIR, rewards=np.full(300, 0.7), step=300), "reward"),  # learned: as soon as it is fitted
@@ -107,6 +112,8 @@ def test_what_teaches_nothing_is_doubted(case, cause):
 
 @pytest.mark.parametrize("case", [
     dict(labels=FAIR), dict(labels=[1] * 12), dict(labels=[1] * 19), dict(labels=[0, 1, 1, 1] * 10),
+    dict(labels=FAIR, counts={"clear": 20, "clear_right": 6}), dict(labels=FAIR[:18], counts={"clear": 9}),
+    dict(labels=FAIR, counts={"first": 12, "second": 88}),  # it leans, and can be learned from
     dict(counts={"asked": 12, "unsure": 12}, step=300), dict(labels=FAIR, counts={"asked": 400, "unsure": 360}),
     dict(labels=FAIR, kept="x", counts={"judged": 0}, exhausted=True),
     dict(labels=FAIR, exhausted=True), dict(pictures=BLACK, step=50), dict(pictures=BLACK, step=99),
@@ -135,7 +142,7 @@ def test_a_doubt_is_printed_once_though_its_numbers_change(capsys):
     for asked in (30, 40, 50):
         labeler.counts["asked"] = asked
         run.Run.warn(this, False)
-    assert set(at.doubts) == {"same"} and capsys.readouterr().err.count("warning: 30 of 30 labels prefer the second") == 1
+    assert set(at.doubts) == {"same"} and capsys.readouterr().err.count("warning: the same answer 30 times of 30") == 1
     data.label[:30:2] = 0
     run.Run.warn(this, False)
     assert at.doubts == {"same": ""}
@@ -205,6 +212,31 @@ def test_a_run_says_it_once_and_in_its_closing_words(tmp_path, monkeypatch, caps
         assert warned == [] and "Warning" not in closing and "random episodes: unknown" in closing and "nan%" not in closing
     else:
         assert len(warned) == 1 and says in warned[0] and closing.count("Warning: ") == 1 and says in closing
+
+
+@pytest.mark.parametrize("answers, asked, says", [
+    ("1", 60, "no more is asked, because the answer has always been the same"), ("1", 60, "the same answer 20 times of 20"),
+    ("wrong", 100, "right way round? Of the clearer half of the pairs, 0 of 10 labels agree"),
+])
+def test_a_vlm_that_does_not_look_is_named_at_the_first_session_and_asked_no_more(tmp_path, monkeypatch, capsys, answers,
+                                                                                 asked, says):
+    """Five sessions of 20: who always says the same is asked in three; who reads the goal backwards is named at once."""
+    monkeypatch.setattr(report, "write_report", lambda folder: Path(folder, "report.html").touch())
+    monkeypatch.setattr(run.Run, "film", lambda *_: None)
+    monkeypatch.setattr(run, "write_episodes", lambda *_: float("nan"))
+
+    def labels(before, after, rng, error_rate=0.0, true=vlm_query.oracle_labels):
+        right = true(before, after, rng)
+        if not error_rate:  # what the books compare with
+            return right
+        return np.ones_like(right) if answers == "1" else np.where(right >= 0, 1 - right, right)
+
+    monkeypatch.setattr(vlm_query, "oracle_labels", labels)
+    changes = dict(labels="oracle:mistakes=0.5", feedback_every=20, total_steps=140, max_pairs=100, out=str(tmp_path / "run"))
+    train.train(settings.Config(env="Silentbar-v0", **{**TINY, **changes}))
+    summary, err = json.loads((tmp_path / "run" / "summary.json").read_text()), capsys.readouterr().err
+    assert summary["asked"] == asked and f"warning: {says}" in err
+    assert says.split(", 0")[0].split(" 20")[0] in summary["text"]
 
 
 def test_the_bar_says_nothing_of_what_nobody_knows():
