@@ -168,7 +168,7 @@ def read_log(path):
     Of a pair that was asked in both orders, the first order, if the answers agree.
     """
     *lines, _torn = read_plain(path, LARGEST_LOG).split(b"\n")  # a last line without its end was cut off by a crash
-    labels, turned = {}, {}  # index -> label; index of the first order -> label in the second one
+    labels, turned = [], {}  # (index, label); index of the first order -> label in the second one
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -181,9 +181,9 @@ def read_log(path):
         if type(first := record.get("turns_round")) is int:
             turned[first] = label
         else:
-            labels[index] = label
+            labels.append((index, label))
     return [(os.path.join(os.path.dirname(path), "pairs", f"{index:06d}.png"), label)
-            for index, label in labels.items() if label in (0, 1) and turned.get(index, 1 - label) == 1 - label]
+            for index, label in labels if label in (0, 1) and turned.get(index, 1 - label) == 1 - label]
 
 
 def labeler_of(path):

@@ -37,7 +37,7 @@ class Labeler:
     both_orders: each pair is asked both ways round, as two questions, and has a label if the answers agree.
     counts: asked, labels, unsure, unreadable, no_answer, identical, contradicted; `right` of `judged` labels by true
     progress; how many answers were "the first" and "the second"; and `clear_right` of `clear` labels, those of the half
-    of each session's pairs that differ most in progress, where who reads the goal the wrong way round is soon found out.
+    of a session's pairs that differ most in progress, where who reads the goal the wrong way round is soon found out.
     """
 
     COUNTS = ("asked", "labels", "unsure", "unreadable", "no_answer", "identical", "contradicted", "right", "judged",

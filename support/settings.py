@@ -40,7 +40,7 @@ class Config:
     # The task
     env: str = "CartPole"  # a built-in task (envs.py), or any Gymnasium id with --goal
     goal: str | None = None  # the goal in words, for the VLM; built-in tasks have one
-    reward: str = "preference"  # preference (RL-VLM-F), preference+sparse, code (VLM-CaR), score, clip, true, sparse
+    reward: str = "preference"  # preference, preference+sparse, code, score, clip, true, sparse
     labels: str = "vlm"  # who compares images: vlm, oracle (true progress), FOLDER of kept answers
     # The VLM (to make one err: --vlm offline:judge=weak or offline:mistakes=0.2; --labels oracle:judge=weak)
     vlm: str = "offline"  # openai|gemini|anthropic|local/MODEL, or offline, which is no VLM
@@ -85,7 +85,7 @@ class Config:
     reward_lr: float | None = by_task(3e-4)  # learning rate of the reward model
     reward_epochs: int | None = by_task(50)  # most passes over all answers in one fit
     reward_batch: int | None = by_task(16)  # answers in one gradient step of a fit; 64 in the official code
-    intercept: int | None = by_task(1)  # 1: a fit finds out how far the VLM leans to the second image; 0: it does not
+    intercept: int | None = by_task(1)  # 1: a fit finds out how far the VLM leans to the second image
     patience: int = 3  # passes that a fit goes on without gain on held-out answers; 0: no limit
     # SAC
     sac_lr: float | None = by_task(3e-4)  # learning rate of actor, critics and temperature
