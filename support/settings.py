@@ -47,7 +47,7 @@ class Config:
     vlm_url: str | None = None  # address of the server of local/MODEL: http://localhost:11434/v1
     vlm_extra: str = "{}"  # JSON added to each request, null drops a field: {"temperature": null}
     stages: int = 2  # 2: the VLM describes, then decides, as in the paper; 1: in one call
-    both_orders: int = 0  # 1: ask each pair both ways round (two questions); a label needs both
+    both_orders: int = 0  # 1: ask each pair both ways round, and keep what agrees
     timeout: float = 120.0  # seconds to wait for an answer; best twice what one takes
     max_calls: int | None = None  # stop asking after this many answers, cached ones included
     max_usd: float | None = None  # stop asking after this many dollars, cached answers included

@@ -17,7 +17,7 @@ from tasks import schedules
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_CLASS = (
-    "env goal reward labels vlm vlm_url vlm_extra stages max_calls max_usd usd_per_mtok timeout seed schedule total_steps "
+    "env goal reward labels vlm vlm_url vlm_extra stages both_orders max_calls max_usd usd_per_mtok timeout seed schedule total_steps "
     "explore_steps feedback_every pairs_per_session max_pairs sampler device fast out resume").split()
 
 
