@@ -73,6 +73,10 @@ class Sweep:
 
 SEVEN = ("CartPole", "FoldCloth", "StraightenRope", "PassWater", "DrawerOpen", "Soccer", "SweepInto")
 TWO = ("CartPole", "DrawerOpen")
+# Judges of support/judges.py: models whose errors are published, and kinds of errors.
+JUDGES = ("gemini-1.5-flash", "gemini-2.0-flash", "qwen2.5-vl-7b", "qwen2.5-vl-3b", "minicpm-v-2.6", "internvl2-8b",
+          "good", "weak", "stuck", "inverted", "blurry", "one-sided")
+PLAIN, BOTH = {"intercept": 0}, {"both_orders": 1}  # without any remedy; with the one that is not the default
 SEEDS = {"DrawerOpen": 3, "Soccer": 3, "SweepInto": 3}  # five for every other task
 SWEEPS = {
     "cartpole": Sweep("Does the README's first command work, and with one answer in five wrong?", ("CartPole",), {
@@ -101,6 +105,18 @@ SWEEPS = {
         **grid(vlm_unsure=(0.2, 0.4, 0.6, 0.8)),
         **grid(vlm_unsure=(0.2, 0.4, 0.6, 0.8), patience=(0,)),
     }),
+    # At equal calls: with both orders, a pair counts twice.
+    "judges": Sweep("How good must the VLM be, if it errs as VLMs do?", ("CartPole",), {
+        f"{judge}, {remedy}": {"judge": judge, "max_pairs": 300, "pairs_per_session": 100, **fields}
+        for judge in JUDGES for remedy, fields in {"plain": PLAIN, "default": {}, "both orders": BOTH}.items()}),
+    "judges_drawer": Sweep("The same on DrawerOpen, with models whose errors there are published.", ("DrawerOpen",), {
+        f"{judge}, {remedy}": {"judge": judge, **fields}
+        for judge in ("gemini-1.5-flash", "gemini-2.0-flash", "qwen2.5-vl-7b", "qwen2.5-vl-3b")
+        for remedy, fields in {"plain": PLAIN, "default": {}, "both orders": BOTH}.items()}),
+    "potential": Sweep("Success as the reward and what was learned as its potential, or either alone?",
+                       ("DrawerOpen", "DoorKey-6x6"), {
+        "sparse": {"reward": "sparse"}, "preference": {"judge": "weak"},
+        "preference+sparse": {"judge": "weak", "reward": "preference+sparse"}}, seeds=3),
     "what_matters": Sweep("What does each part contribute? One change at a time.", TWO, {
         "default": {},
         "no relabelling": {"ablation": "relabelling"},
