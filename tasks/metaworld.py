@@ -194,16 +194,18 @@ class MetaWorld(gymnasium.Env):
         """Once: hide the robot, throw out what makes drawing slow, aim the camera."""
         mujoco, model = self.mujoco, self.sim.model
         self.camera, self.options = mujoco.MjvCamera(), mujoco.MjvOption()
-        if isinstance(camera, str):
-            # A camera that hangs on the hand moves, and FixedView's must stand still.
-            still = [model.camera(i).name for i in range(model.ncam) if not model.cam_bodyid[i]]
-            if camera not in still:
-                raise ValueError(f"no camera {camera}; there are {', '.join(still)}")
+        # A camera that hangs on the hand moves, and FixedView's must stand still.
+        still = [model.camera(i).name for i in range(model.ncam) if not model.cam_bodyid[i]]
+        if camera in still:
             self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
             self.camera.fixedcamid = model.camera(camera).id
         else:
-            self.camera.lookat[:], self.camera.distance = camera[:2]
-            self.camera.azimuth, self.camera.elevation = camera[2:]
+            try:
+                self.camera.lookat[:], self.camera.distance, self.camera.azimuth, \
+                    self.camera.elevation = camera
+            except (TypeError, ValueError):
+                raise ValueError(f"no camera {camera!r:.60}; there are {', '.join(still)}, or [[x, "
+                                 "y, z], distance, azimuth, elevation]") from None
         self.options.sitegroup[:] = 0  # sites are the markers of goals and fingers
         if not self.fixed:
             # The goal is elsewhere in every episode, and often nothing but its marker shows where.
