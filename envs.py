@@ -28,6 +28,7 @@ To use it elsewhere:
 import atexit
 import contextlib
 import copy
+import importlib
 import inspect
 import math
 import os
@@ -98,6 +99,11 @@ TASKS = {
     "UnlockPickup": Task(UNLOCK + "pick up the purple box behind it",
                          "tasks.gridworlds:UnlockPickup-v0", horizon=100, vlm_image_size=308, reward_image_size=88),
 }
+
+
+def entry(name):
+    """The entry of a name in TASKS; for MetaWorld/door-open-v3 and its like, one without a goal; for others None."""
+    return TASKS.get(name) or (Task("", f"tasks.metaworld:{name}", **ARM) if name.startswith("MetaWorld/") else None)
 
 
 # ---- CartPole: physics ----
@@ -237,7 +243,7 @@ class BadEnvironment(ValueError):
 # An episode that *terminated* has no future, so the value of its last state is the last reward alone. An episode that
 # was *truncated* only met its time limit: it would have gone on, so the value of the state after it still counts. A
 # time limit that is mistaken for an end teaches that whatever is reached late is worth nothing.
-class TaskEnv(gymnasium.Wrapper):
+class TaskEnv(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     """Any environment with a goal, square images and a time limit; what the environment says is checked and copied.
 
     reset() -> obs, info.  step(action) -> obs, true reward, terminated, truncated, info.  image(size); render().
@@ -250,7 +256,10 @@ class TaskEnv(gymnasium.Wrapper):
 
     def __init__(self, env, goal, limit, seed, action_repeat=1, name=None):
         """limit: steps of the simulator until an episode is cut off.  seed: of the first reset.  name: for messages."""
+        gymnasium.utils.RecordConstructorArgs.__init__(self, goal=goal, limit=limit, seed=seed,
+                                                       action_repeat=action_repeat, name=name)
         super().__init__(env)
+        self.metadata = {**env.metadata, "render_modes": ["rgb_array"]}  # whatever the environment can do besides
         self.name = name or type(self.unwrapped).__name__
         self.goal, self.limit, self.action_repeat = goal, limit, action_repeat
         self.horizon = -(-limit // action_repeat)  # limit in steps of ours, rounded up: 9 / 4 -> 3
@@ -392,31 +401,41 @@ class TaskEnv(gymnasium.Wrapper):
         return {**info, "success": success, "progress": progress}
 
 
-def make(name, seed=0, goal=None, horizon=None, action_repeat=None):
-    """A name in TASKS, or any Gymnasium id together with a goal sentence -> TaskEnv.
+def make(name, seed=0, goal=None, horizon=None, action_repeat=None, kwargs=None):
+    """A name in TASKS; or, together with a goal sentence, any Gymnasium id, an environment, a function that makes one;
+    -> TaskEnv.
 
     seed: of the first reset, and of action_space.sample().  goal, horizon, action_repeat: in place of the table's.
     horizon: steps of ours in an episode.  action_repeat: steps of the simulator in one of ours, all with the same
-    action; their rewards are summed.
+    action; their rewards are summed.  kwargs: dict, arguments of the environment that a name stands for.
     Raises ValueError, of one line, where the name is unknown or the environment cannot be made or used.
     """
-    if name not in TASKS and name not in gymnasium.registry and ":" not in name:
-        raise ValueError(f"unknown environment {name}; there are {', '.join(TASKS)}, or any Gymnasium id with --goal")
-    if name not in TASKS and not goal:
-        raise ValueError(f'{name} needs a goal for the VLM, such as --goal "to stand upright"')
-    choose_opengl(small=name in TASKS)
+    made = name  # what is made: a name, or an environment of the caller's
+    if not isinstance(name, str):
+        made = name if isinstance(name, gymnasium.Env) else name()
+        name = type(made.unwrapped).__name__
+    elif not entry(name) and name not in gymnasium.registry and ":" not in name:
+        raise ValueError(beside("hint", f"unknown environment {name}; there are {', '.join(TASKS)}, or any Gymnasium "
+                                        "id with --goal", name))
+    known = entry(name) if made is name else None
     # A foreign environment has no entry, so here is one; it leaves the horizon open. (Settings choose the sizes.)
-    task = TASKS.get(name) or Task(goal, name, horizon=None, vlm_image_size=None, reward_image_size=None)
+    task = known or Task("", made, horizon=None, vlm_image_size=None, reward_image_size=None)
+    if not (goal or task.goal):
+        raise ValueError(f'{name} needs a goal for the VLM, such as --goal "to stand upright"')
+    if kwargs and not isinstance(task.make, str):
+        raise ValueError(f"{name} is made without arguments")
+    choose_opengl(small=known is not None)
     horizon, repeat = horizon or task.horizon, action_repeat or task.action_repeat
-    env = task.make() if callable(task.make) else _from_gymnasium(task.make, name)
+    env = task.make() if known and callable(task.make) else _from_gymnasium(task.make, name, kwargs or {})
     # limit counts steps of the simulator, horizon counts ours. The first limit that is known holds: the caller's or the
     # table's; that of a TimeLimit which the environment brings along; the one registered for the id. An episode must
     # end some time, because query sessions and checkpoints wait for that: hence 1000. Unless the caller or the table
     # said so, it is no longer than the environment's own horizon.
-    own = getattr(env.unwrapped, "horizon", None)  # trap: in a foreign environment this may be anything
+    own = next((env.get_wrapper_attr(each) for each in ("_max_episode_steps", "horizon") if env.has_wrapper_attr(each)),
+               None)  # trap: in a foreign environment this may be anything
     own = own if isinstance(own, (int, np.integer)) and not isinstance(own, bool) and own > 0 else math.inf
-    limit = horizon * repeat if horizon else min(own, env.spec.max_episode_steps
-                                                 or gymnasium.spec(env.spec.id).max_episode_steps or 1000)
+    spec = gymnasium.registry.get(env.unwrapped.spec.id) if env.unwrapped.spec else None
+    limit = horizon * repeat if horizon else min(own, spec and spec.max_episode_steps or 1000)
     if limit > own and type(env.unwrapped).__module__.startswith("tasks."):
         raise ValueError(f"{name} ends after {own} steps; a horizon of {limit} is too long")
     return TaskEnv(env, goal or task.goal, limit, seed, repeat, name)
@@ -457,47 +476,47 @@ def expert(env):
 
 
 # ---- Machinery: environments of Gymnasium, with any range of actions ----
-def _from_gymnasium(spelled, name):
-    """A Gymnasium id -> the environment, its observations a Box, its actions in [-1, 1] or an int from 0 on.
+def _from_gymnasium(made, name, kwargs):
+    """A Gymnasium id, or an environment -> one that observes a Box, and acts in [-1, 1] or by an int from 0 on.
 
     name: what messages call the environment.  Raises ValueError where that is not possible.
-    The environment has no time limit: TaskEnv cuts off. A TimeLimit of Gymnasium would come before TaskEnv and would
-    stumble over what TaskEnv refuses in one line.
+    Made from an id, it has no time limit: TaskEnv cuts off. A TimeLimit of Gymnasium would come before TaskEnv and
+    would stumble over what TaskEnv refuses in one line.
     """
     try:
         with opengl_errors():
-            env = gymnasium.make(spelled, render_mode="rgb_array", max_episode_steps=-1, disable_env_checker=True)
+            env = made if isinstance(made, gymnasium.Env) else gymnasium.make(
+                made, max_episode_steps=-1, disable_env_checker=True, **{"render_mode": "rgb_array", **kwargs})
     except Exception as error:  # a constructor may raise anything
         why = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{name} cannot be made here: {why} [{type(error).__name__}; it is made with "
-                         "render_mode=\"rgb_array\"]") from error
+        raise ValueError(beside("moved", f"{name} cannot be made here: {why} [{type(error).__name__}; it is made with "
+                                         "render_mode=\"rgb_array\"]")) from error
     if hasattr(getattr(env.unwrapped, "model", None), "vis"):
         draw_fast(env.unwrapped.model)
+    env = beside("adapt", env, name)
     seen, actions = (getattr(env, space, None) for space in ("observation_space", "action_space"))
     if not isinstance(seen, Box) or 0 in seen.shape:  # the policy's network takes a vector; dicts and texts are none
         raise ValueError(one_line(f"{name} observes {seen}; only Box observations, of one number or more, will do"))
-    if isinstance(actions, Discrete):  # the network has one output per action, and outputs are counted from 0
-        return env if actions.start == 0 else gymnasium.wrappers.TransformAction(
-            env, lambda action: action + actions.start, Discrete(actions.n))
+    if isinstance(actions, Discrete) and actions.start == 0:  # the network has one output per action, from 0 on
+        return env
     # The tanh at the end of SAC's policy gives numbers in [-1, 1], whatever the environment wants. They are stretched
     # to the range of the environment, so that range must have two different ends. One comparison asks for both, and
     # for ends within 2^53, beyond which a float does not tell two integers apart.
-    usable = isinstance(actions, Box) and len(actions.shape) == 1 and actions.is_bounded() and actions.shape[0]
-    low, high = (actions.low.astype(float), actions.high.astype(float)) if usable else (0, 0)  # (A,) each
+    floats = isinstance(actions, Box) and actions.dtype.kind == "f" and len(actions.shape) == 1 and actions.shape[0]
+    low, high = (actions.low.astype(float), actions.high.astype(float)) if floats else (0, 0)  # (A,) each
     if not np.all((-2.0**53 < low) & (low < high) & (high < 2.0**53)):
         raise ValueError(one_line(f"{name} acts in {actions}; only Discrete and Box (A,) will do, and every number of "
                                   "a Box needs a least value and a larger most"))
-    if actions.dtype.kind == "f":
-        return gymnasium.wrappers.RescaleAction(env, *np.array([-1, 1], actions.dtype))
-    count = high - low + 1  # (A,) how many integers there are
+    return gymnasium.wrappers.RescaleAction(env, *np.array([-1, 1], actions.dtype))
 
-    # trap: RescaleAction divides by 0 where the numbers are integers. Here [-1, 1] is cut into as many equal parts as
-    # there are integers: with 0, 1, 2 it is -1 to -1/3, -1/3 to 1/3, 1/3 to 1.
-    def to_integers(action):
-        part = np.floor((np.asarray(action, float) + 1) / 2 * count)
-        return (low + np.clip(part, 0, count - 1)).astype(actions.dtype)
 
-    return gymnasium.wrappers.TransformAction(env, to_integers, Box(-1.0, 1.0, actions.shape, np.float32))
+def beside(function, value, *args):
+    """What a function of support/adapt.py makes of a value; the value itself where this file was copied out alone."""
+    try:  # named by text, as the tasks are: it knows kinds of environments that no lesson of this file needs
+        module = importlib.import_module("support.adapt")
+    except ModuleNotFoundError:
+        return value
+    return getattr(module, function)(value, *args)
 
 
 def real(value):

@@ -794,7 +794,6 @@ def test_any_gymnasium_id_gets_the_same_face():
     ("CardPole", None, "CartPole, .*any Gymnasium id with --goal"),
     ("Odd-v0", None, "needs a goal"),
     ("no_such_module:Odd-v0", "to run", "no_such_module"),
-    ("Blackjack-v1", "to win", "only Box observations"),
 ])
 def test_what_cannot_be_made_is_refused_in_one_line(name, goal, words):
     """A user's mistake must end in a ValueError of one line that says what is possible."""

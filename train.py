@@ -82,14 +82,15 @@ class Progress:
 
 
 # ---- RL-VLM-F ----
-def train(config, parts=None):
+def train(config, parts=None, env=None):
     """Run RL-VLM-F (or, with --reward score, VLM Score) -> the rows of metrics.csv. Raises UserError, in one line.
 
     config: Config; the schedule fills in what is None.  parts: other classes (support/run.py: choose_parts).
+    env: a function that makes an environment of yours, or one that can be copied, in place of the one that config names.
     """
     if config.reward not in (*settings.FROM_PAIRS, "score"):
-        return train_on_given_reward(config, parts)
-    with started(config) as run:
+        return train_on_given_reward(config, parts, env)
+    with started(config, env) as run:
         config, env, labeler, rng = run.config, run.env, run.labeler, np.random.default_rng(run.config.seed)
         parts, at = parts or choose_parts(config), Progress()
         pi, B = make_learner(run, parts)
@@ -173,12 +174,12 @@ def train(config, parts=None):
 
 
 # ---- VLM-CaR, and every other reward that asks nobody while the policy learns ----
-def train_on_given_reward(config, parts=None):
+def train_on_given_reward(config, parts=None, env=None):
     """The same loop for a reward that is there already, without STEPs 2 to 5 -> the rows of metrics.csv.
 
-    --reward code: VLM-CaR's programs; clip: CLIP; true, sparse: the environment's own.  parts: see train().
+    --reward code: VLM-CaR's programs; clip: CLIP; true, sparse: the environment's own.  parts, env: see train().
     """
-    with started(config) as run:
+    with started(config, env) as run:
         config, env, rng = run.config, run.env, np.random.default_rng(run.config.seed)
         parts, at = parts or choose_parts(config), Progress()
         pi, B = make_learner(run, parts)

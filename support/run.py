@@ -55,7 +55,7 @@ import envs
 import vlm_query
 from reward_model import PreferenceDataset, RewardModel
 from sac import SAC, ReplayBuffer, StoredArrayError
-from support import baselines, fast, given_rewards, interrupts, report, shaped
+from support import adapt, baselines, fast, given_rewards, interrupts, report, shaped
 from support.labeler import is_stuck, make_labeler
 from support.settings import (FROM_PAIRS, UserError, command_line, kept_folder, labels_kind, must_stay, resolve,
                               resume_command, say, vlm_name, who_labels)
@@ -420,18 +420,26 @@ def write_json(path, content):
 
 # ---- before the first step ----
 @contextlib.contextmanager
-def started(config):
+def started(config, env=None):
     """All that a loop of train.py needs around it -> Run, whose folder is ours alone until the loop has ended.
 
+    env: an environment, or a function that makes one, in place of the one that the settings name.
     What goes wrong from then on is one line that ends with the command by which the run goes on.
     """
+    two = None
+    if env is not None:
+        try:
+            two = adapt.pair(env)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        config = dataclasses.replace(config, env=adapt.called(two[0]))
     unique = not config.out  # a folder that we name may get a number, too
     with contextlib.ExitStack() as at_the_end:
         state = None
         if config.resume:
             at_the_end.enter_context(claim(config.resume))  # first of all, and before a question is paid for
             state = load_checkpoint(config)
-        config, env, eval_env = prepare(config)
+        config, env, eval_env = prepare(config, two)
         check_disk(config, env)
         # Make the CLIP model and the labeler before the run folder, so that a missing model, a wrong key or an unknown
         # goal fails without leaving an empty folder.
@@ -445,7 +453,8 @@ def started(config):
         labeler.log, labeler.folder, labeler.logged = run.labels, run.path("pairs"), run.logged
         if not config.resume:
             at_the_end.enter_context(claim(run.folder))
-        say(f"{config.env}: {config.goal}", f"labels from: {who_labels(config)}", f"run folder: {run.folder}")
+        say(f"{config.env}: {config.goal}", *adapt.notes(env), f"labels from: {who_labels(config)}",
+            f"run folder: {run.folder}")
         try:
             interrupts.wind_up(f"go on with: {run.resume_command()}")
             open_buffer(run)
@@ -457,13 +466,17 @@ def started(config):
             raise run.resumable(error) from None
 
 
-def prepare(config):
-    """Settle every setting before anything is made -> (config, training environment, evaluation environment)."""
+def prepare(config, two=None):
+    """Settle every setting before anything is made -> (config, training environment, evaluation environment).
+
+    two: environments that were handed in from Python; None: the settings name one.
+    """
     config = resolve(config)
     programs = config.reward == "code" and kept_folder(config)
     try:
-        env, eval_env = (envs.make(config.env, config.seed, config.goal, config.horizon, config.action_repeat)
-                         for _ in range(2))
+        adapt.find_here()
+        env, eval_env = (envs.make(made, config.seed, config.goal, config.horizon, config.action_repeat,
+                                   json.loads(config.env_kwargs)) for made in two or (config.env, config.env))
         eval_env.reset(seed=config.seed)
         eval_env.image(config.reward_image_size)  # now, not later, if there is no OpenGL
         # Take a step, too, so that an environment that cannot be used leaves nothing behind. The action is drawn from a
@@ -474,6 +487,11 @@ def prepare(config):
             envs.expert(env)  # programs are verified on its episodes
     except ValueError as error:
         raise UserError(str(error)) from None
+    except (AttributeError, TypeError) as error:  # a library's, where another MuJoCo is installed; otherwise ours
+        line = f"{config.env} cannot be used here: {envs.one_line(str(error))}"
+        if adapt.moved(line) == line:
+            raise
+        raise UserError(adapt.moved(line)) from error
     if programs:
         given_rewards.read_programs(programs).close()  # a wrong folder should leave nothing behind
     kind, vlm = labels_kind(config), vlm_name(config)

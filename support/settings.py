@@ -39,6 +39,7 @@ class Config:
 
     # The task
     env: str = "CartPole"  # a built-in task (envs.py), or any Gymnasium id with --goal
+    env_kwargs: str = "{}"  # JSON, the arguments that env is made with: {"env_name": "reach-v3"}
     goal: str | None = None  # the goal in words, for the VLM; built-in tasks have one
     reward: str = "preference"  # preference, preference+sparse, code, score, clip, true, sparse
     labels: str = "vlm"  # who compares images: vlm, oracle (true progress), FOLDER of kept answers
@@ -298,9 +299,9 @@ def fill(config):
     import envs
 
     values = {name: field.metadata["default"] for name, field in FIELDS.items() if "default" in field.metadata}
-    task = envs.TASKS.get(config.env)
+    task = envs.entry(config.env)
     if task is not None:
-        values.update(goal=task.goal, horizon=task.horizon, action_repeat=task.action_repeat,
+        values.update(goal=task.goal or None, horizon=task.horizon, action_repeat=task.action_repeat,
                       vlm_image_size=task.vlm_image_size, reward_image_size=task.reward_image_size)
         values.update(schedule(config.env, "ours"))
         values.update(schedule(config.env, "paper") if config.schedule == "paper" else {})
@@ -382,12 +383,14 @@ def check_together(config):
         raise UserError("--clip-alpha needs --clip-baseline, a sentence for nothing achieved")
     if config.schedule == "paper" and not schedule(config.env, "paper"):
         raise UserError(f"--schedule paper: the paper has no task {config.env}")
-    try:
-        if not isinstance(json.loads(config.vlm_extra), dict):
-            raise ValueError("not an object in braces")
-        json.dumps(json.loads(config.vlm_extra))  # trap: it may be nested too deep to be sent
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--vlm-extra {config.vlm_extra[:80]}: no JSON object ({error})") from None
+    for name in ("vlm_extra", "env_kwargs"):
+        text = getattr(config, name)
+        try:
+            if not isinstance(json.loads(text), dict):
+                raise ValueError("not an object in braces")
+            json.dumps(json.loads(text))  # trap: it may be nested too deep to be sent
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{words(name, '')[0]} {text[:80]}: no JSON object ({error})") from None
 
 
 # ---- the command line ----
@@ -522,7 +525,7 @@ def modern(values):
 # ---- going on with a run ----
 MAY_CHANGE = ("max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "workers", "timeout")
 MAY_MOVE = ("out", "resume", "device")  # the folder may lie elsewhere now, or on another machine
-NAMED_AGAIN = ("env", "vlm_url", "clip_model")  # what to_name_again() may ask for
+NAMED_AGAIN = ("env", "env_kwargs", "vlm_url", "clip_model")  # what to_name_again() may ask for
 
 
 def must_stay(values):
@@ -598,6 +601,9 @@ def to_name_again(config):
     if ":" in config.env:
         # trap: what lies beside train.py can be imported, runs/ and all that is in it too
         found["env"] = f"its environment {config.env} is a module, which would be run"
+    if config.env_kwargs != Config.env_kwargs:
+        # trap: some of Gymnasium's own ids import a module that their arguments name
+        found["env_kwargs"] = f"its environment would be made with {config.env_kwargs}"
     wire = PROVIDERS.get(vlm_name(config).partition("/")[0])
     official = wire and wire.url and "/".join(wire.url.split("/")[:3]) + "/"  # scheme://host/
     if (config.vlm_url and wire and os.environ.get(wire.variable)

@@ -1,5 +1,11 @@
 """What comes in from an environment: copied, checked and drawn whole, or refused in one line."""
+import dataclasses
+import importlib.metadata
+import json
+import re
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -8,14 +14,15 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Text, Tuple, flatten
+from gymnasium.utils.env_checker import check_env
 from PIL import Image
 
 import envs
 import sac
 import train
 import vlm_query
-from support import settings
+from support import adapt, settings
 from support.run import prepare
 
 
@@ -131,7 +138,7 @@ def test_an_observation_of_another_shape_is_refused(made, value, says):
     refused(says, made(seen=lambda self: value).reset, seed=0)
 
 
-@pytest.mark.parametrize("space", [Box(-1, 1, (0,)), Box(-1, 1, (2, 0)), Dict({"a": Box(-1, 1, (1,))}), None])
+@pytest.mark.parametrize("space", [Box(-1, 1, (0,)), Box(-1, 1, (2, 0)), None])
 def test_other_observations_are_refused_in_one_line(made, space):
     """The policy's network needs a vector with something in it."""
     with pytest.raises(ValueError, match="observes .*only Box observations, of one number or more") as error:
@@ -143,6 +150,61 @@ def test_a_table_on_its_side_is_not_the_table(made):
     """(3, 2) holds as many numbers as (2, 3), in another order."""
     env = made(observation_space=Box(-9, 9, (2, 3), np.float64), seen=lambda self: np.zeros((3, 2)))
     refused(r"shape \(3, 2\); its observation_space says \(2, 3\)", env.reset, seed=0)
+
+
+# ---- observations of other kinds ----
+EYE = Box(0, 255, (64, 64, 3), np.uint8)
+
+
+def test_a_nested_observation_becomes_one_vector_and_what_is_left_out_is_named(made):
+    """Numbers in the order of the space, at any depth; a text, an image and a graph are not seen, and that is said."""
+    space = Dict({"arm": Dict({"angle": Box(-1, 1, (2, 2)), "open": Discrete(2)}), "eye": EYE, "task": Text(9),
+                  "two": Tuple([MultiBinary(2), Graph(Box(-1, 1, (1,)), None)])})
+    value = {"arm": {"angle": [[1, 2], [3, 4]], "open": 1}, "eye": EYE.sample(), "task": "go", "two": ([1, 0], None)}
+    env = made(observation_space=space, seen=lambda self: value)
+    obs, _ = env.reset(seed=0)
+    assert obs.tolist() == [1, 2, 3, 4, 0, 1, 1, 0] and env.observation_space.shape == (8,) and obs.dtype == np.float32
+    assert adapt.notes(env) == ["the policy sees 8 numbers, of arm/angle, arm/open, two/0; it does not see "
+                                "eye (an image, 64 x 64 x 3), task (a text), two/1 (a Graph)"]
+    assert adapt.notes(made()) == []
+
+
+@pytest.mark.parametrize("space", [Discrete(5), Discrete(5, start=-2), MultiBinary((2, 3)), MultiDiscrete([2, 3]),
+                                   Tuple([Discrete(3), Discrete(2), Box(-1, 1, (2,), np.float64)])])
+def test_what_is_counted_is_seen_as_gymnasium_flattens_it(made, space):
+    """One-hot, in an observation space that has it."""
+    space.seed(0)
+    value = space.sample()
+    env = made(observation_space=space, seen=lambda self: value)
+    obs, _ = env.reset(seed=0)
+    assert obs.tolist() == pytest.approx(flatten(space, value).tolist()) and obs in env.observation_space
+
+
+@pytest.mark.parametrize("space, says", [
+    (EYE, "observes an image, 64 x 64 x 3, nothing else, .*what render.* draws.*--env-kwargs.*mypkg.envs:My-v0"),
+    (Box(0, 255, (84, 84), np.uint8), "an image, 84 x 84, "), (Dict({"eye": EYE, "say": Text(3)}), "eye .an image.*, say .a text.,"),
+    (Text(3), "observes a text, nothing else, and the policy needs numbers: give"), (Sequence(Discrete(2)), "a Sequence"),
+    (Discrete(10**6), "observes 1,000,000 numbers; the policy can take 100,000")])
+def test_an_observation_without_numbers_for_the_policy_is_one_line_with_what_to_do(made, space, says):
+    """An image is for the VLM; flattened, it would teach the policy nothing, in silence."""
+    with pytest.raises(ValueError, match=says) as error:
+        made(observation_space=space)
+    assert "\n" not in str(error.value)
+
+
+def test_a_small_table_is_no_image(made):
+    """MiniGrid's codes of 7 x 7 cells are all that its policies see."""
+    env = made(observation_space=Dict({"cells": Box(0, 255, (7, 7, 3), np.uint8)}), seen=lambda self: {"cells": np.full((7, 7, 3), 9)})
+    assert env.reset(seed=0)[0].tolist() == [9] * 147
+
+
+@pytest.mark.parametrize("value, says", [
+    ({"a": [0.0, 0.0]}, "b: 'b' .KeyError"), ({"a": [0.0], "b": 1}, r"a: its shape is \(1,\), not \(2,\)"), (None, "a: .*TypeError"),
+    ({"a": [1j, 0], "b": 1}, "a: "), ({"a": [0.0, 0.0], "b": -1}, r"b: -1 is not in Discrete\(3\)"), ({"a": ["x", "y"], "b": 1}, "a: ")])
+def test_a_part_that_its_space_does_not_have_is_named(made, value, says):
+    """Of -1, one-hot would make the last of all."""
+    env = made(observation_space=Dict({"a": Box(-1, 1, (2,)), "b": Discrete(3)}), seen=lambda self: value)
+    refused(f"observation_space does not have: {says}", env.reset, seed=0)
 
 
 # ---- reward, success, progress, the ends of an episode ----
@@ -308,12 +370,49 @@ def test_actions_reach_the_whole_range(made, space, arrives):
 
 
 @pytest.mark.parametrize("space", [
-    Box(0, np.inf, (1,), np.float32), Box(-np.inf, np.inf, (2,), np.float32), Box(-np.inf, 1, (1,), np.int32),
-    Box(np.array([0, -1.0]), np.array([0, 1.0])), Box(-3e38, 3e38, (1,), np.float32), Box(0, 2**63 - 1, (1,), np.int64),
-    Box(-1, 1, (2, 2)), Box(-1, 1, (0,)), Box(np.arange(40.0), np.inf), MultiBinary(3), Dict({"a": Discrete(2)}), None])
+    Box(-np.inf, 1, (1,), np.int32), Box(np.array([0, -1.0]), np.array([0, 1.0])), Box(0, 2**63 - 1, (1,), np.int64),
+    Box(-1, 1, (0,)), Box(3, 3, (2, 2)), Dict({"a": Discrete(2)}), Text(3), None])
 def test_other_actions_are_refused_in_one_line(made, space):
-    """Without ends, or with both the same, [-1, 1] cannot be stretched to the range: nan would arrive."""
+    """With both ends the same, [-1, 1] cannot be stretched to the range: nan would arrive."""
     with pytest.raises(ValueError, match="acts in .*only Discrete and Box") as error:
+        made(action_space=property(lambda self: space, lambda self, value: None))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("space, arrives, says", [
+    (Box(-2.0, 6.0, (2, 2), np.float64), [-2, 2, 6], None), (Box(0, 4, (2, 1), np.int32), [0, 2, 4], None),
+    (Box(-np.inf, np.inf, (2,), np.float32), [-1, 0, 1], "2 of 2 action numbers have no bounds: they go from -1 to 1"),
+    (Box(-3e38, 3e38, (1,), np.float32), [-1, 0, 1], "1 of 1"), (Box(0, np.inf, (1,), np.float32), [0, 0.5, 1], "from 0 to 1 here"),
+    (Box(5, np.inf, (1,), np.float32), [5, 5.5, 6], "from 5 to 6"), (Box(-np.inf, -5, (1,), np.float32), [-6, -5.5, -5], "from -6 to -5")])
+def test_actions_of_any_shape_and_without_ends_arrive_in_their_space(made, space, arrives, says):
+    """As a vector from -1 to 1; a range that has no end is said to have one."""
+    env = made(action_space=property(lambda self: space, lambda self, value: None))
+    env.reset(seed=0)
+    for action in (-1, 0, 1):
+        env.step(np.full(env.action_space.shape, action, np.float32))
+    got = env.unwrapped.got
+    assert [action.ravel().tolist() for action in got] == [[number] * space.low.size for number in arrives]
+    assert all(action in space for action in got)
+    assert says in adapt.notes(env)[0] if says else adapt.notes(env) == []
+
+
+@pytest.mark.parametrize("space, count", [(MultiBinary(3), 8), (MultiBinary((2, 2)), 16), (MultiDiscrete([2, 3], start=[0, -1]), 6),
+                                          (MultiDiscrete([[2], [4]]), 8)])
+def test_several_choices_are_one_choice_among_all_combinations(made, space, count):
+    """Each must arrive once, in its space."""
+    env = made(action_space=property(lambda self: space, lambda self, value: None), horizon=99)
+    env.reset(seed=0)
+    assert env.action_space == Discrete(count) and f"the {count} combinations of" in adapt.notes(env)[0]
+    for action in range(count):
+        env.step(action)
+    got = env.unwrapped.got
+    assert all(action in space for action in got) and len({action.tobytes() for action in got}) == count
+
+
+@pytest.mark.parametrize("space", [MultiBinary(9), MultiDiscrete([9] * 40)])
+def test_too_many_combinations_are_one_line(made, space):
+    """A network with an output for each of 9^40 cannot be."""
+    with pytest.raises(ValueError, match=r"which has [\d,]+ combinations; up to 256") as error:
         made(action_space=property(lambda self: space, lambda self, value: None))
     assert "\n" not in str(error.value)
 
@@ -333,6 +432,199 @@ def test_an_action_that_is_clipped_in_place_is_a_copy():
     action = np.array([0.5], np.float32)
     env.step(action)
     assert action[0] == 0.5 and Greedy.got == [0.5, 0.5]
+
+
+# ---- what others expect of an environment ----
+@pytest.mark.parametrize("name", [*envs.TASKS, "MetaWorld/reach-v3", "Reacher-v5", "FrozenLake-v1"])
+def test_gymnasium_finds_nothing_in_a_task_as_it_is_handed_out(env_of, name):
+    """check_env, with all that is wrapped around: it is made again from its spec, drawn, and closed."""
+    try:
+        env = envs.make(name, goal="to go")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it would like bounds, and no wrapper
+            check_env(env)
+    except ValueError as error:  # without OpenGL or a package
+        pytest.skip(str(error))
+
+
+def test_gymnasium_finds_nothing_in_what_is_adapted(made):
+    """Also where observations and actions were changed by wrappers."""
+    space = Dict({"a": Box(-10, 10, (2,), np.float32), "b": Text(5)})
+    env = made(observation_space=space, seen=lambda self: {"a": self.x.copy(), "b": "x"},
+               action_space=property(lambda self: MultiBinary(2), lambda self, value: None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_env(env)
+    assert env.spec.make().reset(seed=0)[0].tolist() == [0.5, 0.5] and env.metadata["render_modes"] == ["rgb_array"]
+
+
+# ---- finding an environment ----
+@pytest.mark.parametrize("name, says", [
+    ("CardPole", "there are CartPole, .*, or any Gymnasium id with --goal; the closest are CartPole, CartPole-v1"),
+    ("pendulum-v1", "the closest are Pendulum-v1"), ("Meta-World/door-open-v3", "the closest are MetaWorld/door-open-v3"),
+    ("qqqqq", "named first: panda_gym:PandaReach-v3 .*mypkg.envs:My-v0"), ("__main__.Mine", "has to be handed in again, train.config, env=")])
+def test_an_unknown_name_is_one_line_with_the_closest(monkeypatch, name, says):
+    """And with how to name what a package brings."""
+    monkeypatch.setattr(adapt, "packages", lambda: [])
+    with pytest.raises(ValueError, match=says) as error:
+        envs.make(name, goal="to go")
+    assert "\n" not in str(error.value)
+
+
+MODULE = """import gymnasium
+class {0}(gymnasium.Env):
+    metadata = {{"render_modes": ["rgb_array"]}}
+    observation_space, action_space = gymnasium.spaces.Box(-9, 9, (1,)), gymnasium.spaces.Discrete(2)
+    def __init__(self, size=1, render_mode=None):
+        self.size, self.render_mode = size, render_mode
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return [self.size], {{}}
+    def step(self, action):
+        return [action], 1.0 * action, False, False, {{}}
+    def render(self):
+        import numpy
+        return numpy.full((50, 50, 3), 9, numpy.uint8)
+gymnasium.register("{0}-v0", entry_point={0}, max_episode_steps=5)
+print("noise")
+"""
+
+
+def test_the_id_of_an_installed_package_is_found_with_its_name(tmp_path, monkeypatch, capsys):
+    """PandaReach-v3 alone is unknown; panda_gym:PandaReach-v3 is what has to be typed, and nothing else is printed."""
+    (tmp_path / "brings_it.py").write_text(MODULE.format("Brought"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(adapt, "packages", lambda: ["no_such_package", "brings_it"])
+    with pytest.raises(ValueError, match="Brought-v0 comes with brings_it, .*: --env brings_it:Brought-v0$"):
+        envs.make("Brought-v0", goal="to go")
+    del sys.modules["brings_it"], gymnasium.registry["Brought-v0"]
+    with pytest.raises(ValueError, match="the closest are brings_it:Brought-v0"):
+        envs.make("Brougth-v0", goal="to go")
+    assert capsys.readouterr().out == ""
+    assert envs.make("brings_it:Brought-v0", goal="to go").horizon == 5
+
+
+def test_packages_that_may_bring_environments_are_those_that_need_gymnasium():
+    """This one's own are two of them; gymnasium itself needs no name in front."""
+    assert {"metaworld", "gymnasium", "numpy"} & set(adapt.packages()) == {"metaworld"}
+
+
+def test_a_module_in_the_current_folder_is_found_and_takes_its_arguments(tmp_path):
+    """train.py lies elsewhere; --env-kwargs reach the constructor, also when the run goes on."""
+    (tmp_path / "mypkg_here").mkdir()
+    (tmp_path / "mypkg_here" / "envs.py").write_text(MODULE.format("Mine"))
+    script = Path(envs.__file__).with_name("train.py")
+    flags = ["--env", "mypkg_here.envs:Mine-v0", "--env-kwargs", '{"size": 3}', "--reward", "true", "--out", "run", *TINY]
+    done = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["env_kwargs"] == '{"size": 3}' and "--env-kwargs" in stored["command"]
+
+
+@pytest.mark.parametrize("wrong, says", [('{"size": 3', "--env-kwargs .*: no JSON object"), ("[1]", "--env-kwargs .1.: no JSON object"),
+                                         ('{"colour": 3}', "Pendulum-v1 cannot be made here: .*colour")])
+def test_arguments_that_cannot_be_used_are_one_line(capsys, wrong, says):
+    """No JSON, no object, or not the environment's."""
+    assert train.main(["--env", "Pendulum-v1", "--goal", "up", "--reward", "true", "--env-kwargs", wrong]) == 2
+    assert re.search(says, capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_arguments_from_a_stranger_s_folder_are_named_again(tmp_path):
+    """Some of Gymnasium's ids import the module that an argument names."""
+    kwargs = '{"env_id": "theirs:X-v0"}'
+    (tmp_path / "config.json").write_text(json.dumps(dict(env="GymV26Environment-v0", goal="up", env_kwargs=kwargs, command="x")))
+    with pytest.raises(settings.UserError, match="would be made with .*theirs:X-v0.*--env-kwargs"):
+        settings.parse_args(["--resume", str(tmp_path)])
+    config = settings.parse_args(["--resume", str(tmp_path), "--env-kwargs", kwargs])
+    assert config.env_kwargs == kwargs
+    with pytest.raises(settings.UserError, match="keeps its --env-kwargs"):
+        settings.parse_args(["--resume", str(tmp_path), "--env-kwargs", "{}"])
+
+
+def test_tasks_that_take_no_arguments_say_so():
+    """CartPole is made by a function."""
+    with pytest.raises(ValueError, match="CartPole is made without arguments"):
+        envs.make("CartPole", kwargs={"size": 3})
+    with pytest.raises(ValueError, match="Bar is made without arguments"):
+        envs.make(Bar("rgb_array"), goal="to go", kwargs={"size": 3})
+
+
+def test_another_mujoco_is_one_line_with_the_command_that_brings_ours_back(monkeypatch):
+    """dm-control moves it, and Meta-World then fails with shapes that do not fit."""
+    installed = {"mujoco": "4.0.0", "mujoco-core": "4.0.0"}
+
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    said = adapt.moved("DrawerOpen cannot be made here: mujoco")
+    assert said.startswith("DrawerOpen cannot be made here: mujoco; installed is mujoco 4.0.0 mujoco-core 4.0.0, and what works is 3.")
+    assert re.search(r"pip uninstall -y mujoco mujoco-core && pip install mujoco==3[.\d]+$", said) and "\n" not in said
+    installed.clear()
+    assert adapt.moved("mujoco") == "mujoco"
+    installed["mujoco"] = re.search(r"^mujoco==(\S+)", Path(envs.__file__).with_name("requirements.txt").read_text(), re.M)[1]
+    assert adapt.moved("mujoco") == "mujoco"
+
+
+# ---- an environment that is handed in from Python ----
+def test_an_environment_or_a_function_is_a_task_with_a_goal():
+    """Its time limit is known; without a goal, one line."""
+    for given in (Bar("rgb_array"), lambda: Bar("rgb_array"), gymnasium.wrappers.TimeLimit(Bar("rgb_array"), 7)):
+        env = envs.make(given, goal="to go")
+        assert env.goal == "to go" and env.name == "Bar" and env.horizon == (7 if isinstance(given, gymnasium.Wrapper) else 1000)
+        env.reset(seed=0)
+        assert env.image(64).shape == (64, 64, 3)
+    with pytest.raises(ValueError, match="Bar needs a goal"):
+        envs.make(Bar("rgb_array"))
+
+
+class Shared(Bar):
+    """Copies of it move one and the same place, as copies of a simulator's handle do."""
+
+    place = np.zeros(1)
+
+    def step(self, action):
+        Shared.place += 1
+        return self.x + np.float32(Shared.place), 0.0, False, False, {}
+
+
+class Uncopied(Bar):
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot pickle\na window")
+
+
+def test_training_and_evaluation_get_an_environment_each():
+    """A copy, one from the spec, or two of a function; what is no second one is one line that says what to hand in."""
+    env = Bar("rgb_array")
+    first, other = adapt.pair(env)
+    assert first is env and type(other) is Bar and other is not env and other.x is not env.x
+    made = gymnasium.make("Pendulum-v1", g=5.0, render_mode="rgb_array")
+    assert adapt.pair(made)[1].unwrapped.g == 5.0 and adapt.pair(made)[1].unwrapped is not made.unwrapped
+    assert [type(each) for each in adapt.pair(Bar)] == [Bar, Bar]
+    for wrong, says in ((Uncopied(), "Uncopied cannot be copied .cannot pickle a window., and .*env=lambda"), (lambda: env, "same environment twice.*env=lambda"),
+                        (Shared(), "happens in a copy of .*Shared happens in"), ("Bar", "neither an environment"), (lambda: 5, "no environment of Gymnasium")):
+        with pytest.raises(ValueError, match=says) as error:
+            adapt.pair(wrong)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("reward", ["preference", "true"])
+def test_train_takes_an_environment_and_goes_on_with_it(tmp_path, unreported, reward):
+    """By either loop. The run is called after the class; on resume it has to be handed in again."""
+    flags = ["--reward", reward, "--labels", "oracle", *TINY] if reward == "preference" else ["--reward", reward, *TINY]
+    config = settings.parse_args([*flags, "--out", str(tmp_path / "run")])
+    moving = type("Moving", (Bar,), {"render": lambda self: np.roll(Bar.render(self), self.t, 1), "reward": lambda self: self.t})
+    rows = train.train(config, env=lambda: moving("rgb_array"))
+    assert rows[-1]["step"] == 60
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["env"] == f"{__name__}.Moving"
+    again = dataclasses.replace(config, out=None, env=stored["env"])
+    with pytest.raises(settings.UserError, match="has to be handed in again"):
+        train.train(again)
+    with pytest.raises(settings.UserError, match="env=5 is neither"):
+        train.train(config, env=5)
 
 
 # ---- images ----

@@ -101,3 +101,99 @@ def test_a_task_left_open_ends_quietly(env_of):
     env = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(envs.__file__))}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr[-2000:]
+
+
+# ---- all tasks of Meta-World by their own names ----
+def made(task, **kwargs):
+    """MetaWorld/TASK as --env makes it; skips with the cure where OpenGL or a package is missing."""
+    try:
+        env = envs.make(f"MetaWorld/{task}-v3", goal="to reach the goal", kwargs=kwargs)
+        env.reset(seed=0)
+        env.image(84)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return env
+
+
+def test_every_task_of_metaworld_has_a_name_here():
+    """They stand as text in tasks/metaworld.py, which is imported without Meta-World; all fifty must be there."""
+    names = pytest.importorskip("metaworld.env_dict").ALL_V3_ENVIRONMENTS
+    from tasks import metaworld
+
+    assert sorted(f"{task}-v3" for task in metaworld.ALL) == sorted(names) and len(names) == 50
+    assert set(metaworld.DISTANCE) < set(names)
+    assert all(f"MetaWorld/{name}" in metaworld.gymnasium.registry for name in names)
+
+
+@pytest.mark.parametrize("task", ["door-open", "reach"])
+def test_every_episode_has_a_layout_of_its_own_and_the_seed_decides_it(task):
+    """Meta-World's random starts: the same for the same seed, whatever came before, in numbers and pixels."""
+    env, fresh = made(task), made(task)
+    starts = np.array([env.reset(seed=seed)[0] for seed in range(6)])  # (6, 39)
+    places = np.concatenate([starts[:, 4:7], starts[:, 36:39]], axis=1)  # of object and goal
+    assert len({tuple(np.round(place, 4)) for place in places}) == 6
+    for seed in (3, 5):
+        assert np.array_equal(env.reset(seed=seed)[0], fresh.reset(seed=seed)[0])
+        for _ in range(5):
+            action = env.action_space.sample()
+            seen, same = env.step(action), fresh.step(action)
+            assert np.array_equal(seen[0], same[0]) and seen[1:4] == same[1:4] and seen[4] == same[4]
+        assert np.array_equal(env.image(84), fresh.image(84))
+    env.close(), fresh.close()
+
+
+@pytest.mark.parametrize("task", ["door-open", "basketball", "coffee-push"])
+def test_what_stands_still_is_drawn_anew_when_it_stands_elsewhere(task):
+    """MuJoCo's own renderer must give the same images in every episode: a layout changes the model."""
+    env = made(task, show_robot=True)
+    sim, mujoco, flags = env.unwrapped.sim, env.unwrapped.mujoco, env.unwrapped.mujoco.mjtRndFlag
+    renderer = mujoco.Renderer(sim.model, 84, 84)
+    for flag in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION, flags.mjRND_SKYBOX, flags.mjRND_HAZE, flags.mjRND_FOG):
+        renderer.scene.flags[flag] = False
+    starts = []
+    for seed in range(3):
+        obs, _ = env.reset(seed=seed)
+        starts.append(env.image(84))
+        for _ in range(4):
+            renderer.update_scene(sim.data, env.unwrapped.camera, env.unwrapped.options)
+            assert np.array_equal(env.image(84), renderer.render())
+            for _ in range(4):
+                obs, *_ = env.step(envs.expert(env)(obs))
+    assert not np.array_equal(starts[0], starts[1])
+    renderer.close(), env.close()
+
+
+def test_robot_and_camera_are_settable():
+    """The arm is in the image only where it is what has to get to the goal, or where it is asked for."""
+    images = {key: made(task, **kwargs).image(84) for key, (task, kwargs) in {
+        "hidden": ("door-open", {}), "shown": ("door-open", {"show_robot": True}), "reach": ("reach", {}),
+        "reach, hidden": ("reach", {"show_robot": False}), "named": ("door-open", {"camera": "corner"}),
+        "aimed": ("door-open", {"camera": [[0, 0.8, 0.2], 0.8, 90, -20]})}.items()}
+    share = {(a, b): (images[a] != images[b]).any(-1).mean() for a in images for b in images}
+    assert share["hidden", "shown"] > 0.02 and share["reach", "reach, hidden"] > 0.02
+    assert min(share["hidden", "named"], share["hidden", "aimed"], share["named", "aimed"]) > 0.2
+    for wrong, says in (({"camera": "nose"}, "no camera 'nose'; there are .*corner"), ({"camera": "gripperPOV"}, "no camera 'gripperPOV'"),
+                        ({"colour": 1}, "unexpected keyword argument 'colour'"), ({"camera": [1, 2]}, "no camera .1, 2.; .*distance")):
+        with pytest.raises(ValueError, match=f"MetaWorld/door-open-v3 cannot be made here: .*{says}") as error:
+            envs.make("MetaWorld/door-open-v3", goal="to open", kwargs=wrong)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", ["reach", "door-open", "assembly", "hammer", "lever-pull", "box-close", "disassemble"])
+def test_progress_is_largest_where_the_goal_is_reached(task):
+    """Six of them have no distance in Meta-World's info; where the expert first succeeds, the goal must be nearest."""
+    env = made(task)
+    start = env.reset(seed=0)[1]["progress"]
+    _, _, progress, success = envs.rollout(env, envs.expert(env), seed=0)
+    first = int(np.argmax(success))
+    assert success.any() and progress[first] > 0.7 * start and progress[first] > start + 0.05  # 0 is the goal itself
+    assert progress[first] >= max(progress[:first], default=start) - 0.01
+    env.close()
+
+
+def test_a_goal_has_to_be_given_and_a_task_that_is_not_there_is_one_line():
+    """The table of tasks has no words for all fifty."""
+    for name, goal, says in (("MetaWorld/reach-v3", None, "needs a goal"), ("MetaWorld/reech-v3", "to", "reech")):
+        with pytest.raises(ValueError, match=says) as error:
+            envs.make(name, goal=goal)
+        assert "\n" not in str(error.value)
