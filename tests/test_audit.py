@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tools import audit_vlm
-from support import cached_labels
+from support import cached_labels, judges
 import envs
 from support import offline_vlm
 from support import settings
@@ -218,6 +218,32 @@ def test_lean_and_d_prime_of_a_judge_are_recovered(name):
     assert abs(fitted.mean()) < 0.1 and (abs(fitted) < 0.2).sum() >= 17
     assert abs(counted.mean()) < 0.15 and fitted.std() < counted.std()
     assert all(abs(one["bias_free"] - audit_vlm.NORMAL.cdf(one["d_prime"] / 2)) < 1e-9 for one in found)
+
+
+PRESET = {"good": set(), "weak": {"leans"}, "leans-second": {"leans"}, "leans-first": {"leans"}, "stuck": {"does not look"},
+          "inverted": {"wrong way round"}, "blurry": {"leans", "blurry near the goal"}, "one-sided": {"blind on one side"}}
+
+
+@pytest.mark.parametrize("name", PRESET)
+def test_the_judges_of_the_stand_in_are_found_out(name):
+    """The presets of support/judges.py: what the audit names is what each of them was made for, and its lean within .2."""
+    progress, side = some_pairs(200)
+    judge, labels = judges.make({"judge": name}, goal="g"), []
+    for order in (slice(None), slice(None, None, -1)):
+        labels.append(np.array([judge.label(-moved[order] / 30, tuple(map(str, moved[order])), tuple(
+            "left" if where < 0 else "right" for where in its[order])) for moved, its in zip(progress, side)]))
+    found = audit_vlm.measure(*progress.T, *labels, *side.T, scale=(-30, 0))
+    faults = set(audit_vlm.faults(found))
+    assert PRESET[name] <= faults and (faults == PRESET[name] or name in ("blurry", "one-sided"))
+    lean = judge.lean / np.hypot(judge.spread, judge.jitter)
+    if name == "stuck":  # one answer in all of 400: the lean is so large that no number of answers tells how large
+        assert found["lean"] < -2
+    elif name != "blurry":  # whose small differences do not follow the model that is fitted
+        assert abs(found["lean"] - lean) < 0.2
+    if name not in ("blurry", "one-sided"):
+        gap = abs(progress[:, 1] - progress[:, 0]) / 30
+        true = audit_vlm.fitted_d_prime(gap, judge.slope, judge.lean, judge.doubt)
+        assert abs(found["d_prime_fitted"] - true) < 0.2
 
 
 def test_measures_by_hand():
