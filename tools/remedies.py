@@ -92,8 +92,13 @@ def neural_judges():
 
 
 def simulated_answers(name, degrees, seed):
-    """degrees (M, 2) -> (M, 2) answers of a judge of support/judges.py, in both orders."""
-    judge = judges.make({"judge": name}, seed=seed)
+    """degrees (M, 2) -> (M, 2) answers of a judge of support/judges.py, in both orders.
+
+    name: of a preset or a published model, and numbers that take the place of its own: "weak,spread=0,jitter=1".
+    """
+    name, *more = name.split(",")  # "weak,spread=0,jitter=1"
+    words = {word: judges.read(word, value) for word, _, value in (each.partition("=") for each in more)}
+    judge = judges.make({"judge": name, **words}, seed=seed)
 
     def label(first, second):
         side = lambda angle: "left" if angle < 0 else "right"
@@ -128,8 +133,8 @@ def fit_one(judge, remedy, calls, seed):
     rng, task = np.random.default_rng(1000 * seed + 7), OURS["CartPole"]
     size = envs.TASKS["CartPole"].reward_image_size
     pairs = calls // 2 if settings["orders"] else calls
-    known = neural_judges() if judge not in (*judges.PRESETS, *judges.PUBLISHED) else None
-    if known:
+    known = neural_judges()
+    if judge in known:
         degrees, answers = known[judge]
         chosen = rng.permutation(len(degrees))[:pairs]
         degrees, answers = degrees[chosen], answers[chosen]
