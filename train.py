@@ -86,7 +86,7 @@ def train(config, parts=None, env=None):
     """Run RL-VLM-F (or, with --reward score, VLM Score) -> the rows of metrics.csv. Raises UserError, in one line.
 
     config: Config; the schedule fills in what is None.  parts: other classes (support/run.py: choose_parts).
-    env: a function that makes an environment of yours, or one that can be copied, in place of the one that config names.
+    env: a function that makes an environment of yours, or one that can be copied, in place of the one config names.
     """
     if config.reward not in (*settings.FROM_PAIRS, "score"):
         return train_on_given_reward(config, parts, env)
@@ -140,7 +140,7 @@ def train(config, parts=None, env=None):
 
                     if len(y):
                         # ---- STEP 4: fit the reward model to the answers ----
-                        # -log softmax(beta r_psi)[y] over seven answers of eight; the eighth says when to stop.
+                        # -log P[y], with P[1] = sigmoid(beta (r1 - r0) + b). Every eighth answer only says when to stop.
                         at.fit = r_psi.fit(D, config.reward_epochs)
                         at.fit["reward_accuracy"] = order_accuracy(r_psi, I, rng)
 
