@@ -140,7 +140,7 @@ def train(config, parts=None, env=None):
 
                     if len(y):
                         # ---- STEP 4: fit the reward model to the answers ----
-                        # -log P[y], with P[1] = sigmoid(beta (r1 - r0) + b). Every eighth answer only says when to stop.
+                        # -log P[y], with P[1] = sigmoid(beta (r1 - r0) + b). An eighth of D says when to stop.
                         at.fit = r_psi.fit(D, config.reward_epochs)
                         at.fit["reward_accuracy"] = order_accuracy(r_psi, I, rng)
 
