@@ -489,8 +489,8 @@ def _from_gymnasium(made, name, kwargs):
                 made, max_episode_steps=-1, disable_env_checker=True, **{"render_mode": "rgb_array", **kwargs})
     except Exception as error:  # a constructor may raise anything
         why = (str(error).splitlines() or [""])[0]
-        raise ValueError(beside("moved", f"{name} cannot be made here: {why} [{type(error).__name__}; it is made with "
-                                         "render_mode=\"rgb_array\"]")) from error
+        raise ValueError(beside("explained", f"{name} cannot be made here: {why} [{type(error).__name__}; it is made "
+                                             "with render_mode=\"rgb_array\"]", name)) from error
     if hasattr(getattr(env.unwrapped, "model", None), "vis"):
         draw_fast(env.unwrapped.model)
     env = beside("adapt", env, name)

@@ -1,9 +1,9 @@
 """Environments of other kinds: what their observations and actions become, how one is found, and two of one kind.
 
-What this is: envs.py takes observations that are vectors and actions that are a Box or a Discrete space. Here are
-Gymnasium's own wrappers that make such a face for an environment with another one; the words that say what was left
-out; the closest names to one that is unknown; which MuJoCo works; two environments where one was handed in from Python. envs.py
-comes here by name, as it comes to tasks/, so that it can be copied alone.
+What this is: envs.py takes observations that are vectors, and actions that are a Box or a Discrete space. Here are
+Gymnasium's own wrappers that give such a face to an environment with another one, and the words that say what was left
+out; the closest names to one that is unknown; which MuJoCo works; and two environments where one was handed in from
+Python. envs.py comes here by name, as it comes to tasks/, so that it can be copied alone.
 Which STEPs: none; STEPs 1 and 7 act in what this wraps.
 
 Observations, one vector for the policy:
@@ -17,8 +17,8 @@ Actions:
   Discrete              counted from 0 on
   MultiDiscrete, MultiBinary   one Discrete space of all combinations, up to MOST_ACTIONS
 
-Names: adapt(env, name) -> env; notes(env) -> sentences; hint(message, name), moved(message) -> longer ones;
-find_here(); pair(env) -> two environments.
+Names: adapt(env, name) -> env; notes(env) -> sentences; hint(message, name), explained(message, name),
+moved(message) -> longer ones; find_here(); pair(env) -> two environments.
 
 To use it elsewhere:
     import gymnasium
@@ -245,6 +245,17 @@ def packages():
             found.add(module)
     # Those that learn, and bring no environment; and to import some of them takes seconds.
     return sorted(found - {"gymnasium", "stable_baselines3", "sb3_contrib", "torchrl", "rl_zoo3", "ray", "tianshou"})
+
+
+def explained(message, name):
+    """The message about an environment that cannot be made; and, where that is the cause, what stands in the way."""
+    module, colon, _ = name.partition(":")
+    root, first = Path(__file__).parents[1], module.partition(".")[0]
+    if colon and Path.cwd() != root and any((root / each).exists() and Path(each).exists() for each in (
+            first, f"{first}.py")):
+        return (f"{message}; this project has a module {first} of its own, which comes before yours: put yours into a "
+                f"package of another name, such as mypkg/envs.py (--env mypkg.envs:My-v0)")
+    return moved(message)
 
 
 def moved(message):

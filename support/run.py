@@ -474,7 +474,8 @@ def prepare(config, two=None):
     config = resolve(config)
     programs = config.reward == "code" and kept_folder(config)
     try:
-        adapt.find_here()
+        if ":" in config.env:
+            adapt.find_here()
         env, eval_env = (envs.make(made, config.seed, config.goal, config.horizon, config.action_repeat,
                                    json.loads(config.env_kwargs)) for made in two or (config.env, config.env))
         eval_env.reset(seed=config.seed)

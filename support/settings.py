@@ -39,7 +39,6 @@ class Config:
 
     # The task
     env: str = "CartPole"  # a built-in task (envs.py), or any Gymnasium id with --goal
-    env_kwargs: str = "{}"  # JSON, the arguments that env is made with: {"env_name": "reach-v3"}
     goal: str | None = None  # the goal in words, for the VLM; built-in tasks have one
     reward: str = "preference"  # preference, preference+sparse, code, score, clip, true, sparse
     labels: str = "vlm"  # who compares images: vlm, oracle (true progress), FOLDER of kept answers
@@ -68,7 +67,8 @@ class Config:
     out: str | None = None  # the run folder to make; otherwise one in runs/, named after the run
     resume: str | None = None  # go on with the run in this folder
 
-    # More about exploring and asking
+    # More about the task, exploring and asking
+    env_kwargs: str = "{}"  # JSON, arguments of the environment: {"show_robot": true}
     seed_steps: int | None = by_task(1000)  # environment steps with random actions, at the start
     image_buffer: int = 1000  # images kept to pick pairs from
     workers: int = 8  # questions that are asked at the same time

@@ -3,7 +3,6 @@ import dataclasses
 import importlib.metadata
 import json
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -509,14 +508,14 @@ def test_packages_that_may_bring_environments_are_those_that_need_gymnasium():
     assert {"metaworld", "gymnasium", "numpy"} & set(adapt.packages()) == {"metaworld"}
 
 
-def test_a_module_in_the_current_folder_is_found_and_takes_its_arguments(tmp_path):
-    """train.py lies elsewhere; --env-kwargs reach the constructor, also when the run goes on."""
+def test_a_module_in_the_current_folder_is_found_and_takes_its_arguments(tmp_path, monkeypatch, unreported):
+    """train.py lies elsewhere; --env-kwargs reach the constructor."""
     (tmp_path / "mypkg_here").mkdir()
     (tmp_path / "mypkg_here" / "envs.py").write_text(MODULE.format("Mine"))
-    script = Path(envs.__file__).with_name("train.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as where train.py is started by its path
     flags = ["--env", "mypkg_here.envs:Mine-v0", "--env-kwargs", '{"size": 3}', "--reward", "true", "--out", "run", *TINY]
-    done = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert train.main(flags) == 0
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["env_kwargs"] == '{"size": 3}' and "--env-kwargs" in stored["command"]
 
@@ -527,6 +526,15 @@ def test_arguments_that_cannot_be_used_are_one_line(capsys, wrong, says):
     """No JSON, no object, or not the environment's."""
     assert train.main(["--env", "Pendulum-v1", "--goal", "up", "--reward", "true", "--env-kwargs", wrong]) == 2
     assert re.search(says, capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_a_module_with_the_name_of_one_of_ours_is_one_line(tmp_path, monkeypatch):
+    """envs.py is what many call theirs, and what this project calls its own."""
+    (tmp_path / "envs.py").write_text(MODULE.format("Mine"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="this project has a module envs of its own.*mypkg.envs:My-v0") as error:
+        envs.make("envs:Mine-v0", goal="to go")
+    assert "\n" not in str(error.value)
 
 
 def test_arguments_from_a_stranger_s_folder_are_named_again(tmp_path):

@@ -19,21 +19,22 @@ import argparse
 import csv
 import importlib.metadata
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import gymnasium
 import numpy as np
+from gymnasium.utils.env_checker import check_env
 
 import envs
 from support import adapt
 
 COLUMNS = ("library", "version", "mujoco", "env", "env_kwargs", "result", "says", "observation", "actions", "horizon",
            "image_moves", "check_env", "sb3_check_env", "seconds")
+KEY = COLUMNS[:5]  # what tells two rows apart
 RAM = {"obs_type": "ram"}
 # {library, as pip calls it: {what --env says: arguments}}; a text is several of them without arguments.
 LIBRARIES = {
@@ -61,11 +62,12 @@ LIBRARIES = {
         dm_control/lift_brick_features-v0 dm_control/lift_brick_vision-v0 dm_control/RodentEscapeBowl-v0""",
     "robosuite": {"tools.environments:robosuite/Lift-v0": {}, "tools.environments:robosuite/Door-v0": {"task": "Door"}},
     "pybullet_envs_gymnasium": "pybullet_envs_gymnasium:" + """AntBulletEnv-v0 HalfCheetahBulletEnv-v0
-        HopperBulletEnv-v0 HumanoidBulletEnv-v0 InvertedPendulumBulletEnv-v0 InvertedDoublePendulumBulletEnv-v0 ReacherBulletEnv-v0
+        HopperBulletEnv-v0 HumanoidBulletEnv-v0 InvertedPendulumBulletEnv-v0 InvertedDoublePendulumBulletEnv-v0
+        ReacherBulletEnv-v0
         Walker2DBulletEnv-v0""",
     "metaworld": {},  # all 50, and one that needs an argument; see entries()
 }
-MINUTES = 3  # for one environment
+MINUTES = 10  # for one environment
 
 
 class Robosuite(gymnasium.Env):
@@ -113,6 +115,12 @@ for _id in ("robosuite/Lift-v0", "robosuite/Door-v0"):
         gymnasium.register(_id, entry_point=Robosuite, max_episode_steps=200)
 
 
+try:  # here, so that the processes need not import it again
+    from stable_baselines3.common.env_checker import check_env as sb3_check_env
+except ImportError:
+    sb3_check_env = None
+
+
 def entries():
     """LIBRARIES as rows -> (library, env, kwargs)."""
     for library, listed in LIBRARIES.items():
@@ -157,15 +165,7 @@ def checks(make, make_bare):
 
     make_bare: without what this project puts around an environment.
     """
-    from gymnasium.utils.env_checker import check_env
-
-    found = {"check_env": check_env}
-    try:
-        from stable_baselines3.common.env_checker import check_env as sb3
-
-        found["sb3_check_env"] = sb3
-    except ImportError:
-        pass
+    found = {"check_env": check_env, **({"sb3_check_env": sb3_check_env} if sb3_check_env else {})}
 
     def said(check, make, **options):
         try:
@@ -185,20 +185,41 @@ def checks(make, make_bare):
 
 
 # ---- the table ----
+def child(to, name, kwargs):
+    """attempt(), whose cells are sent to the parent. What the library prints is not shown."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
+    try:
+        to.send(attempt(name, kwargs))
+    except BaseException as error:  # what must not happen
+        to.send({"result": "traceback", "says": f"{type(error).__name__}: {error}".splitlines()[0]})
+    os._exit(0)  # some libraries print tracebacks, or hang, when Python ends
+
+
 def tried(library, name, kwargs):
     """attempt() in a process of its own -> a whole row."""
-    started = time.time()
-    child = [sys.executable, "-m", "tools.environments", "--attempt", json.dumps([name, kwargs])]
+    started, fork = time.time(), multiprocessing.get_context("fork")  # forked: what is imported here is imported there
+    receive, send = fork.Pipe(duplex=False)
+    process = fork.Process(target=child, args=(send, name, kwargs))
+    process.start()
+    send.close()
     try:
-        done = subprocess.run(child, capture_output=True, text=True, timeout=60 * MINUTES)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-        row = json.loads(lines[-1][4:]) if lines else {
-            "result": "traceback", "says": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    except subprocess.TimeoutExpired:
-        row = {"result": "traceback", "says": f"no answer in {MINUTES} minutes"}
+        row = receive.recv() if receive.poll(60 * MINUTES) else {
+            "result": "traceback", "says": f"no answer in {MINUTES} minutes"}
+    except EOFError:
+        process.join()
+        row = {"result": "traceback", "says": f"the process ended with code {process.exitcode}"}
+    process.kill()
     return {"library": library, "version": importlib.metadata.version(library),
             "mujoco": importlib.metadata.version("mujoco"), "env": name,
             "env_kwargs": json.dumps(kwargs) if kwargs else "", **row, "seconds": round(time.time() - started, 1)}
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main():
@@ -207,12 +228,11 @@ def main():
     parser.add_argument("--only", help="words, with commas between: try what has one in its library's name or id, and "
                                        "only print it, unless --add")
     parser.add_argument("--add", action="store_true", help="put what was tried into the table that is there")
-    parser.add_argument("--attempt", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.attempt:
-        print("\nROW " + json.dumps(attempt(*json.loads(args.attempt))), flush=True)
-        os._exit(0)  # some libraries print tracebacks, or hang, when Python ends
-    rows, missing = [], set()
+    path, rows, missing = Path(args.csv), [], set()
+    if args.add and path.exists():
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
     for library, name, kwargs in entries():
         if args.only and not any(word in f"{library} {name}" for word in args.only.split(",")):
             continue
@@ -222,26 +242,16 @@ def main():
             missing.add(library)
             continue
         row = tried(library, name, kwargs)
-        rows.append(row)
+        rows = [other for other in rows if any(other[each] != row[each] for each in KEY)] + [row]
+        if args.add or not args.only:
+            write(path, rows)  # after each: it takes long
         print(f"{name} {row['env_kwargs']}: {row['result']}; {row['says'][:300]}"
               + f" [check_env: {row.get('check_env')}; SB3: {row.get('sb3_check_env')}]" * (row["result"] == "works"),
               flush=True)
     for library in sorted(missing):
         print(f"{library} is not installed, and was left out")
-    if args.only and not args.add:
-        return
-    path = Path(args.csv)
-    if args.add and path.exists():
-        with open(path, newline="") as file:
-            new = {(row["library"], row["version"], row["mujoco"], row["env"], row["env_kwargs"]) for row in rows}
-            rows = [row for row in csv.DictReader(file) if tuple(row[each] for each in (
-                "library", "version", "mujoco", "env", "env_kwargs")) not in new] + rows
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
     counts = {result: sum(row["result"] == result for row in rows) for result in ("works", "one line", "traceback")}
-    print(f"{path}: {len(rows)} environments, " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    print(f"{len(rows)} environments: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
 
 
 if __name__ == "__main__":
