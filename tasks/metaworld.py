@@ -67,7 +67,8 @@ class MetaWorld(gymnasium.Env):
                  Meta-World does, it is drawn anew for every episode, and what follows is its own.
         hand     (3,) where the hand starts, m.
         camera   (look_at (3,) m, distance m, azimuth degrees, elevation degrees); or the name of
-                 one of Meta-World's, such as "corner" or "topview".
+                 one of Meta-World's, such as "corner" or "topview" (four of the five are mounted
+                 upside down; their images are turned).
         expert   obs (39,) -> action (4,). None: Meta-World's scripted policy for the task.
         start_steps  steps of the simulator in which the hand goes to where an episode begins: two
                  take it up to 4 mm along x, three up to 1 cm.
@@ -193,12 +194,14 @@ class MetaWorld(gymnasium.Env):
     def _prepare_images(self, camera, colours, show_robot):
         """Once: hide the robot, throw out what makes drawing slow, aim the camera."""
         mujoco, model = self.mujoco, self.sim.model
-        self.camera, self.options = mujoco.MjvCamera(), mujoco.MjvOption()
+        self.camera, self.options, self.upside_down = mujoco.MjvCamera(), mujoco.MjvOption(), False
         # A camera that hangs on the hand moves, and FixedView's must stand still.
         still = [model.camera(i).name for i in range(model.ncam) if not model.cam_bodyid[i]]
         if camera in still:
             self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
             self.camera.fixedcamid = model.camera(camera).id
+            up = self.sim.data.cam(camera).xmat.reshape(3, 3)[:, 1]  # (3,) of the image, in the world
+            self.upside_down = up[2] < 0  # as Meta-World has mounted some
         else:
             try:
                 self.camera.lookat[:], self.camera.distance, self.camera.azimuth, \
@@ -230,7 +233,8 @@ class MetaWorld(gymnasium.Env):
         if size not in self.views:
             view = FixedView(self.mujoco, self.sim.model, self.camera, self.options, size)
             self.views[size] = view
-        return self.views[size].image(self.sim.data)
+        image = self.views[size].image(self.sim.data)
+        return np.ascontiguousarray(image[::-1, ::-1]) if self.upside_down else image
 
     def render(self):
         return self.image(300)

@@ -530,10 +530,10 @@ def test_arguments_that_cannot_be_used_are_one_line(capsys, wrong, says):
 
 def test_a_module_with_the_name_of_one_of_ours_is_one_line(tmp_path, monkeypatch):
     """envs.py is what many call theirs, and what this project calls its own."""
-    (tmp_path / "envs.py").write_text(MODULE.format("Mine"))
+    (tmp_path / "envs.py").write_text(MODULE.format("Ours"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="this project has a module envs of its own.*mypkg.envs:My-v0") as error:
-        envs.make("envs:Mine-v0", goal="to go")
+        envs.make("envs:Ours-v0", goal="to go")
     assert "\n" not in str(error.value)
 
 

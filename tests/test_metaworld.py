@@ -171,6 +171,8 @@ def test_robot_and_camera_are_settable():
         "aimed": ("door-open", {"camera": [[0, 0.8, 0.2], 0.8, 90, -20]})}.items()}
     share = {(a, b): (images[a] != images[b]).any(-1).mean() for a in images for b in images}
     assert share["hidden", "shown"] > 0.02 and share["reach", "reach, hidden"] > 0.02
+    corner = images["named"].astype(int)  # mounted upside down; once turned, the dark wall is above, the table below
+    assert corner[:20].mean() < corner[-20:].mean()
     assert min(share["hidden", "named"], share["hidden", "aimed"], share["named", "aimed"]) > 0.2
     for wrong, says in (({"camera": "nose"}, "no camera 'nose'; there are .*corner"), ({"camera": "gripperPOV"}, "no camera 'gripperPOV'"),
                         ({"colour": 1}, "unexpected keyword argument 'colour'"), ({"camera": [1, 2]}, "no camera .1, 2.; .*distance")):
