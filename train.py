@@ -60,6 +60,7 @@ from code_as_reward import CodeAsRewardError
 from envs import BadEnvironment, rollout
 from reward_model import ImageBuffer, sample_pairs
 from sac import novelty_batch, stored_array
+from support.afterwards import watch
 from support.given_rewards import LearnedReward, programs_reward
 from support.run import EVAL_SEED, choose_parts, looks_at_images, most_pairs, random_action, started
 from vlm_query import VLMError
@@ -82,15 +83,18 @@ class Progress:
 
 
 # ---- RL-VLM-F ----
-def train(config, parts=None, env=None):
+def train(config, parts=None, **yours):
     """Run RL-VLM-F (or, with --reward score, VLM Score) -> the rows of metrics.csv. Raises UserError, in one line.
 
     config: Config; the schedule fills in what is None.  parts: other classes (support/run.py: choose_parts).
-    env: a function that makes an environment of yours, or one that can be copied, in place of the one config names.
+    yours, all of them optional (support/yours.py): env, an environment or a function that makes one, in place of the
+    one that config names; judge(first, second, goal) -> 0, 1 or -1, in place of the VLM; reward(images (N, S, S, 3)
+    uint8) -> (N,), in place of r_psi; on_row(row), which is called with each row of metrics.csv.
     """
+    config = settings.settled(config, **yours)
     if config.reward not in (*settings.FROM_PAIRS, "score"):
-        return train_on_given_reward(config, parts, env)
-    with started(config, env) as run:
+        return train_on_given_reward(config, parts, **yours)
+    with started(config, **yours) as run:
         config, env, labeler, rng = run.config, run.env, run.labeler, np.random.default_rng(run.config.seed)
         parts, at = parts or choose_parts(config), Progress()
         pi, B = make_learner(run, parts)
@@ -174,12 +178,12 @@ def train(config, parts=None, env=None):
 
 
 # ---- VLM-CaR, and every other reward that asks nobody while the policy learns ----
-def train_on_given_reward(config, parts=None, env=None):
+def train_on_given_reward(config, parts=None, **yours):
     """The same loop for a reward that is there already, without STEPs 2 to 5 -> the rows of metrics.csv.
 
-    --reward code: VLM-CaR's programs; clip: CLIP; true, sparse: the environment's own.  parts, env: see train().
+    --reward code: VLM-CaR's programs; clip: CLIP; true, sparse: the environment's own.  parts, yours: see train().
     """
-    with started(config, env) as run:
+    with started(config, **yours) as run:
         config, env, rng = run.config, run.env, np.random.default_rng(run.config.seed)
         parts, at = parts or choose_parts(config), Progress()
         pi, B = make_learner(run, parts)
@@ -338,7 +342,8 @@ def begin(run, at, rng, pi, **parts):
 def main(arguments=None):
     """The command line -> exit code: 0, or 2 after a line for the user, or 130 after Ctrl-C."""
     try:
-        train(settings.parse_args(sys.argv[1:] if arguments is None else arguments))
+        arguments = sys.argv[1:] if arguments is None else arguments
+        watch(arguments) or train(settings.parse_args(arguments))  # --watch FOLDER: no training
         return 0
     except (UserError, VLMError, CodeAsRewardError, BadEnvironment) as error:
         settings.say(f"train.py: {error}", file=sys.stderr)

@@ -5,8 +5,9 @@ that has ended is worth. LearnedReward puts r_psi into the same form, for those 
 (support/run.py). Which STEPs: C1 to C3 are called here (code_as_reward.py does them), C4 is ProgramsReward.
 Differs from the paper: see code_as_reward.py and support/baselines.py.
 Shapes: T steps of an episode, images (T, S, S, 3) uint8 seen after each action, rewards (T,).
-Names: Reward, LearnedReward, TrueReward, SparseReward, ProgramsReward, known_reward, programs_reward.
+Names: Reward, LearnedReward, TrueReward, SparseReward, ProgramsReward, known_reward, programs_reward, described.
 """
+import json
 import os
 from pathlib import Path
 
@@ -126,6 +127,25 @@ def learn_programs(config, folder, env, vlm, seed):
         raise
     settings.say(*code_as_reward.verification_table(reports).split("\n"))
     return programs
+
+
+def described(config, subtasks):
+    """The programs in a sentence, which says who wrote them, and whether anybody verified them."""
+    kept = settings.kept_folder(config)
+    what = f"{len(subtasks)}{' verified' * (not kept)} program{'s' * (len(subtasks) > 1)} ({'; '.join(subtasks)})"
+    if not kept:
+        return f"{what}, written by {settings.who_labels(config)}"
+    # load_programs() takes a folder that holds programs/, and programs/ itself
+    for place in (kept, os.path.join(kept, os.pardir)):
+        path = os.path.join(place, "verification.json")
+        try:
+            passed = {row["subtask"] for row in json.loads(cached_labels.read_plain(path, 2**24))
+                      if row["verdict"] == "pass"}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, cached_labels.CachedLabelsError):
+            continue
+        if passed >= {*subtasks}:
+            return f"{what} from {kept}, not verified in this run; its verification.json says that they were before"
+    return f"{what} from {kept}, which nobody has verified"
 
 
 def read_programs(folder):

@@ -1,4 +1,4 @@
-"""Who answers: a VLM over HTTP, the offline stand-in, the oracle, or answers that were kept; and the books of it.
+"""Who answers: a VLM over HTTP, the offline stand-in, the oracle, a function of yours, or answers that were kept.
 
 What this is: STEP 3 of train.py, all but the question itself, which is in vlm_query.py. Every answer goes into the log
 of
@@ -17,7 +17,7 @@ import imageio
 import numpy as np
 
 import vlm_query
-from support import cached_labels, judges, offline_vlm, settings
+from support import cached_labels, judges, offline_vlm, settings, yours
 from support.settings import UserError
 
 # Counts of a batch that are added up as they are: those that vlm_query gives, and those that __call__ adds.
@@ -31,6 +31,7 @@ class Labeler:
     soft: y is vlm_query.p_second, from 0 to 1, in place of the label, wherever it is known.
     vlm: a vlm_query.VLM, or None: the oracle answers, from true progress.  mistakes: share of wrong answers of the
     oracle.  judge: of support/judges.py, as which the oracle errs instead, or None.
+    function: yours.Judge, your own function in place of a VLM, or None.
     kept: (first, second, label) of answers that are there already; all of them are given at the first call.
     log: the LabelLog of the run, and folder: where images of pairs are written; the run hands them over when it has
     them.
@@ -44,11 +45,11 @@ class Labeler:
               "first", "second", "clear", "clear_right")
 
     def __init__(self, goal, vlm=None, stages=2, workers=8, max_pairs=1000, mistakes=0.0, kept=None, server=None,
-                 judge=None, soft=False, both_orders=False):
+                 judge=None, soft=False, both_orders=False, function=None):
         self.goal, self.vlm, self.stages, self.workers = goal, vlm, stages, workers
         self.soft, self.both_orders = soft, both_orders
         self.max_pairs, self.mistakes, self.kept, self.server = max_pairs, mistakes, kept, server
-        self.judge = judge
+        self.judge, self.function = judge, function
         self.counts = dict.fromkeys(self.COUNTS, 0)
         self.exhausted = False  # a limit on calls or money was reached: training goes on with the reward there is
         self.log, self.folder, self.logged = None, None, 0  # logged: lines in labels.jsonl
@@ -75,7 +76,9 @@ class Labeler:
                         "progress": [float(before[pair]), float(after[pair])]})
 
         self.start = self.logged
-        if self.vlm is None:
+        if self.function:
+            labels, counts = self.function(first, second, self.goal, log)
+        elif self.vlm is None:
             labels = vlm_query.oracle_labels(before, after, rng, self.mistakes)
             if self.judge:
                 labels = np.array(judges.label_by_progress(self.judge, images.progress[:len(images)], before, after,
@@ -181,8 +184,10 @@ class ScoreLabeler(Labeler):
         return images.small[rows[known]], None, scores[known]
 
 
-def make_labeler(config):
+def make_labeler(config, judge=None):
     """Whoever the settings name, ready to be asked. UserError, in one line, where that is not possible.
+
+    judge: your function, where the settings say so (support/yours.py).
 
     Where nothing has to be asked (a reward that needs no VLM), the labeler has none. VLM-CaR asks its `vlm` itself.
     """
@@ -199,7 +204,8 @@ def make_labeler(config):
         vlm, server = make_vlm(config, flaws)
     make = ScoreLabeler if config.reward == "score" else Labeler
     return make(config.goal, vlm, config.stages, config.workers, config.max_pairs, flaws["mistakes"], kept, server,
-                settings.judge_of(config), bool(config.soft_labels), bool(config.both_orders))
+                settings.judge_of(config), bool(config.soft_labels), bool(config.both_orders),
+                None if judge is None else yours.make_judge(judge, config))
 
 
 def make_vlm(config, flaws):

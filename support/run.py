@@ -13,6 +13,7 @@ The run folder:
   pairs/*.png    what was asked, first image left, second right
   checkpoint/    state.pt: everything that `--resume` needs and that is in no other file
   buffer/        the images
+  policy.pt      the policy and r_psi as they were at the end (support/afterwards.py)
   episodes.csv   learned reward beside true progress, step by step, at the end
   eval_*.gif, summary.json, report.html; code_as_reward/: the programs of --reward code
   .lock          held by the process that is at work here
@@ -31,6 +32,7 @@ import csv
 import dataclasses
 import fcntl
 import functools
+import io
 import json
 import math
 import mmap
@@ -55,10 +57,10 @@ import envs
 import vlm_query
 from reward_model import PreferenceDataset, RewardModel
 from sac import SAC, ReplayBuffer, StoredArrayError
-from support import adapt, baselines, fast, given_rewards, interrupts, report, shaped
+from support import adapt, baselines, fast, given_rewards, interrupts, report, shaped, yours
 from support.labeler import is_stuck, make_labeler
-from support.settings import (FROM_PAIRS, UserError, command_line, kept_folder, labels_kind, must_stay, resolve,
-                              resume_command, say, vlm_name, who_labels)
+from support.settings import (FROM_PAIRS, UserError, command_line, function_name, kept_folder, labels_kind, must_stay,
+                              resolve, resume_command, say, vlm_name, who_labels)
 
 # No training episode has these seeds (--seed below 10).
 EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000
@@ -72,6 +74,8 @@ METRICS = (
     "eval_progress", "critic_loss", "q_mean", "alpha",
 )
 TIMING = ("step", "seconds")
+# What acts and what rewards, of the state_dict() of SAC and of RewardModel; the rest is for learning.
+WEIGHTS = {"pi": ("slow_actor", "obs_mean", "obs_std"), "r_psi": ("nets", "mean", "deviation")}
 
 
 # ---- the run folder ----
@@ -143,6 +147,19 @@ def replacing(path, mode="w"):
     os.replace(path + ".new", path)
 
 
+def read_state(path, device=None):
+    """What torch.save() wrote, from a file that may be a stranger's; device: where its tensors go.  ValueError."""
+    try:
+        with zipfile.ZipFile(path) as parts:
+            # trap: torch reads a flipped bit without a word; and it packs nothing, a bomb does
+            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
+                raise ValueError("it is damaged")
+        # weights_only: tensors, numbers and strings; a foreign run folder cannot run code here
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file may raise anything
+        raise ValueError(" ".join(str(error).split())[:120]) from None
+
+
 def load_checkpoint(config):
     """The checkpoint in config.resume, or None where there is none yet. UserError where it cannot be used.
 
@@ -153,15 +170,9 @@ def load_checkpoint(config):
     if not os.path.exists(path):
         return None
     try:
-        with zipfile.ZipFile(path) as parts:
-            # trap: torch reads a flipped bit without a word; and it packs nothing, a bomb does
-            if any(part.compress_type for part in parts.infolist()) or parts.testzip():
-                raise ValueError("it is damaged")
-        # weights_only: tensors, numbers and strings; a foreign run folder cannot run code here
-        state = torch.load(path, weights_only=True)
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f"--resume {folder}: its checkpoint cannot be read "
-                        f"({' '.join(str(error).split())[:120]})") from None
+        state = read_state(path)
+    except ValueError as error:
+        raise UserError(f"--resume {folder}: its checkpoint cannot be read ({error})") from None
     try:
         state["seconds"], kept = float(state["seconds"]), state.get("config") or {}
         right = type(state["logged"]) is type(state["B"]["added"]) is int and state["logged"] >= 0 and all(
@@ -197,10 +208,10 @@ class Run:
     """The run folder: what was set, measured and paid for. With resume: as of its checkpoint.
 
     unique: a new one gets a number behind its name where that exists.
-    env, eval_env, labeler, reward: what started() made for this run.
+    env, eval_env, labeler, reward: what started() made for this run.  on_row: a function of yours, or None.
     """
 
-    env = eval_env = labeler = reward = None
+    env = eval_env = labeler = reward = on_row = None
     finished = False  # whether every step was taken
 
     def __init__(self, config, unique=False, state=None):
@@ -316,6 +327,8 @@ class Run:
                                       ("timing.csv", TIMING, self.times[-1])):
             with open(self.path(name), "a", newline="") as file:
                 csv.writer(file).writerows([columns, values] if len(self.rows) == 1 else [values])
+        if self.on_row:
+            self.on_row({name: row[name] for name in METRICS if name in row})
 
     def warn(self, episode_over, programs=None):
         """Print each doubt about the run when it first shows: after a query session, an evaluation, at step 1."""
@@ -368,6 +381,7 @@ class Run:
         policy: obs -> action.  reward: given_rewards.Reward.
         """
         at, labeler = self.at, self.labeler
+        self.keep_weights()
         self.film("eval_after.gif", policy)
         spearman = write_episodes(self, policy, reward)
         text = closing_text(self.config, self, at, labeler, programs, spearman)
@@ -381,10 +395,17 @@ class Run:
             "success_last_third": sum(third) / len(third) if third else None, "held": held(third),
             **{key: value for key, value in self.rows[-1].items() if key.startswith("eval_")}})
         report.write_report(self.folder)
-        if self.finished:
+        if self.finished and size_of(self.path("buffer")) > self.config.keep_buffer * 2**30:
             remove_buffer(self)
         say("", text)
         return self.rows
+
+    def keep_weights(self):
+        """What the policy and r_psi know now -> policy.pt. The last checkpoint is older: of an episode's end."""
+        with replacing(self.path("policy.pt"), "wb") as file:
+            torch.save({"at": {"step": self.at.step, "has_reward": self.at.has_reward}, **{
+                name: {key: part.state_dict()[key] for key in keys}
+                for name, keys in WEIGHTS.items() if (part := self.parts.get(name))}}, file)
 
     def resumable(self, error):
         """What stopped the run, and how it goes on."""
@@ -420,10 +441,10 @@ def write_json(path, content):
 
 # ---- before the first step ----
 @contextlib.contextmanager
-def started(config, env=None):
+def started(config, env=None, judge=None, reward=None, on_row=None):
     """All that a loop of train.py needs around it -> Run, whose folder is ours alone until the loop has ended.
 
-    env: an environment, or a function that makes one, in place of the one that the settings name.
+    env, judge, reward, on_row: what was handed in from Python (support/yours.py).
     What goes wrong from then on is one line that ends with the command by which the run goes on.
     """
     two = None
@@ -443,13 +464,14 @@ def started(config, env=None):
         check_disk(config, env)
         # Make the CLIP model and the labeler before the run folder, so that a missing model, a wrong key or an unknown
         # goal fails without leaving an empty folder.
-        reward, labeler = given_rewards.known_reward(config), make_labeler(config)
+        reward = yours.FunctionReward(reward, function_name(config)) if reward else given_rewards.known_reward(config)
+        labeler = make_labeler(config, judge)
         at_the_end.callback(labeler.close)
         try:
             run = Run(config, unique, state)
         except OSError as error:  # no room, or a folder where a file should be
             raise UserError(f"the run folder {config.out} cannot be written: {error}") from None
-        run.env, run.eval_env, run.labeler, run.reward = env, eval_env, labeler, reward
+        run.env, run.eval_env, run.labeler, run.reward, run.on_row = env, eval_env, labeler, reward, on_row
         labeler.log, labeler.folder, labeler.logged = run.labels, run.path("pairs"), run.logged
         if not config.resume:
             at_the_end.enter_context(claim(run.folder))
@@ -462,7 +484,7 @@ def started(config, env=None):
         except KeyboardInterrupt:  # before the first step, or while the run was wound up
             raise KeyboardInterrupt(str(run.resumable("interrupted"))) from None
         except (vlm_query.VLMError, code_as_reward.CodeAsRewardError, envs.BadEnvironment, StoredArrayError,
-                OSError) as error:  # OSError: the disk is full, or was taken away
+                yours.BadAnswer, OSError) as error:  # OSError: the disk is full, or was taken away
             raise run.resumable(error) from None
 
 
@@ -599,12 +621,38 @@ def open_buffer(run):
             if not os.path.exists(os.path.join(folder, name + ".npy")):
                 raise UserError(f"--resume {run.folder}: {name}.npy is missing in its buffer/; put it back, or begin "
                                 "anew: answers that were paid for are in the vlm_cache beside the run")
+        for name in {"obs", "next_obs", "action", "image"} & {*buffer_files(run.config)}:
+            lengthen(os.path.join(folder, name + ".npy"), run.config.total_steps)
     elif not os.path.islink(folder):
         shutil.rmtree(folder, ignore_errors=True)  # a kill may have left half a file
 
 
+def lengthen(path, rows):
+    """Give an array's file more rows, of zeros, where it has fewer: a run with more --total-steps needs them."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError):
+        return  # stored_array() says what is wrong with it
+    if array.ndim and array.shape[0] < rows:
+        shape, start = (rows, *array.shape[1:]), array.offset
+        about = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": shape}
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, about)  # numpy leaves room in it for a longer first number
+        if header.tell() != start:
+            raise StoredArrayError(f"{path} was written by another numpy and cannot be made longer")
+        with open(path, "r+b") as file:
+            # trap: the space first. Killed in between, the file is longer than it says, and it is made longer again.
+            file.truncate(start + math.prod(shape) * array.itemsize)
+            file.write(header.getvalue())
+
+
+def size_of(folder):
+    """Bytes on the disk of a folder's files."""
+    return sum(path.stat().st_blocks * 512 for path in Path(folder).glob("*"))
+
+
 def remove_buffer(run):
-    """Gigabytes that only an unfinished run needs. Behind a link, only what is surely ours goes."""
+    """Gigabytes that a finished run need not keep. Behind a link, only what is surely ours goes."""
     folder = run.path("buffer")
     if not os.path.islink(folder):
         return shutil.rmtree(folder)
@@ -779,8 +827,7 @@ def closing_text(config, run, at, labeler, programs, spearman):
                      "with the true reward over fresh random episodes: "
                      f"{'unknown' if math.isnan(spearman) else format(spearman, '.2f')}."]
     elif config.reward == "code":
-        text += [f"The reward is {len(programs.subtasks)} verified programs "
-                 f"({'; '.join(programs.subtasks)}), written by {who_labels(config)}."]
+        text += [f"The reward is {given_rewards.described(config, programs.subtasks)}."]
         if programs.failed_frames:
             text += [f"They failed on {programs.failed_frames} images, which earned nothing."]
     else:

@@ -4,9 +4,8 @@ What this is: one dataclass, Config, holds every tunable; a field's comment is i
 the first of these that has one: the flag (or --set), the task's schedule (tasks/schedules.py), the default in Config.
 Flags and config.json of earlier versions are understood too (modern).
 Which STEPs: none.
-Names: Config, parse_args, resolve, resumed, command_line; labels_kind, kept_folder, vlm_name, flaws_of, judge_of,
-who_labels;
-UserError, say. Imports nothing large, so that --help is instant.
+Names: Config, parse_args, resolve, resumed, settled, command_line; labels_kind, kept_folder, vlm_name, flaws_of,
+judge_of, who_labels; UserError, say. Imports nothing large, so that --help is instant.
 
 To use it elsewhere:
     from support import settings
@@ -65,10 +64,11 @@ class Config:
     device: str = "auto"  # cpu, cuda, or auto: a GPU only for --fast 2 and --reward clip
     fast: int = 1  # 0: sac.py itself; 1: its gradients by hand; 2: also bfloat16, CUDA graphs
     out: str | None = None  # the run folder to make; otherwise one in runs/, named after the run
-    resume: str | None = None  # go on with the run in this folder
+    resume: str | None = None  # go on with the run in this folder; with more --total-steps, a finished one too
 
-    # More about the task, exploring and asking
+    # More about the task, the run, exploring and asking
     env_kwargs: str = "{}"  # JSON, arguments of the environment: {"show_robot": true}
+    keep_buffer: float = 2.0  # GiB that buffer/ of a finished run may keep, for --resume with more --total-steps
     seed_steps: int | None = by_task(1000)  # environment steps with random actions, at the start
     image_buffer: int = 1000  # images kept to pick pairs from
     workers: int = 8  # questions that are asked at the same time
@@ -114,7 +114,7 @@ FACTS = ("horizon", "action_repeat", "hold", "vlm_image_size", "reward_image_siz
 FROM_PAIRS = ("preference", "preference+sparse")  # rewards that come from comparing images
 GROUPS_IN_HELP = 4  # --help shows the first groups of Config, --help-all has every field
 CHOICES = {
-    "reward": (*FROM_PAIRS, "code", "score", "clip", "true", "sparse"),
+    "reward": (*FROM_PAIRS, "code", "score", "clip", "true", "sparse", "function"),
     "schedule": ("ours", "paper"),
     "sampler": ("uniform", "disagreement", "entropy", "best", "diverse"),
     "unverified": ("stop", "skip"),
@@ -132,7 +132,8 @@ RANGES = {
     "ensemble_size": (1, 1000), "hidden": (1, 8192), "batch_size": (1, 10**6), "random_shift": (0, 1000),
     "workers": (1, 256), "timeout": (1, 86_400), "image_buffer": (2, MOST),
     "vlm_image_size": (16, 4096), "reward_image_size": (47, 4096), "discount": (0, 1), "clip_alpha": (0, 1),
-    "max_usd": (0, sys.float_info.max), "average_over": (0, 1), "random_flip": (0, 1), "fast": (0, 2),
+    "max_usd": (0, sys.float_info.max), "keep_buffer": (0, sys.float_info.max), "average_over": (0, 1),
+    "random_flip": (0, 1), "fast": (0, 2),
     "intercept": (0, 1), "layer_norm": (0, 1), "soft_labels": (0, 1), "both_orders": (0, 1),
 }
 KINDS = {int: "a whole number", float: "a number", str: "text"}
@@ -167,14 +168,21 @@ def words(name, value):
 
 # ---- who judges: what --labels and --vlm say ----
 def labels_kind(config):
-    """Who compares the images: "vlm"; "oracle"; or "kept", the answers (or programs) that a file or folder keeps."""
+    """Who compares the images: "vlm"; "oracle"; "function", handed in from Python; or "kept", the answers (or programs)
+    that a file or folder keeps.
+    """
     who = config.labels.partition(":")[0]
-    return "vlm" if config.labels == "vlm" else "oracle" if who == "oracle" else "kept"
+    return "vlm" if config.labels == "vlm" else who if who in ("oracle", "function") else "kept"
 
 
 def kept_folder(config):
-    """The file or folder of kept answers (with --reward code: the folder of verified programs), or None."""
+    """The file or folder of kept answers (with --reward code: the folder of programs), or None."""
     return config.labels if labels_kind(config) == "kept" else None
+
+
+def function_name(config):
+    """What your function is called, which judges or is the reward, or None."""
+    return config.labels.partition(":")[2] if labels_kind(config) == "function" else None
 
 
 def vlm_name(config):
@@ -238,7 +246,10 @@ def with_flaws(who, flaws):
 
 def who_labels(config):
     """Who judges, for every banner, table and plot: nothing here may pass for a VLM but a VLM."""
-    kept = kept_folder(config)
+    kept, function = kept_folder(config), function_name(config)
+    if function is not None:
+        yours = f"your function {function}"
+        return f"nobody (the reward is {yours})" if config.reward == "function" else yours
     if config.reward in ("true", "sparse"):
         return f"nobody ({config.reward} reward)"
     if config.reward == "clip":
@@ -356,7 +367,8 @@ def check_together(config):
     """What settings ask of each other, and of the texts that they hold: one line where something does not fit."""
     price_of(config)
     kind, flaws = labels_kind(config), read_flaws("vlm", config.vlm)
-    if config.reward not in FROM_PAIRS and kind != "vlm" and (config.reward, kind) != ("code", "kept"):
+    if config.reward not in FROM_PAIRS and kind != "vlm" and (config.reward, kind) not in (
+            ("code", "kept"), ("function", "function")):
         raise UserError(f"--reward {config.reward} compares no images: leave out --labels")
     if kind == "kept" and not os.path.exists(config.labels):
         raise UserError(f"--labels {config.labels[:100]}: there are vlm, oracle, oracle:mistakes=0.2, or a folder or "
@@ -373,6 +385,9 @@ def check_together(config):
     if kind == "oracle" and any(flaws.values()):
         raise UserError(f"--vlm {config.vlm}: that is a flaw of the offline stand-in, which is not asked here; for the "
                         "oracle's own: --labels oracle:mistakes=0.2")
+    if kind == "function" and (any(flaws.values()) or config.max_calls is not None or config.max_usd is not None):
+        raise UserError("--vlm offline:..., --max-calls and --max-usd are for a VLM over HTTP, which is not asked here: "
+                        "limit your function by --max-pairs")
     if kind == "oracle" and judge_of(config) and judge_of(config).blind:
         raise UserError(f"--labels {config.labels[:60]}: an oracle knows progress, which has no sides; a judge that is "
                         "blind on one is --vlm offline:judge=one-sided")
@@ -417,6 +432,7 @@ def help_text(every=False):
             flag, default = " ".join(words(name, "")).strip(), FIELDS[name].default
             lines += [f"  {flag:<{wide}}  {text}" + ("" if default is None else f" (default: {default})")]
     return lines + ["", f"  {'--set name=value':<{wide}}  any field of Config (settings.py), such as horizon=100",
+                    f"  {'--watch FOLDER':<{wide}}  no training: a film of the policy in this run folder",
                     f"  {'--help-all':<{wide}}  all settings"]
 
 
@@ -477,7 +493,56 @@ def command_line(config):
                                 schedule=Config.schedule, device=device)
     differ = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "resume")
               and value not in (FIELDS[name].default, getattr(plain, name))}
+    if from_python(config):
+        return in_python(config, differ)
     return shlex.join([*PROGRAM, *[word for item in differ.items() for word in words(*item)]])
+
+
+# ---- what is handed in from Python ----
+def from_python(config):
+    """What no command line can say -> {argument of train(): a name for it}, of env, judge and reward."""
+    found = {"env": config.env.rpartition(".")[2]} if "." in config.env and ":" not in config.env else {}
+    if config.reward == "function" or labels_kind(config) == "function":
+        found["reward" if config.reward == "function" else "judge"] = function_name(config) or ""
+    return {argument: name if name.isidentifier() else "..." for argument, name in found.items()}
+
+
+def in_python(config, given):
+    """The call that makes a run which no command line can make: "train(Config(env='CartPole'), judge=my_judge)"."""
+    handed = from_python(config)
+    named = {*handed, *(("labels",) if handed.keys() & {"judge", "reward"} else ())}  # what a function says by itself
+    told = ", ".join(f"{name}={value!r}" for name, value in given.items() if name not in named)
+    return f"train({', '.join([f'Config({told})', *(f'{name}={value}' for name, value in handed.items())])})"
+
+
+def settled(config, judge=None, reward=None, **others):
+    """The settings of train(), with what was handed in from Python -> Config.  UserError, in one line.
+
+    judge, reward: functions, see support/yours.py. Their names become part of the settings, for no banner and no run
+    folder may pass over who judged. Config(resume=FOLDER) becomes the settings that are stored there.
+    """
+    if config.resume and os.path.exists(os.path.join(config.resume, "config.json")):
+        config = resumed({name: value for name, value in dataclasses.asdict(config).items()
+                          if name not in ("out", "device") and value != FIELDS[name].default})
+    handed = {name: given for name, given in (("judge", judge), ("reward", reward)) if given is not None}
+    stored = {*from_python(config)} - {"env"}
+    if stored - {*handed}:
+        folder = config.resume or "FOLDER"
+        raise UserError(f"{'--resume ' * bool(config.resume)}{folder}: its {stored.pop()} is a function of yours, which "
+                        f"only Python can hand in: {resume_command(config, folder)}")
+    for name, function in handed.items():
+        if not callable(function) and not hasattr(function, "ask"):
+            raise UserError(f"{name}={function!r:.60} is no function")
+        if name == "judge" and config.reward not in FROM_PAIRS:
+            raise UserError(f"judge=: --reward {config.reward} compares no images, so there is nothing to judge")
+        if len(handed) > 1 or not stored and (config.labels != "vlm" or (name, config.reward) not in (
+                *(("judge", kind) for kind in FROM_PAIRS), ("reward", "preference"))):
+            raise UserError(f"{' and '.join(handed)}: your function takes the place of --labels and --reward: give one of "
+                            f"judge=, reward=, --labels {config.labels[:60]}, --reward {config.reward}")
+        called = str(getattr(function, "__name__", type(function).__name__))[:60]
+        config = dataclasses.replace(config, labels=f"function:{called}",
+                                     reward="function" if name == "reward" else config.reward)
+    return config
 
 
 # ---- the spellings of earlier versions ----
@@ -523,7 +588,8 @@ def modern(values):
 
 
 # ---- going on with a run ----
-MAY_CHANGE = ("max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "workers", "timeout")
+MAY_CHANGE = ("total_steps", "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "workers",
+              "timeout", "keep_buffer")
 MAY_MOVE = ("out", "resume", "device")  # the folder may lie elsewhere now, or on another machine
 NAMED_AGAIN = ("env", "env_kwargs", "vlm_url", "clip_model")  # what to_name_again() may ask for
 
@@ -554,9 +620,12 @@ def read_json(path):
     return found
 
 
-def resumed(given):
-    """The stored settings of the run in given["resume"], with the changes that a started run allows -> Config."""
-    folder, summary = given["resume"], {"finished": False}
+def read_run(folder, flag):
+    """What a run folder says of its run -> its settings {name: value}, as checked as flags are, and summary.json, or {}.
+
+    flag: for messages, such as --resume.  UserError, in one line, where the folder is no run of ours.
+    """
+    summary = {}
     try:
         stored = read_json(os.path.join(folder, "config.json"))
         if os.path.exists(os.path.join(folder, "summary.json")):
@@ -564,16 +633,31 @@ def resumed(given):
         if "command" not in stored:
             raise ValueError("config.json is none of ours")  # an audit's has no command
     except (OSError, ValueError) as error:
-        raise UserError(f"--resume {folder}: no run folder of train.py ({error})") from None
-    # trap: killed between the summary and the report, a run must still be able to finish
-    if summary.get("finished") and os.path.exists(os.path.join(folder, "report.html")):
-        raise UserError(f"the run in {folder} has finished: "
-                        f"see {os.path.join(folder, 'report.html')}")
+        raise UserError(f"{flag} {folder}: no run folder of train.py ({error})") from None
     try:
         stored = {name: value for name, value in modern(stored).items() if name in FIELDS}
         check_values(Config(**stored))
     except UserError as error:
         raise UserError(f"config.json in {folder}: {error}") from None
+    return stored, summary
+
+
+def resumed(given):
+    """The stored settings of the run in given["resume"], with the changes that a started run allows -> Config."""
+    folder = given["resume"]
+    stored, summary = read_run(folder, "--resume")
+    had, taken = stored.get("total_steps") or 0, summary.get("steps")
+    steps = given.get("total_steps") or had
+    if steps < had:
+        raise UserError(f"--total-steps {steps}: the run in {folder} has {had:,}, and a resumed one may only have more")
+    # trap: killed between the summary and the report, a run must still be able to finish
+    finished = summary.get("finished") and os.path.exists(os.path.join(folder, "report.html"))
+    if finished and not (isinstance(taken, int) and taken < steps):
+        raise UserError(f"the run in {folder} has finished: see {os.path.join(folder, 'report.html')}; to train it on: "
+                        "--total-steps MORE")
+    if finished and not os.path.exists(os.path.join(folder, "buffer")):
+        raise UserError(f"the run in {folder} has finished and kept no buffer/, without which it cannot be trained on "
+                        "(--keep-buffer GIB, when it is begun); a new run may learn from its answers: --labels FOLDER")
     if given.get("vlm", "").startswith("offline:"):  # flaws that are not named stay
         flaws = {**read_flaws("vlm", stored.get("vlm", "")), **read_flaws("vlm", given["vlm"])}
         given = {**given, "vlm": with_flaws("offline", flaws)}
@@ -615,6 +699,8 @@ def to_name_again(config):
 
 
 def resume_command(config, folder):
-    """The command that goes on with the run, ready to be pasted into a shell."""
+    """The command that goes on with the run, ready to be pasted into a shell; or into Python, where it must be."""
+    if from_python(config):
+        return in_python(config, {"resume": folder, **{name: getattr(config, name) for name in to_name_again(config)}})
     again = [word for name in to_name_again(config) for word in words(name, getattr(config, name))]
     return shlex.join([*PROGRAM, "--resume", folder, *again])

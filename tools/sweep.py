@@ -290,7 +290,7 @@ def config_of(job):
     """The Config that starts the job, or goes on with it where it was begun."""
     from support import settings
 
-    fields = {"env": job.task, **job.fields()}
+    fields = {"env": job.task, "keep_buffer": 0.0, **job.fields()}  # so many runs need the disk for those to come
     if stored(job)[0]:  # these must be named again where a run may be a stranger's; a sweep's runs are its own
         again = {name: fields[name] for name in settings.NAMED_AGAIN if name in fields}
         return settings.resumed({"resume": job.folder, **again})
