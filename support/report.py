@@ -427,9 +427,10 @@ def episode_charts(run):
         axes.set_xlabel("true reward (the learner never sees it)")
         axes.set_ylabel("learned reward", labelpad=1)
     if len(its):
-        rank = show(run.summary.get("spearman"))
+        rank = number(run.summary.get("spearman"))
+        rank = "" if rank is None else f" (Spearman {show(rank)})"
         drawn.append(chart(
-            run, f"Learned against true reward (Spearman {rank})", scatter, ["true reward", "learned reward"], [
+            run, f"Learned against true reward{rank}", scatter, ["true reward", "learned reward"], [
                 map(show, (true[row], learned[row])) for row in few(its[np.argsort(true[its])])]))
     return drawn
 
@@ -633,7 +634,7 @@ def gallery(run):
             f'</summary><div class="said">{safe(answer)}</div></details>'
             for answer in (said[:10] if isinstance(said, list) else [said or "no words recorded"]))
         cost = ", ".join(f"{name} {words(row.get(name))}" for name in (
-            "index", "step", "ends", "tokens_in", "tokens_out", "seconds", "cached"))
+            "index", "step", "ends", "tokens_in", "tokens_out", "seconds", "cached") if words(row.get(name)))
         cards += (f'<div class="card" style="border-color: {OUTCOMES[outcome(row)]}">'
                   f"{image_file(file_of(row), '' if 'score' in row else 'first image left, second right')}"
                   f"<p><b>{outcome(row)}</b>: the answer is {label}, the truth {truth}, difference "
