@@ -267,7 +267,7 @@ class TaskEnv(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         self.simulated = self.steps = 0  # steps of the simulator in this episode; steps of ours since the start
         # Some environments never say whether the goal is reached. tells_success remembers that, so that a run reports
         # no success rather than 0 %.
-        self.tells_success = self.drawn = False
+        self.tells_success = self.tells_progress = self.drawn = False
         self.white = {}  # what as_image() has learned from the images so far
         # The environments of this project draw themselves at any size. Others render at one size of their own, and that
         # image is resized. trap: another member named `image` may be anything, so only image(size) is called.
@@ -394,6 +394,7 @@ class TaskEnv(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         # Foreign environments rarely tell progress. The true reward of the step then stands in for it.
         # Progress only judges labels, or makes them with `--labels oracle`.
         progress = reward if info.get("progress") is None else info["progress"]
+        self.tells_progress |= info.get("progress") is not None
         success = self._number("success", 0.0 if success is None else success)
         if not 0 <= success <= 1:
             raise self._bad(f"gave {success:g} as success; it must be from 0 to 1")

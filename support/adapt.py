@@ -2,8 +2,9 @@
 
 What this is: envs.py takes observations that are vectors, and actions that are a Box or a Discrete space. Here are
 Gymnasium's own wrappers that give such a face to an environment with another one, and the words that say what was left
-out; the closest names to one that is unknown; which MuJoCo works; and two environments where one was handed in from
-Python. envs.py comes here by name, as it comes to tasks/, so that it can be copied alone.
+out; the closest names to one that is unknown; which MuJoCo works; two environments where one was handed in from
+Python; how long to train in one that has no schedule; progress where none is told; and two moments in one image.
+envs.py comes here by name, as it comes to tasks/, so that it can be copied alone.
 Which STEPs: none; STEPs 1 and 7 act in what this wraps.
 
 Observations, one vector for the policy:
@@ -18,7 +19,8 @@ Actions:
   MultiDiscrete, MultiBinary   one Discrete space of all combinations, up to MOST_ACTIONS
 
 Names: adapt(env, name) -> env; notes(env) -> sentences; hint(message, name), explained(message, name),
-moved(message) -> longer ones; find_here(); pair(env) -> two environments.
+moved(message) -> longer ones; find_here(); pair(env) -> two environments; budget(env) -> settings;
+adds_up(env) -> bool; RewardSum(env), TwoMoments(env, side) -> env.
 
 To use it elsewhere:
     import gymnasium
@@ -26,6 +28,7 @@ To use it elsewhere:
     env = adapt(gymnasium.make("Blackjack-v1"), "Blackjack-v1")
     print(env.observation_space, notes(env))
 """
+import collections
 import contextlib
 import copy
 import difflib
@@ -45,7 +48,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.wrappers import TransformAction, TransformObservation
 
-from envs import TASKS, BadEnvironment, one_line, real
+from envs import TASKS, BadEnvironment, one_line, real, square
 
 IMAGE_SIDE = 32  # px; what is smaller both ways is no image, but a table of numbers
 MOST_NUMBERS = 100_000  # in an observation: the replay buffer stores two of them for every step
@@ -325,3 +328,144 @@ def called(env):
     """What a run calls an environment that was handed in: its module and class. No name in TASKS has a dot."""
     kind = type(env.unwrapped)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+# ---- how long to train in an environment that has no schedule of its own ----
+def budget(env):
+    """What tasks/schedules.py would say, from what can be known of an environment -> {setting: number}.
+
+    env: TaskEnv.  Rules of thumb, which generalise the schedules of the built-in tasks. None was measured by itself.
+    """
+    horizon = env.horizon  # steps of an episode
+
+    def steps(episodes, least, most):
+        return min(max(episodes * horizon, least), most)
+
+    # The built-in tasks are learned in 20 (CartPole) to 300 episodes. So at least 100, but no more steps than a night
+    # allows, or a disk: an image of each is stored.
+    total = steps(100, 50_000, 200_000)
+    # Random actions from at least three starts, as with CartPole, then novelty until there are images of many kinds.
+    # Long episodes get a longer start, but never more than a tenth of the run.
+    explore = steps(6, 4_000, total // 10)
+    return {
+        "total_steps": total, "seed_steps": steps(3, 1_000, total // 20), "explore_steps": explore,
+        # A single random action of many hardly changes an image, and many of them cancel out: with 1,000 steps to an
+        # episode a step is a few hundredths of a second. Soccer holds each for 7 of 50 steps, PassWater for all 75.
+        # What is chosen from a list is no push that adds up: it is not held.
+        "hold": min(max(horizon // 100, 1), 7) if isinstance(env.action_space, Box) else 1,
+        # 25 sessions of 40 pairs. The last tenth of the steps asks nothing: what it would teach could not be used any
+        # more.
+        "pairs_per_session": 40, "max_pairs": 1_000, "feedback_every": max(1, (total * 9 // 10 - explore) // 24),
+        # 1 / (1 - discount) steps is how far SAC looks ahead: half an episode. Whenever the reward is fitted anew,
+        # every value moves by its change / (1 - discount), so no further than needed: see StraightenRope.
+        "discount": round(1 - 1 / min(max(horizon / 2, 10), 100), 4),
+        # As in every built-in task: small networks and large steps. Two updates for each step, so that less is asked of
+        # a slow simulator; and with more than one, critics without layer_norm chase their own errors: see _METAWORLD.
+        "sac_lr": 1e-3, "batch_size": 128, "hidden": 128 if env.observation_space.shape[0] <= 200 else 256,
+        "updates": 2, "layer_norm": 1,
+        "eval_every": total // 10,  # ten points of a learning curve
+    }
+
+
+# ---- progress, where an environment tells none ----
+def adds_up(env, steps=1000, longest=200, near=5):
+    """Is the sum of the rewards since the start of an episode a better measure of progress than one reward?
+
+    True for rewards that are differences of something which a state shows: LunarLander's are the steps by which it has
+    come nearer and slower, and one such step says nothing of where it is. Random episodes are played; then the reward,
+    the sum, and the number of steps so far are each predicted from the observation, as the mean of the `near` nearest
+    observations of other episodes. The sum must be predicted well, the reward badly, and time not as well as the sum:
+    a sum of rewards that are all alike is a clock.
+
+    Measured (2,000 steps): the shares of variance that are explained, of reward, sum and time, are .07, .79, .45 in
+    LunarLander-v3, and .18, .70, .41 in LunarLanderContinuous-v3. No other of 14 passes: those of Gymnasium's classic
+    control, BipedalWalker .56, .40, .39, Swimmer .84, .47, -.37, Hopper .91, .75, .71, Ant .19, -.23, .05.
+    """
+    rng, rows, episode = np.random.default_rng(0), [], 0
+    while len(rows) < steps:
+        obs, over, total, t = env.reset(seed=episode)[0], False, 0.0, 0
+        while not over:
+            space = env.action_space
+            action = int(rng.integers(space.n)) if isinstance(space, Discrete) else rng.uniform(-1, 1, space.shape)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, t, over = total + reward, t + 1, terminated or truncated or t >= longest
+            rows.append((episode, t, reward, total, *obs))
+        if terminated:  # what the end is worth is told of no state before it
+            rows.pop()
+        episode += 1
+    episode, t, reward, total = np.array(rows)[:steps, :4].T  # (N,) each
+    obs = np.array(rows)[:steps, 4:]  # (N, O)
+    if np.ptp(reward) == 0 or len(set(episode)) < 3:
+        return False
+    obs = (obs - obs.mean(0)) / (obs.std(0) + 1e-8)
+    apart = np.square(obs).sum(1)[:, None] + np.square(obs).sum(1) - 2 * obs @ obs.T  # (N, N) squared distances
+    apart[episode[:, None] == episode] = np.inf
+    nearest = np.argpartition(apart, near, 1)[:, :near]  # (N, near)
+    of_reward, of_sum, of_time = (1 - np.square(value - value[nearest].mean(1)).mean() / value.var()
+                                  for value in (reward, total, t))
+    return bool(of_sum > 0.6 and of_reward < 0.4 and of_sum > of_time + 0.15)
+
+
+class Around(gymnasium.Wrapper):
+    """A wrapper around a TaskEnv that has all that a TaskEnv has: goal, horizon, image() and the others."""
+
+    def __getattr__(self, name):
+        if name == "env":  # trap: not there yet in a copy that is being made; to look for it would never end
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+
+class RewardSum(Around):
+    """info["progress"] is the sum of the rewards since the start of the episode: see adds_up()."""
+
+    notes = ["progress, by which labels are judged, is the sum of the rewards of the episode so far"]
+
+    def reset(self, **options):
+        self.total = 0.0
+        return self.env.reset(**options)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.total += reward
+        return obs, reward, terminated, truncated, {**info, "progress": self.total}
+
+
+# ---- two moments in one image: --frames 2 ----
+class TwoMoments(Around):
+    """image(size) shows two moments of the episode, one above the other: the earlier one above, the newest below.
+
+    So an image shows a speed. It is still square: the two, of the same scale, stand in the middle, and the rest is
+    padded as an oblong image is. One above the other, not side by side: a mirrored image (random_flip) still has them
+    in the right order, and left and right are the two images of a pair.
+    """
+
+    def __init__(self, env, side):
+        """side: px, of the images that are kept of each moment: the largest that will be asked for."""
+        super().__init__(env)
+        # Apart by a hundredth of an episode, two steps at least. In MuJoCo's environments of 1,000 steps that is .1 to
+        # .5 s.
+        self.side, self.moments = side, collections.deque(maxlen=1 + max(2, env.horizon // 100))
+        self.notes = [f"an image shows two moments: above, that of {self.moments.maxlen - 1} steps ago"]
+
+    def reset(self, **options):
+        self.moments.clear()
+        return self.env.reset(**options)
+
+    def step(self, action):
+        result = self.env.step(action)
+        # An image of the past cannot be drawn later, so one is drawn at each step; but only from the first that is
+        # asked for in an episode on, because an evaluation needs none.
+        if self.moments:
+            self.moments.append(self.env.image(self.side))
+        return result
+
+    def image(self, size=300):
+        """-> (size, size, 3) uint8. Early in an episode the upper one is the first that was drawn."""
+        if not self.moments:
+            self.moments.append(self.env.image(self.side))
+        first, last = self.moments[0], self.moments[-1]  # (side, side, 3) each
+        gap = np.full((max(1, self.side // 50), self.side, 3), 128, np.uint8)
+        return square(np.concatenate([first, gap, last]), size)
+
+    def render(self):
+        return self.image(300)

@@ -203,7 +203,8 @@ def make_labeler(config, judge=None):
     if kind == "vlm" and (compares or config.reward == "code"):
         vlm, server = make_vlm(config, flaws)
     make = ScoreLabeler if config.reward == "score" else Labeler
-    return make(config.goal, vlm, config.stages, config.workers, config.max_pairs, flaws["mistakes"], kept, server,
+    goal = config.goal + settings.MOMENTS * (config.frames == 2)
+    return make(goal, vlm, config.stages, config.workers, config.max_pairs, flaws["mistakes"], kept, server,
                 settings.judge_of(config), bool(config.soft_labels), bool(config.both_orders),
                 None if judge is None else yours.make_judge(judge, config))
 

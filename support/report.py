@@ -6,7 +6,8 @@ reward means what it should:
     accuracy of the labels = share that agrees with true progress, by how far apart the two images of a pair are
     meaning of the reward  = learned reward beside true progress along an episode, and Spearman's rank correlation of
                              learned and true reward over fresh random episodes
-Every heading and chart names the labeler, so that no stand-in and no oracle passes for a VLM.
+The first lines name the labeler, and so does every chart, inside its image, because an image can be taken out of the
+page: no stand-in and no oracle passes for a VLM.
 
 Differs from the paper:
   1. Its figure of label accuracy has three parts: right, wrong, no preference. Ours has more, for an unsure model, an
@@ -20,7 +21,8 @@ What is read of a run folder. A file that is missing, torn, absurd or huge costs
     pairs/000012.png, eval_before.gif, eval_after.gif     code_as_reward/   programs and their verification
 
 Shapes: a table is {column: list of str}; a row is one object of labels.jsonl; an outcome is one of OUTCOMES.
-Names: write_report, rank_correlation. Needs numpy. Without matplotlib, the numbers of its charts are tables.
+Names: write_report, rank_correlation. Needs numpy, and Pillow for the moment at which two films differ most. Without
+matplotlib, the numbers of its charts are tables.
 Imports nothing of this project.
 
 To use it elsewhere, write the files that you have in that form, and call write_report:
@@ -59,28 +61,34 @@ FILES = ("config.json", "metrics.csv", "labels.jsonl", "episodes.csv", "summary.
 # bytes and pixels a side of an image, characters of a text, rows of a table, points of a line.
 MOST_BYTES, MOST_LINES, MOST_IMAGE, MOST_SIDE = 64 * 2**20, 200_000, 16 * 2**20, 8192
 MOST_CHARACTERS, MOST_ROWS, MOST_POINTS = 100_000, 200, 2000
+MOST_FILM = 1024  # px a side of a film whose images are compared
 ROWS_FOR_A_CHART = 20  # of the table that stands in for a chart where there is no matplotlib
 # The browser itself forbids scripts and requests: even an unescaped answer could do nothing.
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'"><style>
-body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.2rem; color: #22252b; background: #fdfcfa;
+:root { color-scheme: light dark; --ink: #22252b; --paper: #fdfcfa; --grey: #6a6e76; --line: #dcd8d0; --box: #f4f1ec }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e1dc; --paper: #17191d; --grey: #a3a6ad; --line: #3a3d44; --box: #22252b }
+  .chart { filter: invert(.9) hue-rotate(180deg) } /* black on nothing becomes white on nothing, and blue stays blue */
+}
+body { margin: 0 auto; max-width: 68rem; padding: 2rem 1.2rem; color: var(--ink); background: var(--paper);
   font: 1rem/1.6 system-ui, sans-serif; overflow-wrap: break-word }
-h1, h2, b { font-family: Georgia, serif } h2 { margin: 3rem 0 1rem; border-top: 1px solid #dcd8d0 }
-h2 small { display: block; font: .85rem/1.5 system-ui, sans-serif; color: #6a6e76 }
+h1, h2, b { font-family: Georgia, serif } h2 { margin: 3rem 0 1rem; border-top: 1px solid var(--line) }
 p { max-width: 46rem } figure { margin: 0; min-width: 0 } img { width: 100%; display: block }
-.note, figcaption { color: #6a6e76; font-size: .88rem; margin: .3rem 0 }
-.missing { border-left: 3px solid #d29a1f; padding-left: .8rem; color: #6a6e76 }
+.note, figcaption { color: var(--grey); font-size: .88rem; margin: .3rem 0 }
+.missing, .doubt { border-left: 3px solid #d29a1f; padding-left: .8rem } .missing { color: var(--grey) }
+.verdict { font-size: 1.15rem }
 .grid { display: grid; gap: 1.4rem; margin: 1.2rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem }
 .tiles b { display: block; font-size: 1.5rem } .films { grid-template-columns: 1fr 1fr }
-.tiles div, .card, pre { background: #f4f1ec; padding: .8rem 1rem; min-width: 0 }
+.tiles div, .card, pre { background: var(--box); padding: .8rem 1rem; min-width: 0 }
 .card { border-top: 3px solid } .said { white-space: pre-wrap; font-size: .9rem }
 pre, .wide { overflow-x: auto; font-size: .85rem } table { border-collapse: collapse }
 td, th { text-align: left; vertical-align: top; padding: .3rem 1.4rem .3rem 0; max-width: 40rem;
-  border-bottom: 1px solid #dcd8d0 } th { font-weight: 500; color: #6a6e76 }
+  border-bottom: 1px solid var(--line) } th { font-weight: 500; color: var(--grey) }
 </style>"""
 
 
@@ -299,8 +307,7 @@ def chart(run, title, draw, head, rows):
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # of numbers too large to draw, of letters a font lacks
         return guarded(title, lambda: figure_of(run, title, draw) if matplotlib_or_none() else (
-            f"<figure><b>{safe(title)}</b>{html_table(rows, head)}"
-            f"<figcaption>labeler: {safe(run.labeler)}</figcaption></figure>"))
+            f"<figure><b>{safe(title)}</b>{html_table(rows, head)}</figure>"))
 
 
 def figure_of(run, title, draw):
@@ -313,16 +320,16 @@ def figure_of(run, title, draw):
         figure = matplotlib.figure.Figure(figsize=(5.2, 3.2))  # inches; small: its text must be readable on a phone
         axes = figure.add_axes((0.13, 0.29, 0.77, 0.56))  # (left, bottom, width, height)
         draw(axes)
-        axes.set_title(title, loc="left", fontsize=10.5, weight="bold", pad=19)
-        axes.annotate(f"labeler: {run.labeler}"[:80], (0, 1), (0, 6), "axes fraction",
-                      textcoords="offset points", color=MUTED, fontsize=8.5)
+        axes.set_title(title, loc="left", fontsize=10.5, weight="bold", pad=8)
+        # Small, in a corner: the page has said it, but an image can be taken out of the page.
+        figure.text(0.9, 0.99, f"labeler: {run.labeler}"[:100], ha="right", va="top", color=MUTED, fontsize=6)
         names = [name for part in figure.axes for name in part.get_legend_handles_labels()[1]]
         if names:
             figure.legend(loc="upper left", ncols=4 if max(map(len, names)) < 12 else 2,
                           bbox_to_anchor=(0.11, 0.16), frameon=False, fontsize=8.5)
         raw = io.BytesIO()
         figure.savefig(raw, format="svg", transparent=True, metadata={"Date": None})
-    return embed(raw.getvalue(), "svg+xml", f"{title}; labeler: {run.labeler}")
+    return embed(raw.getvalue(), "svg+xml", title, name="chart")
 
 
 def thinned(known, most=MOST_POINTS):
@@ -420,18 +427,19 @@ def episode_charts(run):
         axes.set_xlabel("true reward (the learner never sees it)")
         axes.set_ylabel("learned reward", labelpad=1)
     if len(its):
-        rank = show(run.summary.get("spearman"))
+        rank = number(run.summary.get("spearman"))
+        rank = "" if rank is None else f" (Spearman {show(rank)})"
         drawn.append(chart(
-            run, f"Learned against true reward (Spearman {rank})", scatter, ["true reward", "learned reward"], [
+            run, f"Learned against true reward{rank}", scatter, ["true reward", "learned reward"], [
                 map(show, (true[row], learned[row])) for row in few(its[np.argsort(true[its])])]))
     return drawn
 
 
 # ---- parts of the page ----
-def embed(raw, kind, alt, caption=""):
-    """The bytes of an image or film as <figure>, all of it inside the page."""
+def embed(raw, kind, alt, caption="", name="image"):
+    """The bytes of an image or film as <figure>, all of it inside the page.  name: for the style sheet."""
     source = f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
-    return (f'<figure><img src="{source}" alt="{safe(alt)}">'
+    return (f'<figure><img src="{source}" alt="{safe(alt)}" class="{name}">'
             f"<figcaption>{safe(caption)}</figcaption></figure>")
 
 
@@ -483,33 +491,110 @@ def html_table(rows, head=()):
     return f'<div class="wide"><table>{line(head, "th") if head else ""}{body}</table></div>'
 
 
+def verdict(run):
+    """What became of it, in a few sentences: the goal, the reward, the doubts that the run itself had."""
+    summary, first, words_of = run.summary, column(run.metrics, "eval_return"), []
+    success, steps = now(run, "eval_success"), now(run, "step")
+    if summary.get("finished") is False:
+        words_of += [f"Interrupted after {show(steps)} of {show(run.config.get('total_steps'))} steps."]
+    if success is not None:
+        often = f"{show(success, percent=True)} of the last evaluation's episodes"
+        words_of += [f"The goal is reached and held: at the end of {often}." if summary.get("held") is True else
+                     f"The goal is not held: it is reached at the end of {often}."]
+    elif np.isfinite(first).sum() > 1:
+        first = first[np.isfinite(first)]
+        words_of += ["No success is told here; the true return went from "
+                     f"{show(first[0])} before learning to {show(first[-1])}."]
+    right = now(run, "reward_accuracy")
+    if right is not None:
+        # A coin orders half of the pairs. The bounds are words, not a test.
+        how = ("like a coin" if right < 0.65 else "better than a coin, but not well" if right < 0.8 else
+               "fairly" if right < 0.9 else "well")
+        words_of += [f"The learned reward orders {show(right, percent=True)} of the pairs of images as true progress "
+                     f"does: {how}."]
+    doubts = summary.get("doubts")
+    doubts = [words(each) for each in doubts[:20] if isinstance(each, str)] if isinstance(doubts, list) else []
+    return (f'<p class="verdict">{safe(" ".join(words_of))}</p>' if words_of else "") + "".join(
+        f'<p class="doubt">{safe(each[:1].upper() + each[1:])}.</p>' for each in doubts)
+
+
+def now(run, name):
+    """The value of a column of metrics.csv as of the end of the run, or None: an interrupted run went on after its last
+    evaluation, and its summary.json knows more.
+    """
+    found = number(run.summary.get({"step": "steps", "pairs_asked": "asked"}.get(name, name)))
+    return last(run.metrics, name) if found is None else found
+
+
+def most_different(run):
+    """The image of eval_before.gif and of eval_after.gif at the moment at which they differ most, as figures; or ''."""
+    films = []
+    for when in ("before", "after"):
+        raw = read_bytes(run.folder / f"eval_{when}.gif", MOST_IMAGE + 1)
+        if raw[:4] != b"GIF8" or not 10 <= len(raw) <= MOST_IMAGE or max(struct.unpack("<HH", raw[6:10])) > MOST_FILM:
+            return ""  # image_file() says why
+        from PIL import Image, ImageSequence  # comes with imageio
+
+        with Image.open(io.BytesIO(raw), formats=["GIF"]) as film:
+            images = itertools.islice(ImageSequence.Iterator(film), 100)
+            films.append([np.asarray(image.convert("RGB")) for image in images])
+    if len({image.shape for film in films for image in film}) != 1:
+        return ""
+    # Films of as many images have one of the same steps; where an episode ended early, the last image stays.
+    count = max(map(len, films))
+    before, after = ([film[min(t, len(film) - 1)] for t in range(count)] for film in films)
+    differ = [np.abs(b.astype(np.int16) - a).mean() for b, a in zip(before, after)]
+    t = int(np.argmax(differ))
+    if not differ[t]:
+        return ""
+    shown = ""
+    for when, image in (("before", before[t]), ("after", after[t])):
+        raw = io.BytesIO()
+        Image.fromarray(image).save(raw, "PNG")
+        shown += embed(raw.getvalue(), "png", f"{when} learning, image {t + 1} of {count}",
+                       f"{when} learning, image {t + 1} of {count}: where the two differ most")
+    return shown
+
+
+def usage(run):
+    """The lines that take the policy, and the learned reward, elsewhere."""
+    folder = words(str(run.folder))
+    lines = [f"policy, env = load_policy({folder!r})", "obs, info = env.reset(seed=0)",
+             "obs, true_reward, terminated, truncated, info = env.step(policy(obs))  # and so on"]
+    return (f"<pre>{safe(chr(10).join(['from support.afterwards import load_policy', '', *lines]))}</pre>"
+            f"<p>A film of it: <code>{safe(shlex.join(['python', 'train.py', '--watch', folder]))}</code></p>")
+
+
 def opening(run):
-    """Goal, labeler, the final numbers, the closing paragraph, and the policy before and after."""
+    """Goal, labeler, the verdict, the final numbers, the closing paragraph, and the policy before and after."""
     about = [f"{name}: {words(run.config.get(name, 'not recorded'))}"
              for name in ("env", "reward", "seed", "labeler")]
     absent = ", ".join(name for name in FILES if not os.path.exists(run.folder / name))
     ended = "" if run.summary else "This run has not ended; its last evaluation is shown. "
+    evaluated = last(run.metrics, "step")
+    at = "at the end" if evaluated == now(run, "step") else f"at step {show(evaluated)}"
     tiles = "".join(
-        f'<div><b>{show(last(run.metrics, name), percent)}</b>'
+        f'<div><b>{show(now(run, name), percent)}</b>'
         f'<span class="note">{title}</span></div>'
         for name, percent, title in (
-            ("eval_return", False, "final return (true reward)"),
-            ("eval_success", True, "final success"),
+            ("eval_return", False, f"true return, evaluated {at}"),
+            ("eval_success", True, f"success, evaluated {at}"),
             ("label_accuracy", True, "of the labels are right"),
             ("reward_accuracy", True, "of pairs the reward orders rightly"),
             ("pairs_asked", False, "pairs asked"), ("step", False, "environment steps"))
-        if last(run.metrics, name) is not None)
+        if now(run, name) is not None)
     no_charts = "" if matplotlib_or_none() else (
         "There are tables in place of charts. For charts: pip install matplotlib, then "
         f"python -m support.report {shlex.quote(str(run.folder))}")
     films = "".join(image_file(run.folder / f"eval_{when}.gif", f"the policy {when} learning")
                     for when in ("before", "after"))
+    films += guarded("The moment at which they differ most", lambda: most_different(run))
     return (f"<h1>{safe(run.config.get('goal') or 'Goal not recorded')}</h1>"
             f'<p class="note">{safe(", ".join(about))}</p>'
             + (missing(f"{ended}Not in the run folder: {absent}.") if absent else "")
             + (missing(f"Too long to be read to its end: {', '.join(run.cut)}.") if run.cut else "")
             + (missing(no_charts) if no_charts else "")
-            + f'<div class="grid tiles">{tiles}</div><p>{safe(run.summary.get("text"))}</p>'
+            + verdict(run) + f'<div class="grid tiles">{tiles}</div><p>{safe(run.summary.get("text"))}</p>'
             f'<div class="grid films">{films}</div>')
 
 
@@ -549,7 +634,7 @@ def gallery(run):
             f'</summary><div class="said">{safe(answer)}</div></details>'
             for answer in (said[:10] if isinstance(said, list) else [said or "no words recorded"]))
         cost = ", ".join(f"{name} {words(row.get(name))}" for name in (
-            "index", "step", "ends", "tokens_in", "tokens_out", "seconds", "cached"))
+            "index", "step", "ends", "tokens_in", "tokens_out", "seconds", "cached") if words(row.get(name)))
         cards += (f'<div class="card" style="border-color: {OUTCOMES[outcome(row)]}">'
                   f"{image_file(file_of(row), '' if 'score' in row else 'first image left, second right')}"
                   f"<p><b>{outcome(row)}</b>: the answer is {label}, the truth {truth}, difference "
@@ -582,7 +667,7 @@ def write_report(folder):
     ValueError where there is no run folder, OSError where nothing can be written.
     """
     run = read_run(folder)
-    config, summary, labeler = run.config, run.summary, f"labeler: {safe(run.labeler)}"
+    config, summary = run.config, run.summary
     compares = config.get("reward", "preference") in ("preference", "preference+sparse", "score")  # was anybody asked?
     sections = {
         "How it learned": lambda: charts([
@@ -603,15 +688,16 @@ def write_report(folder):
         "What it cost": lambda: html_table([
             (name.replace("_", " "), show(summary.get(name))) for name in (
                 "seconds", "seconds_until_solved", "solved_step", "steps", "asked", "labels", "calls",
-                "tokens_in", "tokens_out", "usd")]),
+                "tokens_in", "tokens_out", "usd") if number(summary.get(name)) is not None]),
+        "How to use the policy": lambda: summary and usage(run),
         "How to make it again": lambda: (
             f"<pre>{safe(config.get('command', 'no command recorded'))}</pre>"
             + html_table(config.items(), ("setting", "value")))}
     body = guarded("The opening", lambda: opening(run))
     for title, make in sections.items():
         content = guarded(title, make)
-        body += f"<h2>{title}<small>{labeler}</small></h2>{content}" if content else ""
-    title = f"{safe(config.get('env', 'run'))}, {labeler}"
+        body += f"<h2>{title}</h2>{content}" if content else ""
+    title = f"{safe(config.get('env', 'run'))}, labeler: {safe(run.labeler)}"
     path, new = run.folder / "report.html", run.folder / "report.html.new"
     # trap: written anew beside it, for a link of that name would lead the page out of the folder; and
     # a kill half-way leaves no half a page

@@ -60,7 +60,7 @@ from sac import SAC, ReplayBuffer, StoredArrayError
 from support import adapt, baselines, fast, given_rewards, interrupts, report, shaped, yours
 from support.labeler import is_stuck, make_labeler
 from support.settings import (FROM_PAIRS, UserError, command_line, function_name, kept_folder, labels_kind, must_stay,
-                              resolve, resume_command, say, vlm_name, who_labels)
+                              price_of, resolve, resume_command, say, vlm_name, who_labels)
 
 # No training episode has these seeds (--seed below 10).
 EVAL_SEED, FRESH_SEED = 1_000_000, 2_000_000
@@ -214,13 +214,13 @@ class Run:
     env = eval_env = labeler = reward = on_row = None
     finished = False  # whether every step was taken
 
-    def __init__(self, config, unique=False, state=None):
+    def __init__(self, config, unique=False, state=None, env=None):
         self.folder, self.started = config.resume or make_folder(config.out, unique), time.time()
         self.config = dataclasses.replace(config, out=self.folder, resume=None)
         self.state = state  # the last checkpoint: load_checkpoint()
         # trap: the first file of all: a folder without it could neither be resumed nor used again
         fields = {**dataclasses.asdict(self.config), "labeler": who_labels(config),
-                  "command": command_line(config)}
+                  "command": command_line(config, env)}
         write_json(self.path("config.json"), fields)
         os.makedirs(self.path("pairs"), exist_ok=True)
         state = self.state or {"rows": [], "times": [], "seconds": 0.0, "logged": 0}
@@ -333,18 +333,27 @@ class Run:
     def warn(self, episode_over, programs=None):
         """Print each doubt about the run when it first shows: after a query session, an evaluation, at step 1."""
         at, before = self.at, self.at.doubts
+        if at.step == self.config.seed_steps:
+            self.learning_since = time.time()
+        elif self.learning_since and at.step == self.config.explore_steps - 1:  # before the first question
+            each = (time.time() - self.learning_since) / (at.step - self.config.seed_steps)
+            left = each * (self.config.total_steps - at.step) / 60
+            if left >= 1:
+                tqdm.write(f"at this speed the run takes {left:.0f} minutes more, without the time for answers",
+                           file=sys.stderr)
         nothing_new = at.sessions == self.watched and at.step % self.config.eval_every
         if nothing_new and at.step not in (1, self.config.total_steps):
             return
         self.watched = at.sessions
         I, B, D = map(self.parts.get, "IBD")
-        found = doubts(self.config, at, self.labeler, I, B, D, programs, at.episodes + episode_over)
+        found = doubts(self.config, at, self.labeler, I, B, D, programs, at.episodes + episode_over, self.env)
         for cause in found:
             if cause not in before:
                 tqdm.write(f"warning: {found[cause]}", file=sys.stderr)  # print() would tear the progress bar
         at.doubts = {**dict.fromkeys(before, ""), **found}  # "" for a doubt that has gone
 
     watched = 0  # query sessions that warn() has seen
+    learning_since = None  # the clock at the end of the random steps
 
     def checkpoint(self):
         """At the end of an episode: keep all that a resumed run needs and no file has, if there is anything new.
@@ -389,7 +398,9 @@ class Run:
         solved = at.solved or [None, None]
         vlm = {key: labeler.vlm and getattr(labeler.vlm, key) for key in ("calls", "tokens_in", "tokens_out", "usd")}
         write_json(self.path("summary.json"), {
-            "text": text, "finished": self.finished, "labeler": who_labels(self.config), "steps": at.step,
+            "text": text, "doubts": [sentence for sentence in at.doubts.values() if sentence],
+            "reward_accuracy": at.fit.get("reward_accuracy"), "finished": self.finished,
+            "labeler": who_labels(self.config), "steps": at.step,
             "seconds": self.seconds(), "solved_step": solved[0], "seconds_until_solved": solved[1],
             "spearman": spearman, "label_accuracy": labeler.accuracy(), **labeler.counts, **vlm,
             "success_last_third": sum(third) / len(third) if third else None, "held": held(third),
@@ -468,15 +479,17 @@ def started(config, env=None, judge=None, reward=None, on_row=None):
         labeler = make_labeler(config, judge)
         at_the_end.callback(labeler.close)
         try:
-            run = Run(config, unique, state)
+            run = Run(config, unique, state, eval_env)
         except OSError as error:  # no room, or a folder where a file should be
             raise UserError(f"the run folder {config.out} cannot be written: {error}") from None
         run.env, run.eval_env, run.labeler, run.reward, run.on_row = env, eval_env, labeler, reward, on_row
         labeler.log, labeler.folder, labeler.logged = run.labels, run.path("pairs"), run.logged
         if not config.resume:
             at_the_end.enter_context(claim(run.folder))
-        say(f"{config.env}: {config.goal}", *adapt.notes(env), f"labels from: {who_labels(config)}",
-            f"run folder: {run.folder}")
+        judged = [] if eval_env.tells_progress or config.progress == "sum" or config.reward not in FROM_PAIRS else [
+            'labels are judged by the reward of a step, because the environment tells no info["progress"]']
+        say(f"{config.env}: {config.goal}", *adapt.notes(eval_env), *judged, f"labels from: {who_labels(config)}",
+            *forecast(config), f"run folder: {run.folder}")
         try:
             interrupts.wind_up(f"go on with: {run.resume_command()}")
             open_buffer(run)
@@ -493,19 +506,28 @@ def prepare(config, two=None):
 
     two: environments that were handed in from Python; None: the settings name one.
     """
-    config = resolve(config)
+    given, config = config, resolve(config)
     programs = config.reward == "code" and kept_folder(config)
     try:
         if ":" in config.env:
             adapt.find_here()
         env, eval_env = (envs.make(made, config.seed, config.goal, config.horizon, config.action_repeat,
                                    json.loads(config.env_kwargs)) for made in two or (config.env, config.env))
+        config = resolve(given, env)  # now that the environment is known
+        if config.frames == 2:
+            env, eval_env = (adapt.TwoMoments(each, config.vlm_image_size) for each in (env, eval_env))
         eval_env.reset(seed=config.seed)
         eval_env.image(config.reward_image_size)  # now, not later, if there is no OpenGL
         # Take a step, too, so that an environment that cannot be used leaves nothing behind. The action is drawn from a
         # generator of its own, and every episode is reset with its seed: the run does not notice.
         eval_env.step(random_action(eval_env.action_space, np.random.default_rng(config.seed)))
         eval_env.image(config.vlm_image_size)
+        known = config.progress or config.resume or eval_env.tells_progress
+        if not known and config.reward in (*FROM_PAIRS, "score"):
+            with contextlib.suppress(Exception):  # one that fails fails in training too, which says in which step
+                config = dataclasses.replace(config, progress="sum" if adapt.adds_up(eval_env) else None)
+        if config.progress == "sum":
+            env, eval_env = adapt.RewardSum(env), adapt.RewardSum(eval_env)
         if config.reward == "code" and not programs:
             envs.expert(env)  # programs are verified on its episodes
     except ValueError as error:
@@ -545,6 +567,37 @@ def most_pairs(config):
     """So many pairs the schedule can ask at most: with --max-pairs 1e9, memory is not needed for a billion."""
     sessions = max(0, config.total_steps - config.explore_steps) // config.feedback_every + 1
     return min(config.max_pairs, sessions * config.pairs_per_session)
+
+
+# Tokens in and out that a question takes, by stages: two images of 300 px, of some 260 tokens each, the prompts, and a
+# description of some 150 tokens. An estimate: providers count images in other ways, and a model that thinks before it
+# answers writes ten times as much.
+TOKENS = {1: (700, 100), 2: (1_000, 150)}
+
+
+def forecast(config):
+    """What will be asked, when, and about what it costs -> [sentence]; [] where nobody is asked while it learns."""
+    if config.reward not in (*FROM_PAIRS, "score") or kept_folder(config) or config.explore_steps >= config.total_steps:
+        return []
+    first = -(-config.explore_steps // config.horizon) * config.horizon  # a session waits for the end of an episode
+    # No two sessions are at the end of the same episode. (An episode that terminates is over earlier.)
+    room = 1 + max(0, config.total_steps - first) // max(config.feedback_every, config.horizon)
+    sessions = min(-(-most_pairs(config) // config.pairs_per_session), room)
+    questions = min(most_pairs(config), sessions * config.pairs_per_session)
+    things = "images" if config.reward == "score" else "pairs"
+    text = (f"{config.horizon:,} steps an episode: first questions at step {first:,}, "
+            f"{questions // 2 if config.both_orders else questions:,} {things}"
+            + ", each in both orders," * config.both_orders + f" in {sessions:,} sessions")
+    if labels_kind(config) == "vlm":
+        calls, price = questions * config.stages, price_of(config)
+        text += f", {calls:,} calls" + (f", of which at most {config.max_calls:,} are made (--max-calls)"
+                                        if config.max_calls is not None and config.max_calls < calls else "")
+        if price:
+            tokens = TOKENS[config.stages]
+            usd = questions * (tokens[0] * price[0] + tokens[1] * price[1]) / 1e6
+            text += (f", about ${usd:.2f} at these prices, if a question takes {tokens[0]:,} tokens in and {tokens[1]} "
+                     "out" + ("" if config.max_usd is None else f"; it stops at ${config.max_usd:g} (--max-usd)"))
+    return [text]
 
 
 def check_disk(config, env):
@@ -692,15 +745,17 @@ class Checksums:
 
 # ---- a run that cannot learn says so ----
 ENOUGH = 20  # of answers or images that are all alike, fewer of them say nothing
+COIN = 0.65  # share of pairs in the true order, below which a reward is hardly better than a coin
+SOME = 200  # answers from which on a reward should be better than that
 FAINT = 8  # of 255; images whose channels differ by less look the same (vlm_query.looks_identical)
 
 
-def doubts(config, at, labeler, pool, buffer, data, programs, episodes):
+def doubts(config, at, labeler, pool, buffer, data, programs, episodes, env=None):
     """Why this run learns nothing, or nothing of its goal, as far as it shows by now -> {cause: sentence}.
 
     pool: I.  data: D (both None where no images are compared).  programs: VLM-CaR's, or None.  episodes: that have
-    ended. Only what chance or a slow beginning cannot explain: a wrong alarm teaches users to
-    read past the right one.
+    ended.  env: knows whether progress is told. Only what chance or a slow beginning cannot explain: a wrong alarm
+    teaches users to read past the right one.
     """
     step, steps, counts, found = at.step, config.total_steps, labeler.counts, {}
     over, explore = step == steps, max(config.seed_steps, config.explore_steps)
@@ -723,6 +778,7 @@ def doubts(config, at, labeler, pool, buffer, data, programs, episodes):
                                 f"{counts['no_answer']} unanswered)")
         else:
             found.update(same_answers(config, counts, data))
+        found.update(wrong_order(config, at, labeler, env) if not found else {})
     rewards = buffer.reward[np.isfinite(buffer.reward)]  # of all steps that have one
     # Of the environment's own rewards, and of programs, the first that differs may come late. One that is always the
     # same can be learned from all the same where it is not 0 and an episode can end early.
@@ -786,6 +842,30 @@ def same_answers(config, counts, data):
     return {}
 
 
+def wrong_order(config, at, labeler, env):
+    """Does the reward, after many answers, order images of the run as a coin would? -> {"order": sentence} or {}.
+
+    Of 500 pairs that a reward orders .70 right, it orders .65 by chance in one fit of a hundred.
+    """
+    right = at.fit.get("reward_accuracy", math.nan)  # of 500 pairs of I, by true progress
+    if not right < COIN or labeler.counts["labels"] < SOME:  # not so for nan, either
+        return {}
+    told = env is None or env.tells_progress
+    causes = []
+    if labeler.counts["judged"] and labeler.accuracy() < 0.75:
+        causes += [f"only {labeler.accuracy():.0%} of the answers are right, by the same measure"]
+    causes += [f"what counts is too small in an image of {config.reward_image_size} px (raise it by --set "
+               "reward_image_size=, or move the camera)"]
+    if config.frames != 2:
+        causes += ["the goal is a speed, which no single image shows (--frames 2 shows two moments in each)"]
+    if not told and config.progress != "sum":
+        causes += ["true progress is unknown: what stands in for it, the environment's own reward, may be no judge of "
+                   'an image (give info["progress"])']
+    return {"order": f"after {labeler.counts['labels']} answers the learned reward orders {right:.0%} of pairs of "
+                     "images as true progress does, where a coin has 50%; it can be that "
+                     + "; or that ".join(causes)}
+
+
 # ---- the words a run ends with ----
 def status(row, labeler):
     """The numbers behind the progress bar."""
@@ -808,7 +888,8 @@ def closing_text(config, run, at, labeler, programs, spearman):
     first, last, counts = run.rows[0], run.rows[-1], labeler.counts
     text = [f"{config.env}, {'finished' if run.finished else 'interrupted'} after "
             f"{at.step:,} steps and {run.seconds():.0f} s: "
-            f"return {last['eval_return']:.1f} (before: {first['eval_return']:.1f})"]
+            f"return {last['eval_return']:.1f} (before: {first['eval_return']:.1f}"
+            + (")" if last["step"] == at.step else f"; evaluated last at step {last['step']:,})")]
     if "eval_success" in last:
         text[0] += (f"; success at the end of {last['eval_success']:.0%} of {config.eval_episodes} "
                     f"evaluation episodes, and on {last['eval_success_frames']:.0%} of their steps")

@@ -107,10 +107,13 @@ class Config:
     reward_image_size: int | None = by_task(84)  # width and height in pixels of the images the reward model sees
     random_shift: int | None = by_task(4)  # random shifts of the image in a fit by up to this many pixels
     random_flip: int | None = by_task(0)  # 1: mirror half of the images in a fit (goals without left and right)
+    frames: int | None = by_task(1)  # 2: each image shows two moments, so that a speed can be seen
+    progress: str | None = None  # what judges labels where info["progress"] does not: reward, or sum of rewards
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-FACTS = ("horizon", "action_repeat", "hold", "vlm_image_size", "reward_image_size", "random_shift", "random_flip")
+FACTS = ("horizon", "action_repeat", "hold", "vlm_image_size", "reward_image_size", "random_shift", "random_flip",
+         "frames", "progress")
 FROM_PAIRS = ("preference", "preference+sparse")  # rewards that come from comparing images
 GROUPS_IN_HELP = 4  # --help shows the first groups of Config, --help-all has every field
 CHOICES = {
@@ -120,6 +123,8 @@ CHOICES = {
     "unverified": ("stop", "skip"),
     "potential": ("level", "difference"),
     "stages": (1, 2),
+    "frames": (1, 2),
+    "progress": ("reward", "sum"),
     "device": ("auto", "cpu", "cuda"),
 }
 # The least and the most that a number may be. Every other int is 0 to MOST, and every other float is above 0.
@@ -139,6 +144,8 @@ RANGES = {
 KINDS = {int: "a whole number", float: "a number", str: "text"}
 # What the stand-in can be told to do wrong: share of wrong and of unsure answers, seconds that an answer takes.
 FLAWS = {"mistakes": (0, 1), "unsure": (0, 1), "latency": (0, 3600)}
+# What the VLM is told beside the goal with --frames 2.
+MOMENTS = " (each image shows two moments of an episode: above the earlier one, below the later one)"
 PROGRAM = ("python", "train.py")  # what a user types; tools/ablations.py has a name of its own
 
 
@@ -289,11 +296,14 @@ def price_of(config):
 
 
 # ---- from what was given to the settings of a run ----
-def resolve(config):
-    """Check what can be checked before anything is made, and fill every None -> Config. UserError, in one line."""
+def resolve(config, env=None):
+    """Check what can be checked before anything is made, and fill every None -> Config. UserError, in one line.
+
+    env: TaskEnv, once it is made: what a schedule would say of one without a schedule depends on it.
+    """
     check_values(config)
     check_together(config)
-    config = fill(config)
+    config = fill(config, env)
     check_values(config)  # a schedule's numbers as well
     return dataclasses.replace(config, device=choose_device(config))
 
@@ -302,11 +312,15 @@ def schedule(env, whose):
     """What "ours" or "paper" sets for a task; {} where there is nothing."""
     from tasks import schedules
 
-    return {"ours": schedules.OURS, "paper": schedules.PAPER}[whose].get(env, {})
+    table = {"ours": schedules.OURS, "paper": schedules.PAPER}[whose]
+    return table.get(env) or table.get(env.partition("/")[0], {})  # MetaWorld/door-open-v3 is one of "MetaWorld"
 
 
-def fill(config):
-    """Each None gets the value of the task's schedule, of its entry in envs.py, or the default: the first there is."""
+def fill(config, env=None):
+    """Each None gets the value of the task's schedule, of its entry in envs.py, or the default: the first there is.
+
+    Where there is no schedule, that is adapt.budget(env), if env is given.
+    """
     import envs
 
     values = {name: field.metadata["default"] for name, field in FIELDS.items() if "default" in field.metadata}
@@ -316,6 +330,12 @@ def fill(config):
                       vlm_image_size=task.vlm_image_size, reward_image_size=task.reward_image_size)
         values.update(schedule(config.env, "ours"))
         values.update(schedule(config.env, "paper") if config.schedule == "paper" else {})
+    elif env is not None:
+        from support import adapt
+
+        values.update(adapt.budget(env))
+    if (config.frames or values["frames"]) == 2:  # two moments share an image, so it is larger
+        values.update({name: 3 * values[name] // 2 for name in ("vlm_image_size", "reward_image_size")})
     missing = {name: value for name, value in values.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
 
@@ -375,6 +395,12 @@ def check_together(config):
                         "file of kept answers (with --reward code: of programs), and none has this name")
     if config.reward in ("score", "code") and judges.make(flaws):
         raise UserError(f"--vlm {config.vlm[:60]}: a judge compares two images, and --reward {config.reward} does not")
+    if config.frames == 2 and config.reward not in (*FROM_PAIRS, "score"):
+        raise UserError(f"--frames 2 is for rewards that are learned from answers about images, not --reward "
+                        f"{config.reward}")
+    if config.frames == 2 and kind == "vlm" and vlm_name(config).startswith("offline"):
+        raise UserError("--frames 2: the offline stand-in reads images of one moment; name a real VLM with --vlm, or "
+                        "--labels oracle")
     if config.both_orders and config.reward not in FROM_PAIRS:
         raise UserError(f"--both-orders 1: --reward {config.reward} asks about no pairs")
     if config.soft_labels and (kind != "vlm" or config.reward not in FROM_PAIRS):
@@ -486,11 +512,15 @@ def from_text(name, text):
     return kind(number)
 
 
-def command_line(config):
-    """The shortest command that makes this run again: only what resolve() would not fill in by itself."""
+def command_line(config, env=None):
+    """The shortest command that makes this run again: only what resolve() would not fill in by itself.
+
+    env: TaskEnv of this run, where it is known.
+    """
     device = choose_device(dataclasses.replace(config, device="auto"))
-    plain = dataclasses.replace(fill(Config(env=config.env, schedule=config.schedule)), env=Config.env,
-                                schedule=Config.schedule, device=device)
+    plain = dataclasses.replace(fill(Config(env=config.env, schedule=config.schedule, frames=config.frames), env),
+                                env=Config.env, schedule=Config.schedule, frames=FIELDS["frames"].metadata["default"],
+                                device=device)
     differ = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "resume")
               and value not in (FIELDS[name].default, getattr(plain, name))}
     if from_python(config):

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import re
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import sac
 import train
 import vlm_query
 from support import adapt, settings
+from support.labeler import make_labeler
 from support.run import prepare
 
 
@@ -821,3 +823,148 @@ def test_a_score_that_is_not_finite_gets_no_label(unknown):
     """It is neither closer nor farther than any other; the labels beside it stay."""
     labels = vlm_query.oracle_labels([unknown, 0.2, 0.2, unknown, 0.9], [0.5, unknown, 0.7, unknown, 0.1], np.random.default_rng(0))
     assert labels.tolist() == [-1, -1, 1, -1, 0] and labels.dtype == np.int8
+
+
+# ---- progress, where none is told; two moments in one image; a schedule ----
+class Walker(Bar):
+    """A point that is pushed to and fro; by `pays`, the reward is where it is, or by how much it has come nearer to 0."""
+
+    observation_space, pays = Box(-99, 99, (2,), np.float32), "difference"
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x[:] = self.np_random.uniform(-3, 3), 0
+        return self.seen(), {}
+
+    def step(self, action):
+        before, self.t = abs(self.x[0]), self.t + 1
+        self.x[0] += float(action[0])
+        rewards = {"difference": before - abs(self.x[0]), "place": -abs(self.x[0]), "clock": -1 + 0.1 * action[0],
+                   "same": 1.0, "noise": float(action[0])}
+        if self.pays == "clock":
+            self.x[1] = self.t  # the state tells the time, which any sum of like rewards follows
+        return self.seen(), float(rewards[self.pays]), False, False, self.info()
+
+    def render(self):
+        image = np.zeros((64, 64, 3), np.uint8)
+        image[:, min(self.t, 63)] = 255  # a line that moves by a pixel in each step
+        return image
+
+
+@pytest.mark.parametrize("pays, adds", [("place", False), ("clock", False), ("same", False), ("noise", False)])
+def test_rewards_that_are_no_differences_are_not_added_up(made, pays, adds):
+    """A reward that the state shows, one that is a clock, one that never differs, one of the action alone."""
+    assert adapt.adds_up(made(Walker, horizon=40, pays=pays)) is adds
+
+
+def test_rewards_that_are_differences_add_up_to_progress(made):
+    """From a start that is always the same, their sum is how near it is, which a state shows and a reward does not."""
+    env = made(Walker, horizon=40, reset=lambda self, *, seed=None, options=None: (Bar.reset(self, seed=seed), (
+        self.x.fill(2), self.seen(), {})[1:])[1])
+    assert adapt.adds_up(env) is True
+    summed = adapt.RewardSum(env)
+    for seed in range(2):  # it begins anew with each episode
+        summed.reset(seed=seed)
+        rewards, progress = zip(*((reward, info["progress"]) for _, reward, _, _, info in (
+            summed.step(np.full(1, 0.25, np.float32)) for _ in range(5))))
+        assert np.allclose(progress, np.cumsum(rewards)) and progress[-1] != rewards[-1]
+    assert "sum of the rewards" in adapt.notes(summed)[0] and summed.horizon == 40 and summed.goal == "to go"
+
+
+@pytest.mark.parametrize("known, progress", [({}, "sum"), ({"progress": "reward"}, "reward"), ({"resume": "."}, None)])
+def test_a_run_adds_up_rewards_where_that_is_safe_and_a_resumed_one_as_before(monkeypatch, tmp_path, known, progress):
+    """Where info tells no progress; what the settings say holds, and a run keeps the progress that it began with."""
+    monkeypatch.setattr(adapt, "adds_up", lambda env: True)
+    config = settings.Config(env="Pendulum-v1", goal="x", labels="oracle", out=str(tmp_path / "run"), **known)
+    settled, env, other = prepare(config)
+    assert settled.progress == progress and isinstance(env, adapt.RewardSum) == isinstance(other, adapt.RewardSum)
+    assert isinstance(env, adapt.RewardSum) == (progress == "sum") and env.horizon == settled.horizon == 200
+    told = settings.Config(env="CartPole", labels="oracle", out=str(tmp_path / "run"))
+    assert prepare(told)[0].progress is None  # it tells progress
+
+
+def test_an_image_of_two_moments_shows_the_earlier_one_above(made):
+    """Two steps apart in short episodes; the same whoever asks for which size; square, with nothing lost."""
+    env = adapt.TwoMoments(made(Walker, horizon=40), 64)
+    for episode in range(2):  # a reset forgets what was seen
+        env.reset(seed=0)
+        for t in range(1, 9):
+            env.step(np.zeros(1, np.float32))
+            image, again = env.image(128), env.image(128)
+            small = env.image(48)
+            assert image.shape == (128, 128, 3) and small.shape == (48, 48, 3) and (image == again).all()
+            above, below = image[20, :, 0].argmax(), image[100, :, 0].argmax()  # where the line is
+            assert below - above == min(t - 1, 2), t
+        assert image[20].max() == image[100].max() == 255
+
+
+def test_two_moments_are_drawn_only_where_images_are_asked_for(made):
+    """An evaluation draws none; a film has those that training has."""
+    drawn = []
+    env = adapt.TwoMoments(made(Walker, horizon=30, render=lambda self: drawn.append(0) or Walker.render(self)), 64)
+    envs.rollout(env, lambda obs: np.zeros(1, np.float32), 0)
+    assert not drawn
+    images = envs.rollout(env, lambda obs: np.zeros(1, np.float32), 0, 48)[0]
+    assert len(drawn) == 30 and len(images) == 30 and adapt.notes(env) == ["an image shows two moments: above, that of 2 steps ago"]
+
+
+def test_with_two_frames_images_are_larger_and_the_vlm_is_told(tmp_path):
+    """In a run: the wrapper, sizes by half as much again unless they are given, and words beside the goal."""
+    config = settings.parse_args(["--env", "Pendulum-v1", "--goal", "to stand", "--labels", "oracle", "--frames", "2",
+                                  "--out", str(tmp_path / "run"), "--set", "progress=reward", "--set", "vlm_image_size=400"])
+    settled, env, _ = prepare(config)
+    assert (settled.vlm_image_size, settled.reward_image_size, settled.goal) == (400, 126, "to stand")
+    env.reset(seed=0)
+    assert env.image(126).shape == (126, 126, 3) and env.moments.maxlen == 3
+    labeler = make_labeler(settled)
+    assert labeler.goal.startswith("to stand (each image shows two moments") and "above the earlier" in labeler.goal
+    assert make_labeler(dataclasses.replace(settled, frames=1)).goal == "to stand"
+    assert "--set frames=2" in settings.command_line(settled, env)
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"frames": 2}, "--frames 2: the offline stand-in reads images of one moment"),
+    ({"frames": 2, "reward": "clip"}, "--frames 2 is for rewards that are learned from answers"),
+    ({"frames": 3}, "--set frames=3: there are 1, 2"), ({"progress": "best"}, "--set progress=best: there are reward, sum")])
+def test_two_frames_where_they_cannot_be_are_refused(changes, says):
+    """One line, before anything is made."""
+    with pytest.raises(settings.UserError, match=says):
+        settings.resolve(settings.Config(**changes))
+
+
+def budget(horizon, space=Box(-1, 1, (2,)), numbers=4):
+    return adapt.budget(types.SimpleNamespace(horizon=horizon, action_space=space, observation_space=Box(-1, 1, (numbers,))))
+
+
+@pytest.mark.parametrize("horizon", [1, 7, 50, 100, 200, 500, 1000, 5000, 27_000])
+def test_a_budget_fits_together_for_episodes_of_any_length(horizon):
+    """Random steps, then novelty, then questions, all of which can be asked before the last tenth; every value in range."""
+    its = budget(horizon)
+    assert its["seed_steps"] < its["explore_steps"] <= its["total_steps"] // 10
+    last = its["explore_steps"] + 24 * its["feedback_every"]
+    assert 0.85 * its["total_steps"] < last <= 0.9 * its["total_steps"] and 25 * its["pairs_per_session"] == its["max_pairs"]
+    assert its["seed_steps"] >= 3 * horizon or horizon > 1000
+    settings.check_values(settings.Config(env="x", **its))
+
+
+def test_a_budget_follows_from_horizon_and_spaces():
+    """Long episodes get more steps, a longer view, and random actions that are held, if they are pushes."""
+    short, long = budget(50), budget(1000)
+    assert (short["total_steps"], short["seed_steps"], short["explore_steps"]) == (50_000, 1_000, 4_000)
+    assert (long["total_steps"], long["seed_steps"], long["explore_steps"]) == (100_000, 3_000, 6_000)
+    assert (short["hold"], long["hold"], budget(1000, Discrete(3))["hold"]) == (1, 7, 1)
+    assert (short["discount"], long["discount"], budget(1)["discount"]) == (0.96, 0.99, 0.9)
+    assert (short["hidden"], budget(50, numbers=348)["hidden"]) == (128, 256)
+
+
+def test_a_run_in_a_foreign_environment_has_its_budget_and_a_short_command(tmp_path):
+    """What was given holds, a built-in task and Meta-World's keep their schedules, and the command names no rule's value."""
+    config = settings.Config(env="Pendulum-v1", goal="up", labels="oracle", total_steps=900, out=str(tmp_path / "run"))
+    settled, env, _ = prepare(config)
+    its = adapt.budget(env)
+    assert settled.total_steps == 900 and settled.hold == its["hold"] == 2 and settled.updates == 2
+    assert settings.command_line(settled, env) == (
+        "python train.py --env Pendulum-v1 --goal up --labels oracle --total-steps 900 --set horizon=200")
+    assert settings.resolve(settings.Config(), env) == settings.resolve(settings.Config())
+    door = settings.resolve(settings.Config(env="MetaWorld/door-open-v3", goal="to open the door"))
+    assert (door.total_steps, door.discount, door.layer_norm, door.sampler) == (15_000, 0.95, 1, "best")

@@ -29,7 +29,7 @@ SMALL = (48, 48, 3)
 
 # ---- doubts: what teaches nothing, from the books of a run ----
 def books(pictures=None, labels=(), scores=None, rewards=None, terminated=False, step=1000, episodes=9, programs=None,
-          counts=None, exhausted=False, explores=False, kept=None, **changes):
+          counts=None, exhausted=False, explores=False, kept=None, order=None, **changes):
     """What doubts() looks at, as of a run of 1,000 steps that is healthy but for what is named."""
     config = settings.Config(**{**dict(reward="preference", total_steps=1000, seed_steps=100, explore_steps=100, horizon=50,
                                        eval_every=100), **changes})
@@ -53,7 +53,9 @@ def books(pictures=None, labels=(), scores=None, rewards=None, terminated=False,
     books = dict.fromkeys(Labeler.COUNTS, 0)
     books.update({**dict.fromkeys(("asked", "labels", "judged", "right"), len(data)), **(counts or {})})
     labeler, compares = types.SimpleNamespace(counts=books, exhausted=exhausted), config.reward in ("preference", "score")
+    labeler.accuracy = lambda: Labeler.accuracy(labeler)
     at = train.Progress(step=step, episodes=episodes, explored=not explores)
+    at.fit = {} if order is None else {"reward_accuracy": order}
     return config, at, labeler, pool if compares else None, buffer, data if compares else None, programs
 
 
@@ -104,6 +106,7 @@ class Says:
     (dict(reward="code", rewards=[-0.5, 0.5] * 250, step=500, programs=Says(0.5)), "reward"),  # success adds 1
     (dict(explores=True, rewards=()), "nothing"), (dict(explores=True, rewards=(), counts={"asked": 9}), "nothing"),
     (dict(explores=True, labels=[1] * 40), "nothing"),
+    (dict(labels=FAIR, counts={"labels": 200}, order=0.64), "order"), (dict(labels=FAIR, counts={"labels": 640}, order=0.47), "order"),
 ])
 def test_what_teaches_nothing_is_doubted(case, cause):
     """Each cause must be seen in the books of the run, and at once where it cannot be mended by waiting."""
@@ -122,6 +125,8 @@ def test_what_teaches_nothing_is_doubted(case, cause):
     dict(reward="sparse", rewards=np.zeros(400), step=400), dict(reward="sparse", rewards=[0] * 499 + [1], step=500),
     dict(reward="true", rewards=np.ones(600), step=600, terminated=True),  # CartPole-v1: to live longer is worth more
     dict(reward="code", rewards=[-1, 0] * 250, step=500, programs=Says()), dict(reward="clip"), dict(reward="true"),
+    dict(labels=FAIR, counts={"labels": 199}, order=0.5), dict(labels=FAIR, counts={"labels": 640}, order=0.65),
+    dict(labels=FAIR, counts={"labels": 640}, order=np.nan), dict(labels=FAIR, counts={"labels": 640}),
     dict(explores=True, step=900, rewards=()), dict(scores=[0, 1] * 10, reward="score"), dict(scores=[0.5] * 12, reward="score"),
 ])
 def test_chance_and_a_slow_beginning_are_not_doubted(case):
@@ -135,10 +140,26 @@ def test_chance_and_a_slow_beginning_are_not_doubted(case):
         assert causes(**case) == set()
 
 
+@pytest.mark.parametrize("changes, told, has, has_not", [
+    ({}, True, ["46%", "84 px"], ["info["]),
+    ({}, False, ['give info["progress"]', "--frames 2"], ["of the answers are right"]),
+    (dict(frames=2, progress="sum"), False, ["too small"], ["--frames 2", "info["]),
+    (dict(counts={"labels": 300, "judged": 300, "right": 180}), True, ["only 60% of the answers are right"], []),
+])
+def test_a_reward_like_a_coin_names_what_can_cause_it(changes, told, has, has_not):
+    """Only causes that can still be: not two moments to who has them, nor progress to an environment that tells it."""
+    case = dict(labels=FAIR, counts={"labels": 300, "judged": 300, "right": 290}, order=0.46, reward_image_size=84)
+    config, at, labeler, pool, buffer, data, _ = books(**{**case, **changes})
+    env = types.SimpleNamespace(tells_progress=told)
+    sentence = run.doubts(config, at, labeler, pool, buffer, data, None, 9, env)["order"]
+    assert all(each in sentence for each in has) and not any(each in sentence for each in has_not)
+
+
 def test_a_doubt_is_printed_once_though_its_numbers_change(capsys):
     """Looked at after every session and evaluation, a cause must be said the first time alone, also where it went away."""
     config, at, labeler, pool, buffer, data, _ = books(labels=[1] * 30, step=300, total_steps=1000)
-    this = types.SimpleNamespace(config=config, at=at, labeler=labeler, parts={"I": pool, "B": buffer, "D": data}, watched=0)
+    this = types.SimpleNamespace(config=config, at=at, labeler=labeler, parts={"I": pool, "B": buffer, "D": data}, watched=0,
+                                 learning_since=None, env=None)
     for asked in (30, 40, 50):
         labeler.counts["asked"] = asked
         run.Run.warn(this, False)
@@ -237,6 +258,41 @@ def test_a_vlm_that_does_not_look_is_named_at_the_first_session_and_asked_no_mor
     summary, err = json.loads((tmp_path / "run" / "summary.json").read_text()), capsys.readouterr().err
     assert summary["asked"] == asked and f"warning: {says}" in err
     assert says.split(", 0")[0].split(" 20")[0] in summary["text"]
+
+
+PLAN = dict(env="x", goal="x", horizon=500, total_steps=50_000, explore_steps=4000, feedback_every=1700, pairs_per_session=40,
+            max_pairs=1000, vlm="openai/x")
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({}, "500 steps an episode: first questions at step 4,000, 1,000 pairs in 25 sessions, 2,000 calls"),
+    ({"stages": 1}, "1,000 pairs in 25 sessions, 1,000 calls"), ({"explore_steps": 4001}, "first questions at step 4,500"),
+    ({"both_orders": 1}, "500 pairs, each in both orders, in 25 sessions, 2,000 calls"),
+    ({"labels": "oracle"}, "1,000 pairs in 25 sessions"), ({"reward": "score"}, "1,000 images in 25 sessions, 2,000 calls"),
+    ({"max_calls": 300}, "2,000 calls, of which at most 300 are made (--max-calls)"),
+    ({"usd_per_mtok": "1,4"}, "2,000 calls, about $1.60 at these prices, if a question takes 1,000 tokens in and 150 out"),
+    ({"usd_per_mtok": "1,4", "max_usd": 1.0}, "150 out; it stops at $1 (--max-usd)"),
+    ({"horizon": 20_000}, "first questions at step 20,000, 80 pairs in 2 sessions"),
+    ({"labels": "."}, None), ({"reward": "true"}, None), ({"explore_steps": 60_000}, None),
+])
+def test_before_the_first_question_a_line_says_what_will_be_asked(changes, says):
+    """Steps, pairs, sessions, calls; dollars only at known prices; nothing where nobody will be asked."""
+    config = settings.Config(**{**PLAN, **changes})
+    said = run.forecast(config)
+    assert said == [] if says is None else len(said) == 1 and says in said[0]
+    assert says is None or ("$" in said[0]) == ("usd_per_mtok" in changes) and ("calls" in said[0]) == ("labels" not in changes)
+
+
+@pytest.mark.parametrize("seconds, says", [(50, "at this speed the run takes 15 minutes more"), (1, "")])
+def test_before_the_first_question_a_line_says_how_long_it_will_take(capsys, monkeypatch, seconds, says):
+    """From the speed of the steps that learn, of which there were 99; nothing where that is less than a minute."""
+    monkeypatch.setattr(run.time, "time", lambda: now)
+    config, at, labeler, pool, buffer, data, _ = books(total_steps=2000, explore_steps=200, eval_every=10_000, rewards=())
+    this = types.SimpleNamespace(config=config, at=at, labeler=labeler, parts={}, watched=0, learning_since=None, env=None)
+    for at.step, now in ((99, 0), (100, 1000), (101, 1001), (199, 1000 + seconds), (200, 2000)):
+        run.Run.warn(this, False)
+        err = capsys.readouterr().err
+        assert says in err if at.step == 199 and says else "minutes" not in err
 
 
 def test_the_bar_says_nothing_of_what_nobody_knows():
