@@ -185,7 +185,9 @@ def load_checkpoint(config):
         if not (right and all("step" in row and "eval_return" in row for row in state["rows"])
                 and state["rows"] and len(times) in (0, len(state["rows"]))):
             raise ValueError("its rows")
-        now, kept = must_stay(dataclasses.asdict(config)), must_stay(kept)
+        steps, now, kept = kept.get("total_steps") or 0, must_stay(dataclasses.asdict(config)), must_stay(kept)
+        if config.total_steps < steps:  # more may be asked for, not less
+            now["total_steps"], kept["total_steps"] = config.total_steps, steps
         changed = [name for name in now if name in kept and now[name] != kept[name]]
     except Exception as error:  # an older version's, or changed by hand
         raise UserError(unusable(folder, error)) from None

@@ -618,8 +618,8 @@ def modern(values):
 
 
 # ---- going on with a run ----
-MAY_CHANGE = ("total_steps", "max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "workers",
-              "timeout", "keep_buffer")
+MAY_CHANGE = ("max_pairs", "max_calls", "max_usd", "usd_per_mtok", "vlm_url", "vlm_extra", "workers", "timeout",
+              "total_steps", "keep_buffer")  # total_steps only upwards
 MAY_MOVE = ("out", "resume", "device")  # the folder may lie elsewhere now, or on another machine
 NAMED_AGAIN = ("env", "env_kwargs", "vlm_url", "clip_model")  # what to_name_again() may ask for
 

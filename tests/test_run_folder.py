@@ -146,7 +146,7 @@ def test_no_folder_of_it_is_a_link_but_the_buffer(half, tmp_path, capsys):
     os.mkfifo(half / "pairs")
     assert resume(half, capsys=capsys)[0] == 2
     os.remove(half / "pairs")
-    assert resume(half) == 0
+    assert resume(half, "--keep-buffer", "0") == 0
     assert os.listdir(tmp_path / "big") == ["mine.txt"] and not os.path.lexists(half / "buffer")
 
 
