@@ -32,13 +32,13 @@ def test_help_fits_on_one_screen_and_names_what_a_user_needs():
     lines = settings.help_text()
     shown = [line.split()[0][2:].replace("-", "_") for line in lines if line.startswith("  --")]
     assert len(lines) <= 40 and max(map(len, lines)) <= 110
-    assert sorted(shown) == sorted([*FIRST_CLASS, "set", "help_all"])
+    assert sorted(shown) == sorted([*FIRST_CLASS, "set", "watch", "help_all"])
 
 
 def test_help_all_shows_every_field():
     """Each field must be there once: a flag, or for the facts of a task the way to set it."""
     lines = [line for line in settings.help_text(every=True) if line.startswith("  --")]
-    assert len(lines) == len(dataclasses.fields(settings.Config)) + 2 and max(map(len, lines)) <= 120
+    assert len(lines) == len(dataclasses.fields(settings.Config)) + 3 and max(map(len, lines)) <= 120
     for name in settings.FIELDS:
         assert sum(line[2:].startswith((f"--{name.replace('_', '-')} ", f"--set {name}= ")) for line in lines) == 1, name
 
