@@ -74,6 +74,8 @@ def load_policy(folder, env=None, env_kwargs=None, seed=0):
     except Exception as error:  # a file from elsewhere may raise anything
         raise UserError(misfit(folder, error)) from None
     changes = own_actions(env)
+    if config.frames == 2:  # its images are those that r_psi has learned from
+        env = adapt.TwoMoments(env, config.vlm_image_size)
 
     def policy(obs):
         action = pi.best_action(np.ravel(obs))
@@ -180,10 +182,11 @@ class RewardFromImages(gymnasium.Wrapper):
     def step(self, action):
         obs, true_reward, terminated, truncated, info = self.env.step(action)
         task = self.env
-        while not isinstance(task, envs.TaskEnv) and isinstance(task, gymnasium.Wrapper):
+        ours = (envs.TaskEnv, adapt.TwoMoments)
+        while not isinstance(task, ours) and isinstance(task, gymnasium.Wrapper):
             task = task.env
-        # TaskEnv draws the size that is asked for; any other environment the one it has.
-        image = task.image(self.reward.size) if isinstance(task, envs.TaskEnv) else self.env.render()
+        # Ours draw the size that is asked for; any other environment the one it has.
+        image = task.image(self.reward.size) if isinstance(task, ours) else self.env.render()
         if image is None:
             raise UserError("the environment draws nothing: make it with render_mode=\"rgb_array\"")
         return obs, float(self.reward(np.asarray(image)[None])[0]), terminated, truncated, {

@@ -68,7 +68,7 @@ class Config:
 
     # More about the task, the run, exploring and asking
     env_kwargs: str = "{}"  # JSON, arguments of the environment: {"show_robot": true}
-    keep_buffer: float = 2.0  # GiB that a finished run may keep in buffer/, to be trained on by --resume
+    keep_buffer: float = 2.0  # GiB that buffer/ of a finished run may keep, for --resume and more steps
     seed_steps: int | None = by_task(1000)  # environment steps with random actions, at the start
     image_buffer: int = 1000  # images kept to pick pairs from
     workers: int = 8  # questions that are asked at the same time

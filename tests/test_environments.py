@@ -922,6 +922,20 @@ def test_with_two_frames_images_are_larger_and_the_vlm_is_told(tmp_path):
     assert "--set frames=2" in settings.command_line(settled, env)
 
 
+def test_a_reward_of_two_moments_sees_two_in_another_project_too(made):
+    """RewardFromImages must not look through the wrapper for an image of one moment."""
+    from support.afterwards import RewardFromImages
+
+    seen = []
+    reward = lambda images: seen.append(images[0]) or np.zeros(1)
+    reward.size = 96
+    env = RewardFromImages(adapt.TwoMoments(made(Walker, horizon=40), 64), reward)
+    env.reset(seed=0)
+    for _ in range(4):
+        env.step(np.zeros(1, np.float32))
+    assert seen[-1].shape == (96, 96, 3) and seen[-1][15].argmax() < seen[-1][75].argmax()
+
+
 @pytest.mark.parametrize("changes, says", [
     ({"frames": 2}, "--frames 2: the offline stand-in reads images of one moment"),
     ({"frames": 2, "reward": "clip"}, "--frames 2 is for rewards that are learned from answers"),
