@@ -472,8 +472,8 @@ def expert(env):
     """
     act = getattr(env.unwrapped, "expert_action", None)
     if act is None:
-        raise ValueError(f"no scripted expert here; there is one for {', '.join(TASKS)}, and for every environment with "
-                         "a method expert_action(obs) -> action: obs (O,), action (A,) in [-1, 1] or an int")
+        raise ValueError(f"no scripted expert here; there is one for {', '.join(TASKS)}, and for every environment "
+                         "with a method expert_action(obs) -> action: obs (O,), action (A,) in [-1, 1] or an int")
     return act
 
 

@@ -6,8 +6,8 @@ Which STEPs: none.
 Names: load_policy, load_reward, RewardFromImages, watch.
 
 A run folder may be a stranger's. Weights are read as tensors alone, settings are checked as flags are, and what would
-run code (an environment in a module) has to be named again: load_policy(FOLDER, env="mypkg.envs:My-v0"). So has one that
-was handed in from Python: load_policy(FOLDER, env=make_my_env).
+run code (an environment in a module) has to be named again: load_policy(FOLDER, env="mypkg.envs:My-v0"). So has one
+that was handed in from Python: load_policy(FOLDER, env=make_my_env).
 
 Shapes: obs as the environment gives it; actions in the environment's own range; images (N, H, W, 3) uint8.
 
@@ -57,10 +57,10 @@ EPISODES = 3  # in the film of --watch
 def load_policy(folder, env=None, env_kwargs=None, seed=0):
     """-> policy, a function obs (O,) -> action; and the environment of the run, whose actions it takes.
 
-    An action is in the environment's own range: Pendulum's torque from -2 to 2. So the policy also acts in an environment
-    of the same kind that you make yourself, if its observation is a Box.
-    It is the policy that was evaluated, SAC.best_action(): the mean of the last actors, without noise; where actions are
-    Discrete, one is drawn, by a generator with this seed.
+    An action is in the environment's own range: Pendulum's torque from -2 to 2. So the policy also acts in an
+    environment of the same kind that you make yourself, if its observation is a Box.
+    It is the policy that was evaluated, SAC.best_action(): the mean of the last actors, without noise; where actions
+    are Discrete, one is drawn, by a generator with this seed.
     env, env_kwargs: as given to train(), or as text on the command line; needed where the run folder may not decide.
     Raises UserError, in one line.
     """

@@ -142,7 +142,7 @@ class Labeler:
         return {"counts": dict(self.counts), "exhausted": self.exhausted, "vlm": self.vlm and self.vlm.state_dict()}
 
     def load_state_dict(self, state):
-        self.counts = {**self.counts, **state["counts"]}  # an older run did not count all of these
+        self.counts = {**dict.fromkeys(ADDED[5:], 0), **state["counts"]}  # an older run did not count these
         if self.vlm:
             self.vlm.load_state_dict(state["vlm"])
         # a limit may have been raised since

@@ -412,8 +412,8 @@ def check_together(config):
         raise UserError(f"--vlm {config.vlm}: that is a flaw of the offline stand-in, which is not asked here; for the "
                         "oracle's own: --labels oracle:mistakes=0.2")
     if kind == "function" and (any(flaws.values()) or config.max_calls is not None or config.max_usd is not None):
-        raise UserError("--vlm offline:..., --max-calls and --max-usd are for a VLM over HTTP, which is not asked here: "
-                        "limit your function by --max-pairs")
+        raise UserError("--vlm offline:..., --max-calls and --max-usd are for a VLM over HTTP, which is not asked "
+                        "here: limit your function by --max-pairs")
     if kind == "oracle" and judge_of(config) and judge_of(config).blind:
         raise UserError(f"--labels {config.labels[:60]}: an oracle knows progress, which has no sides; a judge that is "
                         "blind on one is --vlm offline:judge=one-sided")
@@ -558,8 +558,8 @@ def settled(config, judge=None, reward=None, **others):
     stored = {*from_python(config)} - {"env"}
     if stored - {*handed}:
         folder = config.resume or "FOLDER"
-        raise UserError(f"{'--resume ' * bool(config.resume)}{folder}: its {stored.pop()} is a function of yours, which "
-                        f"only Python can hand in: {resume_command(config, folder)}")
+        raise UserError(f"{'--resume ' * bool(config.resume)}{folder}: its {stored.pop()} is a function of yours, "
+                        f"which only Python can hand in: {resume_command(config, folder)}")
     for name, function in handed.items():
         if not callable(function) and not hasattr(function, "ask"):
             raise UserError(f"{name}={function!r:.60} is no function")
@@ -567,8 +567,8 @@ def settled(config, judge=None, reward=None, **others):
             raise UserError(f"judge=: --reward {config.reward} compares no images, so there is nothing to judge")
         if len(handed) > 1 or not stored and (config.labels != "vlm" or (name, config.reward) not in (
                 *(("judge", kind) for kind in FROM_PAIRS), ("reward", "preference"))):
-            raise UserError(f"{' and '.join(handed)}: your function takes the place of --labels and --reward: give one of "
-                            f"judge=, reward=, --labels {config.labels[:60]}, --reward {config.reward}")
+            raise UserError(f"{' and '.join(handed)}: your function takes the place of --labels and --reward: give one "
+                            f"of judge=, reward=, --labels {config.labels[:60]}, --reward {config.reward}")
         called = str(getattr(function, "__name__", type(function).__name__))[:60]
         config = dataclasses.replace(config, labels=f"function:{called}",
                                      reward="function" if name == "reward" else config.reward)
@@ -651,7 +651,7 @@ def read_json(path):
 
 
 def read_run(folder, flag):
-    """What a run folder says of its run -> its settings {name: value}, as checked as flags are, and summary.json, or {}.
+    """What a run folder says of its run -> its settings {name: value}, checked as flags are, and summary.json, or {}.
 
     flag: for messages, such as --resume.  UserError, in one line, where the folder is no run of ours.
     """

@@ -5,8 +5,8 @@ What this is: train(config, env=..., judge=..., reward=..., on_row=...) of train
   env      an environment of Gymnasium, or better a function that makes one (support/adapt.py)
   judge    says which of two images is closer to the goal, in place of a VLM. One of:
              judge(first, second, goal) -> 0 (the first is), 1 (the second is) or -1 (unsure)     first (H, W, 3) uint8
-             judge(first, second, goal) -> list of M such labels, with judge.batch = True         first (M, H, W, 3) uint8
-             judge(parts) -> text, a VLM in your process: parts are texts and images, as VLM.ask() of vlm_query.py takes
+             judge(first, second, goal) -> list of M such labels, with judge.batch = True      first (M, H, W, 3) uint8
+             judge(parts) -> text, a VLM in your process: parts are texts and images, as VLM.ask() in vlm_query.py takes
                              them; it gets the prompts of vlm_query.py, in --stages, and its text is read as a VLM's
            A function of one argument, or an object with such a function as `ask`, is the third kind.
            Images have vlm_image_size pixels each way. Two that look the same are not shown. A judge is called by one
@@ -22,8 +22,8 @@ To use it elsewhere (with train.py):
     from train import Config, train
     def darker(first, second, goal):
         return int(second.mean() < first.mean())
-    config = Config(total_steps=100, seed_steps=40, explore_steps=40, feedback_every=40, pairs_per_session=6, horizon=20,
-                    eval_every=50, eval_episodes=1, image_buffer=20, reward_epochs=1, out="runs/darker")
+    config = Config(total_steps=100, seed_steps=40, explore_steps=40, feedback_every=40, pairs_per_session=6,
+                    horizon=20, eval_every=50, eval_episodes=1, image_buffer=20, reward_epochs=1, out="runs/darker")
     train(config, judge=darker, on_row=lambda row: print(row["step"], row["eval_return"]))
 
 TensorBoard, or Weights & Biases, in three lines (pip install tensorboard, or wandb):
@@ -92,8 +92,8 @@ class Judge:
         if asked:
             labels = self.function(first[asked], second[asked], goal)
             if not hasattr(labels, "__len__") or len(labels) != len(asked):
-                raise BadAnswer(f"{self.name} returned {shown(labels)} for {len(asked)} pairs; with batch = True it must "
-                                "return a label for each")
+                raise BadAnswer(f"{self.name} returned {shown(labels)} for {len(asked)} pairs; with batch = True it "
+                                "must return a label for each")
             for pair, label in zip(asked, [self.label(each, f"among {len(asked)} labels") for each in labels]):
                 keep(pair, label)
         return np.array([record["label"] for record in records], np.int8), vlm_query.count(records)
@@ -105,8 +105,8 @@ class Judge:
         except (TypeError, ValueError):
             number = None
         if number not in (0, 1, -1):
-            raise BadAnswer(f"{self.name} returned {shown(answer)} {where}; it must return 0 (the first image is closer to "
-                            "the goal), 1 (the second one is) or -1 (unsure)")
+            raise BadAnswer(f"{self.name} returned {shown(answer)} {where}; it must return 0 (the first image is "
+                            "closer to the goal), 1 (the second one is) or -1 (unsure)")
         return int(number)
 
     def ask(self, parts):
@@ -114,8 +114,8 @@ class Judge:
         if isinstance(text, vlm_query.Reply):
             return text
         if not isinstance(text, str):
-            raise BadAnswer(f"{self.name} returned {shown(text)}; a function of (parts) must return a text, or a Reply of "
-                            "vlm_query.py. (One that judges two images takes (first, second, goal).)")
+            raise BadAnswer(f"{self.name} returned {shown(text)}; a function of (parts) must return a text, or a Reply "
+                            "of vlm_query.py. (One that judges two images takes (first, second, goal).)")
         return vlm_query.Reply(text, "complete", 0, 0, False)
 
 
@@ -159,7 +159,7 @@ class FunctionReward(Reward):
                             "return a number for each, of shape (N,)")
         if not np.isfinite(numbers).all():
             raise BadAnswer(f"your function {self.name} returned {numbers[~np.isfinite(numbers)][0]} for image "
-                            f"{np.argmin(np.isfinite(numbers))} of {len(images)}; every number must be finite in float32")
+                            f"{np.argmin(np.isfinite(numbers))} of {len(images)}; all must be finite in float32")
         return numbers
 
 

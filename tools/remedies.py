@@ -168,7 +168,7 @@ def fit_one(judge, remedy, calls, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.remedies", description=__doc__.splitlines()[0])
     everyone = [*judges.PRESETS, *neural_judges()]
     parser.add_argument("--judges", nargs="+", default=everyone, help=f"of {', '.join((*everyone, *judges.PUBLISHED))}")
     parser.add_argument("--remedies", nargs="+", default=list(REMEDIES), choices=REMEDIES)
