@@ -417,8 +417,8 @@ class Run:
         """What the policy and r_psi know now -> policy.pt. The last checkpoint is older: of an episode's end."""
         with replacing(self.path("policy.pt"), "wb") as file:
             torch.save({"at": {"step": self.at.step, "has_reward": self.at.has_reward}, **{
-                name: {key: part.state_dict()[key] for key in keys}
-                for name, keys in WEIGHTS.items() if (part := self.parts.get(name))}}, file)
+                name: {key: value for key, value in self.parts[name].state_dict().items() if key in keys}
+                for name, keys in WEIGHTS.items() if name in self.parts}}, file)
 
     def resumable(self, error):
         """What stopped the run, and how it goes on."""
