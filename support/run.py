@@ -416,10 +416,9 @@ class Run:
     def keep_weights(self):
         """What the policy and r_psi know now -> policy.pt. The last checkpoint is older: of an episode's end."""
         with replacing(self.path("policy.pt"), "wb") as file:
-            states = {name: self.parts[name].state_dict() for name in WEIGHTS if self.parts.get(name)}
             torch.save({"at": {"step": self.at.step, "has_reward": self.at.has_reward}, **{
-                name: {key: state[key] for key in WEIGHTS[name] if key in state}
-                for name, state in states.items()}}, file)
+                name: {key: value for key, value in self.parts[name].state_dict().items() if key in keys}
+                for name, keys in WEIGHTS.items() if name in self.parts}}, file)
 
     def resumable(self, error):
         """What stopped the run, and how it goes on."""

@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_one_line(half, capsys):
 
 @pytest.mark.parametrize("change", [
     lambda state: state["pi"].pop("slow_actor"), lambda state: state.pop("rows"), lambda state: state["pi"].pop("actor"),
-    lambda state: state["at"].update(step=7), lambda state: state["labeler"]["counts"].pop("asked"),
+    lambda state: state["at"].update(step=7), lambda state: state["labeler"]["counts"].update(asked=None),
     lambda state: state.update(rows=[{"step": "\x1b", "eval_return": "x"}]), lambda state: state.update(logged="3"),
     lambda state: state["B"].update(reward=torch.zeros(3)), lambda state: state["config"].update(seed=3),
     lambda state: state.update(r_psi={}), lambda state: state.update(at=None)])
