@@ -840,7 +840,7 @@ class Walker(Bar):
         before, self.t = abs(self.x[0]), self.t + 1
         self.x[0] += float(action[0])
         rewards = {"difference": before - abs(self.x[0]), "place": -abs(self.x[0]), "clock": -1 + 0.1 * action[0],
-                   "same": 1.0, "noise": float(action[0])}
+                   "same": 1.0, "noise": self.np_random.normal()}
         if self.pays == "clock":
             self.x[1] = self.t  # the state tells the time, which any sum of like rewards follows
         return self.seen(), float(rewards[self.pays]), False, False, self.info()
@@ -853,7 +853,7 @@ class Walker(Bar):
 
 @pytest.mark.parametrize("pays, adds", [("place", False), ("clock", False), ("same", False), ("noise", False)])
 def test_rewards_that_are_no_differences_are_not_added_up(made, pays, adds):
-    """A reward that the state shows, one that is a clock, one that never differs, one of the action alone."""
+    """A reward that the state shows, one that is a clock, one that never differs, one of chance alone."""
     assert adapt.adds_up(made(Walker, horizon=40, pays=pays)) is adds
 
 
