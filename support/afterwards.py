@@ -161,7 +161,7 @@ class ImageReward:
         self.predict, self.size = predict, size
 
     def __call__(self, images):
-        images = np.asarray(images)
+        images = np.array(images)  # a copy: torch warns of arrays that cannot be written to, such as a rendered image
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
             raise UserError(f"a reward takes images (N, H, W, 3) uint8, not {images.shape} {images.dtype}")
         if len(images) and images.shape[1:3] != (self.size, self.size):
