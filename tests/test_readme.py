@@ -105,6 +105,30 @@ def test_the_table_of_what_is_held_is_that_of_its_csv():
     assert not rows
 
 
+def test_the_tables_of_judges_that_lean_are_those_of_their_csvs():
+    """Every seed of judges.csv, and the means of remedies.csv, must stand in the tables."""
+    rows = measured("judges")
+    for judge, right, *cells, kept in table("results/README.md", "judge | labels right"):
+        of = [rows.pop(("CartPole", "preference", f"{judge}, {remedy}")) for remedy in ("plain", "default", "both orders")]
+        assert [float(x) for x in right.split(", ")] == column(of[0], "label_accuracy"), judge
+        assert kept.split(", ") == [row["labels"] for row in of[2]], judge
+        for cell, seeds in zip(cells, of, strict=True):
+            end, spearman = cell.split("; ")
+            assert [float(x) for x in end.split(", ")] == column(seeds, "eval_success"), judge
+            assert [float(x) for x in spearman.split(", ")] == column(seeds, "spearman"), judge
+    assert not rows
+    fits = {}
+    for row in sweep.read_csv(ROOT / "results/remedies.csv"):
+        fits.setdefault((row["judge"], f"{int(row['asked_for']):,}", row["remedy"]), []).append(row)
+    lines = table("results/README.md", "judge | calls")
+    for judge, calls, right, *cells in lines:
+        of = [fits[judge, calls, remedy] for remedy in ("plain", "intercept", "agree b", "both b")]
+        assert float(right) == pytest.approx(np.mean([float(row["right"]) for row in of[0]]), abs=0.0051)
+        means = [np.mean([abs(float(row[name])) for row in seeds]) for name in ("order", "best") for seeds in of]
+        assert np.allclose([float(x) for x in cells], means, atol=[0.00051] * 4 + [0.051] * 4), (judge, calls)
+    assert len(lines) >= 12 and all(len(seeds) >= 3 for seeds in fits.values())
+
+
 def test_the_readme_has_the_means_of_the_csv():
     """Its table of seven tasks must be the mean over the seeds of tasks.csv."""
     rows = measured("tasks")
