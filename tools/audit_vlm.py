@@ -490,7 +490,8 @@ def faults(found, number=None):
                    f"agree, {said['agree_right']} are right")
     if found["lean_sure"] > 4:
         which = "second" if found["lean"] > 0 else "first"
-        advice["leans"] = f"it leans to the {which} image, by {abs(found['lean']):.1f}: {both_orders}"
+        advice["leans"] = (f"it leans to the {which} image, by {abs(found['lean']):.1f}. A fit finds that and leaves it out "
+                           f"of the reward; against its other errors, {both_orders}")
     elif found["clear_consistent"] < STEADY:
         advice["not steady"] = (
             f"turned round, only {said['clear_consistent']} of the clear pairs get the same judgement, and no constant "
@@ -500,7 +501,8 @@ def faults(found, number=None):
     if blurry or (found["near_worse"] < -WORSE and found["near_z"] < -CHANCE):
         advice["blurry near the goal"] = (
             f"it is blurry near the goal: {said['near_right']} right there, and {said['near_same']} of these pairs get "
-            "the same judgement when turned round. Expect a policy that stops short")
+            "the same judgement when turned round. Expect a policy that stops short, and ask both orders "
+            "(--both-orders 1), which drops most of what it only guesses there")
     if any(abs(found[f"{kind}_worse"]) > WORSE and abs(found[f"{kind}_z"]) > CHANCE for kind in ("side", "cross")):
         its = "" if number is None else f" (observation {number} below 0, above 0)"
         advice["blind on one side"] = (
