@@ -104,7 +104,7 @@ OURS = {
         # seeds of eight opened the drawer early, but not as far as they should before step 7,000.
         # (A pair of two equally open drawers is wasted, and there are many.)
         feedback_every=500, pairs_per_session=17, max_pairs=200,
-        # With it six seeds of ten or fewer held, without it ten (results/README.md).
+        # With it 4 of 8 seeds are held, without it 6 of 10 (results/README.md).
         layer_norm=0,
     ),
     "Soccer": dict(
