@@ -490,8 +490,8 @@ def faults(found, number=None):
                    f"agree, {said['agree_right']} are right")
     if found["lean_sure"] > 4:
         which = "second" if found["lean"] > 0 else "first"
-        advice["leans"] = (f"it leans to the {which} image, by {abs(found['lean']):.1f}. A fit finds that and leaves it "
-                           f"out of the reward; against its other errors, {both_orders}")
+        advice["leans"] = (f"it leans to the {which} image, by {abs(found['lean']):.1f}. A fit finds that and leaves "
+                           f"it out of the reward; against its other errors, {both_orders}")
     elif found["clear_consistent"] < STEADY:
         advice["not steady"] = (
             f"turned round, only {said['clear_consistent']} of the clear pairs get the same judgement, and no constant "
