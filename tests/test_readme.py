@@ -86,7 +86,8 @@ def test_the_evidence_has_the_numbers_of_its_csv():
 
 def test_the_table_of_what_is_held_is_that_of_its_csv():
     """Every seed's success, and how many are held, must be those of held*.csv and steady.csv."""
-    rows = {"by hand": measured("held"), "by hand, LayerNorm in the critics": measured("held_layer_norm"),
+    rows = {"by hand": measured("held"), "by hand, with the intercept": measured("held_intercept"),
+            "by hand, with the intercept and LayerNorm": measured("held_layer_norm"),
             "sac.py itself (`--fast 0`)": measured("held_autograd")}
     seen = set()
     for task, how, seeds, steps, pairs, held, end, third, drawn, _ in table("results/README.md", "task | SAC"):

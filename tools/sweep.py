@@ -112,7 +112,8 @@ SWEEPS = {
     "judges_drawer": Sweep("The same on DrawerOpen, with models whose errors there are published.", ("DrawerOpen",), {
         f"{judge}, {remedy}": {"judge": judge, **fields}
         for judge in ("gemini-1.5-flash", "gemini-2.0-flash", "qwen2.5-vl-7b", "qwen2.5-vl-3b")
-        for remedy, fields in {"plain": PLAIN, "default": {}, "both orders": BOTH}.items()}),
+        for remedy, fields in {"plain": PLAIN, "intercept": {"intercept": 1},
+                               "both orders": {"intercept": 1, **BOTH}}.items()}),
     "potential": Sweep("Success as the reward and what was learned as its potential, or either alone?",
                        ("DrawerOpen", "DoorKey-6x6"), {
         "sparse": {"reward": "sparse"}, "preference": {"judge": "weak"},
