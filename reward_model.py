@@ -20,7 +20,7 @@ stop of 1; there, too, one answer in eight is held out, but only for the log:
      that goes on from the last fit remembers the few answers of the beginning too well.
   5. predict() is standardised: mean 0 and deviation 1 over all images in D (1706.03741).
   6. b, one number for each member, is how far the VLM leans to the second image, whatever the two show. The paper has
-     no b. Real VLMs do lean, and what they lean is then not taken for a difference between images.
+     no b. Real VLMs do lean, and the lean is then not taken for a difference between images.
   7. A fit may move images at random (random_shift; 2004.13649) or flip them left to right (random_flip). One CNN serves
      all tasks (official code: ResNet-18 for rope, water and cloth), and pairs are drawn from images of the whole run.
 

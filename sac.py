@@ -275,7 +275,7 @@ class TwinCritic(nn.Module):
 
     Two, because a maximum over one noisy estimate is too high on average; SAC uses the smaller of both.
     layer_norm: a Q-network with it cannot grow without bound where there are no data, so errors there are not passed
-    on from target to target (arXiv 2302.02948). It learns faster where each transition is used often.
+    on from target to target (arXiv 2302.02948). It helped in SweepInto, and not in DrawerOpen (tasks/schedules.py).
     """
 
     def __init__(self, obs_dim, action_dim, actions, hidden, network=MLP, layer_norm=False):

@@ -122,7 +122,7 @@ class Labeler:
         self.counts["right"] += int(right[judged].sum())
 
     def room(self, pairs):
-        """How many pairs may be asked about in this session, with so many questions."""
+        """How many pairs may be asked about in this session, which the schedule gives so many questions: `pairs`."""
         over = self.exhausted or is_stuck(self.counts)
         questions = 0 if over else max(0, min(pairs, self.max_pairs - self.counts["asked"]))
         return questions // 2 if self.both_orders else questions
