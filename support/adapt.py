@@ -19,7 +19,7 @@ Actions:
   MultiDiscrete, MultiBinary   one Discrete space of all combinations, up to MOST_ACTIONS
 
 Names: adapt(env, name) -> env; notes(env) -> sentences; hint(message, name), explained(message, name),
-moved(message) -> longer ones; find_here(); pair(env) -> two environments; budget(env) -> settings;
+moved(message) -> longer ones; find_here(); pair(env) -> two environments; budget(env, total) -> settings;
 adds_up(env) -> bool; RewardSum(env), TwoMoments(env, side) -> env.
 
 To use it elsewhere:
@@ -331,10 +331,11 @@ def called(env):
 
 
 # ---- how long to train in an environment that has no schedule of its own ----
-def budget(env):
+def budget(env, total=None):
     """What tasks/schedules.py would say, from what can be known of an environment -> {setting: number}.
 
-    env: TaskEnv.  Rules of thumb, which generalise the schedules of the built-in tasks. None was measured by itself.
+    env: TaskEnv.  total: steps of the run, where they are given: exploring and asking then keep their shares of it.
+    Rules of thumb, which generalise the schedules of the built-in tasks. None was measured by itself.
     """
     horizon = env.horizon  # steps of an episode
 
@@ -343,7 +344,7 @@ def budget(env):
 
     # The built-in tasks are learned in 20 (CartPole) to 300 episodes. So at least 100, but no more steps than a night
     # allows, or a disk: an image of each is stored.
-    total = steps(100, 50_000, 200_000)
+    total = total or steps(100, 50_000, 200_000)
     # Random actions from at least three starts, as with CartPole, then novelty until there are images of many kinds.
     # Long episodes get a longer start, but never more than a tenth of the run.
     explore = steps(6, 4_000, total // 10)
@@ -353,9 +354,9 @@ def budget(env):
         # episode a step is a few hundredths of a second. Soccer holds each for 7 of 50 steps, PassWater for all 75.
         # What is chosen from a list is no push that adds up: it is not held.
         "hold": min(max(horizon // 100, 1), 7) if isinstance(env.action_space, Box) else 1,
-        # 25 sessions of 40 pairs. The last tenth of the steps asks nothing: what it would teach could not be used any
-        # more.
-        "pairs_per_session": 40, "max_pairs": 1_000, "feedback_every": max(1, (total * 9 // 10 - explore) // 24),
+        # Ten sessions of 100 pairs: each of them means a fit, which takes as long as hundreds of steps. The last tenth of
+        # the steps asks nothing: what it would teach could not be used any more.
+        "pairs_per_session": 100, "max_pairs": 1_000, "feedback_every": max(1, (total * 9 // 10 - explore) // 9),
         # 1 / (1 - discount) steps is how far SAC looks ahead: half an episode. Whenever the reward is fitted anew,
         # every value moves by its change / (1 - discount), so no further than needed: see StraightenRope.
         "discount": round(1 - 1 / min(max(horizon / 2, 10), 100), 4),

@@ -87,7 +87,7 @@ class Config:
     reward_epochs: int | None = by_task(50)  # most passes over all answers in one fit
     reward_batch: int | None = by_task(16)  # answers in one gradient step of a fit; 64 in the official code
     intercept: int | None = by_task(1)  # 1: a fit finds out how far the VLM leans to the second image
-    patience: int = 3  # passes that a fit goes on without gain on held-out answers; 0: no limit
+    patience: int = 10  # passes that a fit goes on without gain on held-out answers; 0: no limit
     # SAC
     sac_lr: float | None = by_task(3e-4)  # learning rate of actor, critics and temperature
     batch_size: int | None = by_task(256)  # transitions in one update
@@ -333,7 +333,7 @@ def fill(config, env=None):
     elif env is not None:
         from support import adapt
 
-        values.update(adapt.budget(env))
+        values.update(adapt.budget(env, config.total_steps))
     if (config.frames or values["frames"]) == 2:  # two moments share an image, so it is larger
         values.update({name: 3 * values[name] // 2 for name in ("vlm_image_size", "reward_image_size")})
     missing = {name: value for name, value in values.items() if getattr(config, name) is None}
@@ -518,9 +518,11 @@ def command_line(config, env=None):
     env: TaskEnv of this run, where it is known.
     """
     device = choose_device(dataclasses.replace(config, device="auto"))
-    plain = dataclasses.replace(fill(Config(env=config.env, schedule=config.schedule, frames=config.frames), env),
-                                env=Config.env, schedule=Config.schedule, frames=FIELDS["frames"].metadata["default"],
-                                device=device)
+    alike = Config(env=config.env, schedule=config.schedule, frames=config.frames)
+    # trap: where env is none of ours, the schedule follows from total_steps, which must be named all the same
+    plain = dataclasses.replace(fill(dataclasses.replace(alike, total_steps=config.total_steps), env),
+                                total_steps=fill(alike, env).total_steps, env=Config.env, schedule=Config.schedule,
+                                frames=FIELDS["frames"].metadata["default"], device=device)
     differ = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "resume")
               and value not in (FIELDS[name].default, getattr(plain, name))}
     if from_python(config):

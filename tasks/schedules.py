@@ -104,9 +104,8 @@ OURS = {
         # seeds of eight opened the drawer early, but not as far as they should before step 7,000.
         # (A pair of two equally open drawers is wasted, and there are many.)
         feedback_every=500, pairs_per_session=17, max_pairs=200,
-        # With intercept and LayerNorm 4 of 8 seeds are held, with the intercept alone 6 of 10, with
-        # neither 7 of 8 (results/README.md): 17 answers are few, and b takes up a part of them.
-        layer_norm=0, intercept=0,
+        # LayerNorm lost seeds here (results/README.md).
+        layer_norm=0,
     ),
     "Soccer": dict(
         _METAWORLD, total_steps=12_000,

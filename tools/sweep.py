@@ -62,13 +62,14 @@ def asking(sampler, n):
 class Sweep:
     """question: what it answers.  tasks: names.  settings: {its name in the CSV: {field of Config: value}}.
 
-    seeds: how many; by default SEEDS says it for each task.
+    seeds: how many; by default SEEDS says it for each task.  of_task: {task: {field: value}}, which all its runs share.
     """
 
     question: str
     tasks: tuple
     settings: dict
     seeds: int | None = None
+    of_task: dict = dataclasses.field(default_factory=dict)
 
 
 SEVEN = ("CartPole", "FoldCloth", "StraightenRope", "PassWater", "DrawerOpen", "Soccer", "SweepInto")
@@ -76,6 +77,24 @@ TWO = ("CartPole", "DrawerOpen")
 # Judges of support/judges.py: models whose errors are published, and kinds of errors.
 JUDGES = ("gemini-1.5-flash", "gemini-2.0-flash", "qwen2.5-vl-7b", "qwen2.5-vl-3b", "minicpm-v-2.6", "internvl2-8b",
           "good", "weak", "stuck", "inverted", "blurry", "one-sided")
+# Environments that are not built in, or only by their name: the words of a sweep, and what its runs have in common.
+NOT_BUILT_IN = {
+    "Dot": {"env": "tasks.example:Dot-v0", "goal": "the white dot is in the green ring", "total_steps": 12_000},
+    "EmptyGrid": {"env": "tasks.example:EmptyGrid-v0", "goal": "the red triangle is on the green square",
+                  "total_steps": 15_000},
+    "FetchReach": {"env": "gymnasium_robotics:FetchReachDense-v4", "goal": "the gripper is at the red dot",
+                   "total_steps": 15_000, "reward_image_size": 100, "env_kwargs": json.dumps({
+                       "width": 300, "height": 300, "default_camera_config": {  # nearer than its own
+                           "distance": 1.1, "azimuth": 132, "elevation": -14, "lookat": [1.34, 0.75, 0.55]}})},
+    "reach-v3": {"env": "MetaWorld/reach-v3", "goal": "the gripper is at the red dot"},
+    "door-open-v3": {"env": "MetaWorld/door-open-v3", "goal": "to open the door"},
+    "InvertedDoublePendulum": {"env": "InvertedDoublePendulum-v5", "goal": "both poles stand upright",
+                               "total_steps": 15_000},
+    "LunarLander": {"env": "LunarLander-v3", "goal": "the lander stands on the ground between the two flags",
+                    "total_steps": 40_000},
+    "Swimmer": {"env": "Swimmer-v5", "goal": "to swim to the right as fast as possible", "frames": 2,
+                "total_steps": 40_000},
+}
 PLAIN, BOTH = {"intercept": 0}, {"both_orders": 1}  # without any remedy; with the one that is not the default
 SEEDS = {"DrawerOpen": 3, "Soccer": 3, "SweepInto": 3}  # five for every other task
 SWEEPS = {
@@ -112,12 +131,13 @@ SWEEPS = {
     "judges_drawer": Sweep("The same on DrawerOpen, with models whose errors there are published.", ("DrawerOpen",), {
         f"{judge}, {remedy}": {"judge": judge, **fields}
         for judge in ("gemini-1.5-flash", "gemini-2.0-flash", "qwen2.5-vl-7b", "qwen2.5-vl-3b")
-        for remedy, fields in {"plain": PLAIN, "intercept": {"intercept": 1},
-                               "both orders": {"intercept": 1, **BOTH}}.items()}),
+        for remedy, fields in {"plain": PLAIN, "default": {}, "both orders": BOTH}.items()}),
     "potential": Sweep("Success as the reward and what was learned as its potential, or either alone?",
                        ("DrawerOpen", "DoorKey-6x6"), {
         "sparse": {"reward": "sparse"}, "preference": {"judge": "weak"},
         "preference+sparse": {"judge": "weak", "reward": "preference+sparse"}}, seeds=3),
+    "not_built_in": Sweep("Is a task learned that is not built in, with right labels?", tuple(NOT_BUILT_IN), {
+        "oracle": {"labels": "oracle"}}, seeds=3, of_task=NOT_BUILT_IN),
     "what_matters": Sweep("What does each part contribute? One change at a time.", TWO, {
         "default": {},
         "no relabelling": {"ablation": "relabelling"},
@@ -212,11 +232,11 @@ def plan(name, seeds=None, extra=None):
         raise ValueError(f"no sweep {name!r}; there are {', '.join(SWEEPS)}; or make one: --grid field=value,value")
     if seeds is not None and seeds < 1:
         raise ValueError(f"--seeds {seeds}: it must be at least 1")
-    tasks, settings = SWEEPS[name].tasks, SWEEPS[name].settings
+    tasks, settings, of_task = SWEEPS[name].tasks, SWEEPS[name].settings, SWEEPS[name].of_task
     varied = tuple(dict.fromkeys(field for each in settings.values() for field in each))
     seeds = seeds or SWEEPS[name].seeds
     cells = itertools.product(range(seeds or 5), tasks, settings.items())
-    return [Job(task, setting, seed, {**(extra or {}), **fields}, varied)
+    return [Job(task, setting, seed, {**(extra or {}), **of_task.get(task, {}), **fields}, varied)
             for seed, task, (setting, fields) in cells if seed < (seeds or SEEDS.get(task, 5))]
 
 

@@ -1,0 +1,93 @@
+"""An environment of your own: copy this file, and change it.
+
+    python train.py --env tasks.example:Dot-v0 --goal "the white dot is in the green ring" --labels oracle
+
+What this is: what train.py asks of an environment, twice. Dot is one from scratch. EmptyGrid takes one that is there,
+MiniGrid's, and adds what labels can be judged by. Only `render()` has to be there: an image, from which a VLM can tell
+how far the goal is. The rest is optional: info["success"] (or "is_success") is counted, and info["progress"], any
+number that grows towards the goal, says how many labels are right, and is what `--labels oracle` takes them from.
+Neither is ever shown to the policy, to the reward model or to the VLM.
+Which STEPs: none.
+
+Shapes: observation (4,) float32, action (2,) in [-1, 1], image (100, 100, 3) uint8.
+Ids: Dot-v0, EmptyGrid-v0, registered when this is imported. Needs numpy and gymnasium, EmptyGrid also minigrid.
+
+To use it elsewhere:
+    import gymnasium
+    env = gymnasium.make("tasks.example:Dot-v0", render_mode="rgb_array")
+    obs, info = env.reset(seed=0)
+    print(obs, info["progress"], env.render().shape)
+"""
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+
+SPEED, NEAR = 0.1, 0.1  # how far the dot moves in a step at most, and how near is there; the square has side 2
+
+
+class Dot(gymnasium.Env):
+    """A dot in a square, and a ring to which it should go. Both start anywhere.
+
+    Observation: place of the dot and from it to the ring, each (x, y); the square is [-1, 1] x [-1, 1].
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_space = Box(-2.0, 2.0, (4,), np.float32)
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.dot, self.ring = self.np_random.uniform(-0.9, 0.9, (2, 2))
+        return self.observe(), self.info()
+
+    def step(self, action):
+        self.dot = np.clip(self.dot + SPEED * np.asarray(action), -1, 1)
+        return self.observe(), -self.distance(), False, False, self.info()
+
+    def distance(self):
+        return float(np.linalg.norm(self.dot - self.ring))
+
+    def observe(self):
+        return np.concatenate([self.dot, self.ring - self.dot]).astype(np.float32)
+
+    def info(self):
+        return {"success": self.distance() < NEAR, "progress": -self.distance()}
+
+    def render(self):
+        """A white dot and a green ring on black: (100, 100, 3) uint8."""
+        image = np.zeros((100, 100, 3), np.uint8)
+        y, x = np.mgrid[1:-1:100j, -1:1:100j]  # rows go down, y goes up
+        from_ring = np.hypot(x - self.ring[0], y - self.ring[1])
+        image[(from_ring < 0.2) & (from_ring > 0.13)] = (0, 200, 0)
+        image[np.hypot(x - self.dot[0], y - self.dot[1]) < 0.1] = 255
+        return image
+
+
+class EmptyGrid(gymnasium.Wrapper):
+    """MiniGrid's empty room. Its own reward is 0 until the green square is reached: two images cannot be judged by it."""
+
+    def __init__(self, render_mode=None):
+        import minigrid  # noqa: F401  (registers its ids)
+
+        super().__init__(gymnasium.make("MiniGrid-Empty-8x8-v0", render_mode=render_mode))
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        return obs, info | self.told()
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated, truncated, info | self.told()
+
+    def told(self):
+        """The steps that are left to the square, which is in the last corner but for the wall."""
+        grid = self.unwrapped
+        left = grid.width - 2 - grid.agent_pos[0] + grid.height - 2 - grid.agent_pos[1]
+        return {"success": bool(left == 0), "progress": -float(left)}
+
+
+gymnasium.register("Dot-v0", entry_point=Dot, max_episode_steps=50)
+gymnasium.register("EmptyGrid-v0", entry_point=EmptyGrid)
