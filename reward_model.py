@@ -10,8 +10,8 @@ Which STEPs: 2 pick pairs of images, 4 fit the reward model to the answers:
 
 Differs from the paper (RL-VLM-F, arXiv 2402.03681). PaperFit in support/baselines.py leaves out 3 to 6 and the early
 stop of 1; there, too, one answer in eight is held out, but only for the log:
-  1. One answer in eight is held out. A fit ends when the loss on these has not fallen for more than ten epochs, and goes
-     back to the best epoch: real answers are partly wrong, and a network can learn wrong answers by heart.
+  1. One answer in eight is held out. A fit ends when the loss on these has not fallen for more than ten epochs, and
+     goes back to the best epoch: real answers are partly wrong, and a network can learn wrong answers by heart.
   2. The networks see images of 64 to 100 pixels, the VLM 200 to 308. A gradient step takes 16 answers; 64 in the
      official code.
   3. Rewards are multiplied by beta = 10 in P. They are in (-1, 1), so with beta = 1, P cannot leave [0.12, 0.88]: the

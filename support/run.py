@@ -589,7 +589,7 @@ def forecast(config):
     things = "images" if config.reward == "score" else "pairs"
     text = (f"{config.horizon:,} steps an episode: first questions at step {first:,}, "
             f"{questions // 2 if config.both_orders else questions:,} {things}"
-            + ", each in both orders," * config.both_orders + f" in {sessions:,} sessions")
+            + ", each in both orders," * config.both_orders + f" in {sessions:,} session" + "s" * (sessions != 1))
     if labels_kind(config) == "vlm":
         calls, price = questions * config.stages, price_of(config)
         text += f", {calls:,} calls" + (f", of which at most {config.max_calls:,} are made (--max-calls)"

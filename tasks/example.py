@@ -1,16 +1,19 @@
-"""An environment of your own: copy this file, and change it.
+r"""An environment of your own: copy this file, and change it.
 
-    python train.py --env tasks.example:Dot-v0 --goal "the white dot is in the green ring" --labels oracle
+    python train.py --env tasks.example:Dot-v0 --goal "the white dot is in the green ring" \
+        --labels oracle --total-steps 12000 --set random_flip=1
 
-What this is: what train.py asks of an environment, twice. Dot is one from scratch. EmptyGrid takes one that is there,
-MiniGrid's, and adds what labels can be judged by. Only `render()` has to be there: an image, from which a VLM can tell
-how far the goal is. The rest is optional: info["success"] (or "is_success") is counted, and info["progress"], any
-number that grows towards the goal, says how many labels are right, and is what `--labels oracle` takes them from.
-Neither is ever shown to the policy, to the reward model or to the VLM.
+What this is: what train.py asks of an environment, twice. Dot is one from scratch. EmptyGrid
+takes one that is there, MiniGrid's, and adds what labels can be judged by. Only `render()` has to
+be there: an image, from which a VLM can tell how far the goal is. The rest is optional:
+info["success"] (or "is_success") is counted, and info["progress"], any number that grows towards
+the goal, says how many labels are right, and is what `--labels oracle` takes them from. Neither
+is ever shown to the policy, to the reward model or to the VLM.
 Which STEPs: none.
 
 Shapes: observation (4,) float32, action (2,) in [-1, 1], image (100, 100, 3) uint8.
-Ids: Dot-v0, EmptyGrid-v0, registered when this is imported. Needs numpy and gymnasium, EmptyGrid also minigrid.
+Ids: Dot-v0, EmptyGrid-v0, registered when this is imported. Needs numpy and gymnasium; EmptyGrid
+also minigrid.
 
 To use it elsewhere:
     import gymnasium
@@ -22,13 +25,13 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
-SPEED, NEAR = 0.1, 0.1  # how far the dot moves in a step at most, and how near is there; the square has side 2
+SPEED, NEAR = 0.1, 0.1  # the longest way in a step, and how near counts; the square has side 2
 
 
 class Dot(gymnasium.Env):
-    """A dot in a square, and a ring to which it should go. Both start anywhere.
+    """A dot in the square [-1, 1] x [-1, 1], and a ring to which it should go. Both start anywhere.
 
-    Observation: place of the dot and from it to the ring, each (x, y); the square is [-1, 1] x [-1, 1].
+    Observation: the place of the dot, and the way from it to the ring, each (x, y).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -67,7 +70,7 @@ class Dot(gymnasium.Env):
 
 
 class EmptyGrid(gymnasium.Wrapper):
-    """MiniGrid's empty room. Its own reward is 0 until the green square is reached: two images cannot be judged by it."""
+    """MiniGrid's empty room, whose own reward is 0 until the goal: no images can be judged by it."""
 
     def __init__(self, render_mode=None):
         import minigrid  # noqa: F401  (registers its ids)
@@ -83,9 +86,9 @@ class EmptyGrid(gymnasium.Wrapper):
         return obs, reward, terminated, truncated, info | self.told()
 
     def told(self):
-        """The steps that are left to the square, which is in the last corner but for the wall."""
+        """info: the agent has to get to the corner that is farthest from where it starts."""
         grid = self.unwrapped
-        left = grid.width - 2 - grid.agent_pos[0] + grid.height - 2 - grid.agent_pos[1]
+        left = grid.width + grid.height - 4 - sum(grid.agent_pos)  # squares, without turns
         return {"success": bool(left == 0), "progress": -float(left)}
 
 

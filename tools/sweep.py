@@ -79,7 +79,8 @@ JUDGES = ("gemini-1.5-flash", "gemini-2.0-flash", "qwen2.5-vl-7b", "qwen2.5-vl-3
           "good", "weak", "stuck", "inverted", "blurry", "one-sided")
 # Environments that are not built in, or only by their name: the words of a sweep, and what its runs have in common.
 NOT_BUILT_IN = {
-    "Dot": {"env": "tasks.example:Dot-v0", "goal": "the white dot is in the green ring", "total_steps": 12_000},
+    "Dot": {"env": "tasks.example:Dot-v0", "goal": "the white dot is in the green ring", "total_steps": 12_000,
+            "random_flip": 1},  # left and right are alike
     "EmptyGrid": {"env": "tasks.example:EmptyGrid-v0", "goal": "the red triangle is on the green square",
                   "total_steps": 15_000},
     "FetchReach": {"env": "gymnasium_robotics:FetchReachDense-v4", "goal": "the gripper is at the red dot",
@@ -132,7 +133,7 @@ SWEEPS = {
         f"{judge}, {remedy}": {"judge": judge, **fields}
         for judge in ("gemini-1.5-flash", "gemini-2.0-flash", "qwen2.5-vl-7b", "qwen2.5-vl-3b")
         for remedy, fields in {"plain": PLAIN, "default": {}, "both orders": BOTH}.items()}),
-    "potential": Sweep("Success as the reward and what was learned as its potential, or either alone?",
+    "hint": Sweep("Success as the reward and what was learned as its potential, or either alone?",
                        ("DrawerOpen", "DoorKey-6x6"), {
         "sparse": {"reward": "sparse"}, "preference": {"judge": "weak"},
         "preference+sparse": {"judge": "weak", "reward": "preference+sparse"}}, seeds=3),
