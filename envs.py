@@ -432,8 +432,8 @@ def make(name, seed=0, goal=None, horizon=None, action_repeat=None, kwargs=None)
     # table's; that of a TimeLimit which the environment brings along; the one registered for the id. An episode must
     # end some time, because query sessions and checkpoints wait for that: hence 1000. Unless the caller or the table
     # said so, it is no longer than the environment's own horizon.
-    own = next((env.get_wrapper_attr(each) for each in ("_max_episode_steps", "horizon") if env.has_wrapper_attr(each)),
-               None)  # trap: in a foreign environment this may be anything
+    names = ("_max_episode_steps", "horizon", "max_steps")  # trap: in a foreign environment they may be anything
+    own = next((env.get_wrapper_attr(each) for each in names if env.has_wrapper_attr(each)), None)
     own = own if isinstance(own, (int, np.integer)) and not isinstance(own, bool) and own > 0 else math.inf
     spec = gymnasium.registry.get(env.unwrapped.spec.id) if env.unwrapped.spec else None
     limit = horizon * repeat if horizon else min(own, spec and spec.max_episode_steps or 1000)

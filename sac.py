@@ -59,12 +59,13 @@ class ReplayBuffer:
     reward, true_reward (N,) float32; image (N, H, W, 3) uint8, seen *after* the action (None without image_shape).
     folder: where the large arrays are kept, as memory-mapped files. They then need no memory of their own and outlive
     the process, so that a run can be resumed.
+    end_counts: how many times relabel() counts the reward of a step with which its episode terminated.
     """
 
     IN_CHECKPOINT = ("terminated", "reward", "true_reward")  # the small arrays, which change after they were written
 
-    def __init__(self, capacity, obs_shape, action_shape, image_shape=None, folder=None, seed=0):
-        self.capacity = int(capacity)
+    def __init__(self, capacity, obs_shape, action_shape, image_shape=None, folder=None, seed=0, end_counts=1.0):
+        self.capacity, self.end_counts = int(capacity), float(end_counts)
         self.rng = np.random.default_rng(seed)
         self.added = 0  # rows ever added; the next one is written to row `added % capacity`
         self.unrewarded = 0  # how many of the newest rows have no reward yet
@@ -137,7 +138,8 @@ class ReplayBuffer:
         # trap: after the ring has wrapped, the stored rows are not [0 : cursor]. So walk over all, oldest first.
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
-            self.reward[part] = reward_fn(self.image[part])  # (chunk, H, W, 3) -> (chunk,)
+            reward = reward_fn(self.image[part])  # (chunk, H, W, 3) -> (chunk,)
+            self.reward[part] = np.where(self.terminated[part], self.end_counts * reward, reward)
             if isinstance(self.image, np.memmap):
                 # trap: every page that was read from a mapped file counts as our memory, in the end the whole buffer.
                 # The pages are on disk already, so the system may forget them.

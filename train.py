@@ -314,7 +314,11 @@ def make_learner(run, parts):
     pi = parts.SAC(obs_shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount, device=config.device,
                    seed=config.seed, slow=slow, layer_norm=bool(config.layer_norm))
     image_shape = (config.reward_image_size, config.reward_image_size, 3) if looks_at_images(config) else None
-    B = parts.ReplayBuffer(config.total_steps, obs_shape, space.shape, image_shape, run.path("buffer"), config.seed)
+    # trap: a reward from preferences has no zero, so an end after which there is nothing may be better or worse than
+    # all that is possible. Here it is worth what it would be if its image stayed: r + discount r + ... (1809.02925).
+    end_counts = 1 / max(1 - config.discount, 1e-3)
+    B = parts.ReplayBuffer(config.total_steps, obs_shape, space.shape, image_shape, run.path("buffer"), config.seed,
+                           end_counts=end_counts)
     return pi, B
 
 

@@ -971,6 +971,31 @@ def test_a_budget_follows_from_horizon_and_spaces():
     assert (short["hidden"], budget(50, numbers=348)["hidden"]) == (128, 256)
 
 
+def test_a_budget_keeps_its_shares_of_a_run_whose_steps_are_given():
+    """Ten sessions in a shorter run too, with the exploration before them and a tenth of the steps after them."""
+    env = types.SimpleNamespace(horizon=50, action_space=Box(-1, 1, (2,)), observation_space=Box(-1, 1, (4,)))
+    its = adapt.budget(env, 12_000)
+    assert (its["total_steps"], its["explore_steps"], its["eval_every"]) == (12_000, 1_200, 1_200)
+    assert its["explore_steps"] + 9 * its["feedback_every"] <= 10_800 < its["explore_steps"] + 10 * its["feedback_every"]
+
+
+@pytest.mark.parametrize("name", ["Dot", "EmptyGrid"])
+def test_the_example_to_copy_is_an_environment(name):
+    """Gymnasium's check must pass; the best way must end in success, and progress must grow on it."""
+    env = gymnasium.make(f"tasks.example:{name}-v0", render_mode="rgb_array")
+    check_env(env.unwrapped if name == "Dot" else env, skip_render_check=True)
+    obs, info = env.reset(seed=0)
+    told = [info["progress"]]
+    ahead = [2] * 5 + [1] + [2] * 5  # of MiniGrid: ahead, a turn to the right, ahead
+    for step in range(40):
+        obs, _, terminated, _, info = env.step(
+            np.clip(obs[2:] / 0.1, -1, 1).astype(np.float32) if name == "Dot" else ahead[step])
+        told.append(info["progress"])
+        if info["success"]:
+            break
+    assert info["success"] and (np.diff(told) >= 0).all() and terminated == (name == "EmptyGrid")
+
+
 def test_a_run_in_a_foreign_environment_has_its_budget_and_a_short_command(tmp_path):
     """What was given holds, a built-in task and Meta-World's keep their schedules, and the command names no rule's value."""
     config = settings.Config(env="Pendulum-v1", goal="up", labels="oracle", total_steps=900, out=str(tmp_path / "run"))

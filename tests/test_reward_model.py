@@ -178,3 +178,28 @@ def test_answers_about_one_place_hold_at_another_if_pictures_are_shifted():
         images, lengths = bars(120, rng.integers((22, 12), (39, 29), (120, 2)))
         surprise.append(1 - np.corrcoef(model.predict(images), lengths)[0, 1])
     assert surprise[1] < 0.5 * surprise[0]
+
+
+def test_held_out_answers_judge_the_order_and_not_how_sure_a_network_is(monkeypatch):
+    """Eight of ten in order must be better than nothing learned, however sure the networks are; half of ten must not be."""
+    model = reward_model.RewardModel((48, 48, 3), ensemble_size=2)
+    data = reward_model.PreferenceDataset(80, (48, 48, 3))
+    data.add(np.zeros((80, 48, 48, 3), np.uint8), np.ones((80, 48, 48, 3), np.uint8), [1] * 80)  # ten are held out
+    losses = []
+    for right in (8, 5):
+        second = np.where(np.arange(10) < right, 0.9, -0.9)
+        monkeypatch.setattr(model, "member_rewards", lambda images: np.tile(
+            np.where(images[:, 0, 0, 0] == 1, second, 0), (2, 1)).astype(np.float32))
+        losses.append(model.heldout_loss(data))
+    assert losses[0] < 0.6 and losses[1] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_few_answers_say_less_of_a_lean_than_many():
+    """Of equal images, all answers "second": b must grow with their number, and be no more than the data say."""
+    leans = []
+    for count in (8, 64, 512):
+        model = reward_model.RewardModel((48, 48, 3), ensemble_size=1, patience=0)
+        data = reward_model.PreferenceDataset(count, (48, 48, 3))
+        data.add(*[np.zeros((count, 48, 48, 3), np.uint8)] * 2, [1] * count)
+        leans.append(model.fit(data, 200 * 16 // count + 1, stop_accuracy=1)["lean"])
+    assert 0.2 < leans[0] < leans[1] - 0.3 and leans[1] < leans[2] - 0.3

@@ -65,3 +65,15 @@ def test_wrong_action_spaces_are_refused():
     """A space that SAC cannot act in must be named in the error."""
     with pytest.raises(ValueError, match="Box or Discrete"):
         sac.SAC(2, gymnasium.spaces.MultiBinary(3))
+
+
+def test_an_end_counts_as_if_its_image_stayed():
+    """relabel() must multiply the reward of a step that ended an episode, of no other step, and set_rewards() of none."""
+    buffer = sac.ReplayBuffer(4, (1,), (1,), (1, 1, 3), end_counts=1 / (1 - 0.9))
+    for number, over in enumerate((False, True, False)):
+        buffer.add([0.0], [0.0], [0.0], over, np.full((1, 1, 3), number - 1, np.int8).astype(np.uint8), 0.0)
+    buffer.relabel(lambda images: images[:, 0, 0, 0].astype(np.int8) - 1.0)  # -2, -1, 0
+    np.testing.assert_allclose(buffer.reward[:3], [-2, sum(-0.9**n for n in range(1000)), 0], rtol=1e-6)
+    buffer.add([0.0], [0.0], [0.0], True, np.zeros((1, 1, 3), np.uint8), 0.0)
+    buffer.set_rewards([-1.0])
+    assert buffer.reward[3] == -1
