@@ -301,6 +301,7 @@ class RewardModel:
         self.random_shift, self.random_flip, self.intercept = random_shift, random_flip, intercept
         self.device, self.rng = torch.device(device), np.random.default_rng(seed)
         self.mean, self.deviation = 0.0, 1.0  # of the ensemble's reward over all images in D
+        self.pull = torch.zeros((), device=self.device)  # how strongly this fit holds b at 0
         self.nets = self._new_networks()
         self.optimizer = self._adam(lr)
 
@@ -345,8 +346,7 @@ class RewardModel:
         if len(data.rows()) == 0:
             raise ValueError("no answers to fit: every pair was unsure, unreadable or unanswered")
         self.fresh_networks()
-        # The fewer answers, the more b is held at 0: it would take up by chance what the images are to explain.
-        self.optimizer.param_groups[1]["weight_decay"] = LEAN_PULL / len(data.rows())
+        self.pull.fill_(LEAN_PULL / len(data.rows()))
         least, best = np.inf, 0  # the least loss on the held-out answers, and its epoch
         judges = self.patience and len(data.rows(held_out=True)) >= 4
         for epoch in range(1, epochs + 1):
@@ -390,7 +390,9 @@ class RewardModel:
             # trap: tanh rewards differ by at most 2. Without beta, a perfect fit still costs log(1 + e^-2) = 0.127.
             lean = net.lean if self.intercept else 0.0
             loss = preference_loss(self.beta * r0, self.beta * r1, answer, lean)
-            loss.backward()  # member by member, so that one member's activations at a time are in the cache
+            # The fewer answers, the more b is held at 0: it would take up by chance what the images are to explain.
+            # Member by member, so that one member's activations at a time are in the cache.
+            (loss + self.pull * net.lean**2 / 2).backward()
             losses.append(loss.detach())
             right.append((r1 > r0) == (answer > 0.5))
         self.optimizer.step()  # the members share no weights, so one optimiser serves all

@@ -334,6 +334,11 @@ class SAC:
     def _adam(self, parameters):
         return torch.optim.Adam(parameters, lr=self.lr, fused=True)  # fused: one pass over memory for all weights
 
+    def set_learning_rate(self, share):
+        """From now on actor, critics and temperature learn with `share` of the learning rate lr."""
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            optimizer.param_groups[0]["lr"] = share * self.lr
+
     def reset_critic(self):
         """Forget the values, keep the actor. train.py calls it once, after the first fit.
 

@@ -123,8 +123,9 @@ def train(config, parts=None, **yours):
                 # trap: the reward belongs to the image *after* the action. It is set when the episode ends, in one
                 # batch; until then SAC does not sample this row.
                 B.add(obs, action, next_obs, terminated, image, true_reward)  # true_reward: only for --reward true
-                # Only a share is offered: each image is drawn again, large, and neighbours in time look alike.
-                if rng.random() < share:
+                # Only a share is offered: each image is drawn again, large, and neighbours in time look alike. But with
+                # what an episode ended is always worth a question: the goal, perhaps, or what must not happen.
+                if terminated or rng.random() < share:
                     I.offer(env.image(config.vlm_image_size), image, info["progress"], rng)
                 obs, t, episode_over = next_obs, t + 1, terminated or truncated
 
@@ -160,6 +161,8 @@ def train(config, parts=None, **yours):
                 if not exploring and not at.explored:  # once, after the first fit; see forget_novelty
                     forget_novelty(pi, B, config.batch_size)
                     at.explored = True
+                # Smaller and smaller steps: what works is changed less and less.
+                pi.set_learning_rate(1 - (1 - config.lr_at_end) * step / config.total_steps)
                 for _ in range(0 if at_random else config.updates):
                     batch = novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size)
                     losses = pi.update(batch)
@@ -225,6 +228,7 @@ def train_on_given_reward(config, parts=None, **yours):
                 if not exploring and not at.explored:
                     forget_novelty(pi, B, config.batch_size)
                     at.explored = True
+                pi.set_learning_rate(1 - (1 - config.lr_at_end) * step / config.total_steps)
                 for _ in range(0 if at_random else config.updates):
                     batch = novelty_batch(B, config.batch_size) if exploring else B.sample(config.batch_size)
                     losses = pi.update(batch)

@@ -49,7 +49,7 @@ def has_bfloat16():
 
 LAYER_NORM_EPS = 1e-5  # torch.nn.LayerNorm's own: added to the variance, so that it is never 0
 # The checksum of the parts of sac.py whose derivatives are written out here: follows_sac().
-WRITTEN_FOR = 227909347
+WRITTEN_FOR = 4172881335
 
 
 def follows_sac():
@@ -592,7 +592,17 @@ class FastSAC(SAC):
         super().__init__(*args, **settings)
 
     def _adam(self, parameters):
-        return adam(parameters, self.lr, self.device)
+        on_gpu = self.device.type == "cuda"
+        return adam(parameters, torch.tensor(self.lr, device=self.device) if on_gpu else self.lr, self.device)
+
+    def set_learning_rate(self, share):
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            group, = optimizer.param_groups
+            # trap: a recorded step reads the tensor that was there, so the number must be written into it
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(share * self.lr)
+            else:
+                group["lr"] = share * self.lr
 
     def _record_anew(self):
         # trap: a replay works on the tensors it was recorded with, and so does ByHand. Whatever replaces one (critics,

@@ -23,6 +23,7 @@ The settings (a step is one of the environment's, a pair is one question to the 
   random_shift       px by which a fit moves each image at random;  random_flip: 1 mirrors half
   intercept          1: a fit learns how far the VLM leans to the second image
   sac_lr, batch_size, hidden, updates, discount   SAC; updates: gradient steps in one step
+  lr_at_end          share of sac_lr that is left at the end of a run
   layer_norm         1: critics with normalised hidden layers
   eval_every, eval_episodes          steps between evaluations, episodes in each
   average_over       share of all steps over which a policy is averaged for evaluation; 0: the newest
@@ -184,7 +185,7 @@ OURS = {
 _PAPER = dict(
     seed_steps=1_000, explore_steps=10_000, hold=1, sampler="uniform",
     random_shift=0, random_flip=0, reward_batch=64, intercept=0,
-    sac_lr=3e-4, batch_size=512, hidden=256, updates=1, discount=0.99, layer_norm=0,
+    sac_lr=3e-4, batch_size=512, hidden=256, updates=1, discount=0.99, layer_norm=0, lr_at_end=1.0,
     # Their curves are means over seeds of one episode each; CartPole's are of ten.
     eval_every=10_000, eval_episodes=1, average_over=0.0,
 )

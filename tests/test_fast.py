@@ -56,9 +56,11 @@ every_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 @pytest.mark.parametrize("size, layer_norm", [(32, False), (32, True), (256, False)])
 @every_space
 def test_a_hundred_updates_by_hand_are_a_hundred_updates_of_sac(space, size, layer_norm):
-    """Gradients by hand must give SAC's own weights, averages, draws and results, also with fresh critics and units."""
+    """By hand SAC's own weights, averages, draws and results, also with fresh critics and units, at a rate that falls."""
     plain, fast_one = (kind(5, space, hidden=(size, size), layer_norm=layer_norm) for kind in (sac.SAC, FastSAC))
     for number in range(100):
+        for agent in (plain, fast_one):
+            agent.set_learning_rate(1 - number / 110)
         if number == 30:
             plain.reset_critic(), fast_one.reset_critic()
         if number == 60:

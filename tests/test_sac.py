@@ -77,3 +77,15 @@ def test_an_end_counts_as_if_its_image_stayed():
     buffer.add([0.0], [0.0], [0.0], True, np.zeros((1, 1, 3), np.uint8), 0.0)
     buffer.set_rewards([-1.0])
     assert buffer.reward[3] == -1
+
+
+def test_a_smaller_learning_rate_makes_smaller_steps():
+    """Adam's first step is the learning rate itself, so a share of a tenth must move each weight a tenth as far."""
+    moved = []
+    for share in (1.0, 0.1):
+        agent = sac.SAC(2, box(1), hidden=(16, 16), lr=1e-3)
+        before = [weight.detach().clone() for weight in agent.critic.parameters()]
+        agent.set_learning_rate(share)
+        agent.update(filled_batch(64))
+        moved.append(max(float((new - old).abs().max()) for new, old in zip(agent.critic.parameters(), before)))
+    assert moved[0] == pytest.approx(1e-3, rel=0.01) and moved[1] == pytest.approx(1e-4, rel=0.01)
