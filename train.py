@@ -36,7 +36,10 @@ Differs from the paper:
      has the paper's own numbers.
   3. I is a random sample of the images of the whole run, each different image once; the official code draws from the
      last 100 episodes.
-  4. What is evaluated is an average of the actor over the last twentieth of the steps (sac.py: SAC.best_action).
+  4. What is evaluated is an average of the actor over the last twentieth of the steps (sac.py: SAC.best_action), and
+     SAC's learning rates fall to a tenth over a run.
+  5. The image with which an episode terminated is always offered to I, and counts as if it stayed (make_learner). The
+     seven tasks never terminate.
 
 From Python:
     from train import Config, train
@@ -319,7 +322,8 @@ def make_learner(run, parts):
                    seed=config.seed, slow=slow, layer_norm=bool(config.layer_norm))
     image_shape = (config.reward_image_size, config.reward_image_size, 3) if looks_at_images(config) else None
     # trap: a reward from preferences has no zero, so an end after which there is nothing may be better or worse than
-    # all that is possible. Here it is worth what it would be if its image stayed: r + discount r + ... (1809.02925).
+    # all that is possible. Here it is worth what it would be if its image stayed: r + discount r + ..., as in
+    # 1809.02925.
     end_counts = 1 / max(1 - config.discount, 1e-3)
     B = parts.ReplayBuffer(config.total_steps, obs_shape, space.shape, image_shape, run.path("buffer"), config.seed,
                            end_counts=end_counts)

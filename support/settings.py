@@ -90,7 +90,7 @@ class Config:
     patience: int = 10  # passes that a fit goes on without gain on held-out answers; 0: no limit
     # SAC
     sac_lr: float | None = by_task(3e-4)  # learning rate of actor, critics and temperature
-    lr_at_end: float | None = by_task(0.1)  # share of it at the end, 0 to 1, to which it falls evenly; 1: it stays
+    lr_at_end: float | None = by_task(0.1)  # share of it that is left at the end; it falls evenly
     batch_size: int | None = by_task(256)  # transitions in one update
     updates: int | None = by_task(1)  # updates after each environment step
     hidden: int | None = by_task(256)  # width of the two hidden layers
@@ -138,7 +138,8 @@ RANGES = {
     "ensemble_size": (1, 1000), "hidden": (1, 8192), "batch_size": (1, 10**6), "random_shift": (0, 1000),
     "workers": (1, 256), "timeout": (1, 86_400), "image_buffer": (2, MOST),
     "vlm_image_size": (16, 4096), "reward_image_size": (47, 4096), "discount": (0, 1), "clip_alpha": (0, 1),
-    "max_usd": (0, sys.float_info.max), "keep_buffer": (0, sys.float_info.max), "average_over": (0, 1), "lr_at_end": (0, 1),
+    "max_usd": (0, sys.float_info.max), "keep_buffer": (0, sys.float_info.max), "average_over": (0, 1),
+    "lr_at_end": (0, 1),
     "random_flip": (0, 1), "fast": (0, 2),
     "intercept": (0, 1), "layer_norm": (0, 1), "soft_labels": (0, 1), "both_orders": (0, 1),
 }
