@@ -86,9 +86,10 @@ def test_the_evidence_has_the_numbers_of_its_csv():
 
 def test_the_table_of_what_is_held_is_that_of_its_csv():
     """Every seed's success, and how many are held, must be those of held*.csv and steady.csv."""
-    rows = {"by hand": measured("held"), "by hand, with the intercept": measured("held_intercept"),
-            "by hand, with the intercept and LayerNorm": measured("held_layer_norm"),
-            "sac.py itself (`--fast 0`)": measured("held_autograd")}
+    rows = {"by hand": measured("held"), "by hand, at a constant rate": measured("held_constant_rate"),
+            "the same, with the intercept": measured("held_intercept"),
+            "the same, with the intercept and LayerNorm": measured("held_layer_norm"),
+            "sac.py itself (`--fast 0`), at a constant rate": measured("held_autograd")}
     seen = set()
     for task, how, seeds, steps, pairs, held, end, third, drawn, _ in table("results/README.md", "task | SAC"):
         of = rows[how][task, "preference", "default"]
@@ -129,6 +130,31 @@ def test_the_tables_of_judges_that_lean_are_those_of_their_csvs():
         means = [np.mean([abs(float(row[name])) for row in seeds]) for name in ("order", "best") for seeds in of]
         assert np.allclose([float(x) for x in cells], means, atol=[0.00051] * 4 + [0.051] * 4), (judge, calls)
     assert len(lines) >= 12 and all(len(seeds) >= 3 for seeds in fits.values())
+
+
+def test_the_tables_of_drawer_judges_hints_and_foreign_tasks_are_those_of_their_csvs():
+    """Every seed of judges_drawer.csv, hint.csv and not_built_in.csv must stand in the tables."""
+    rows = measured("judges_drawer")
+    for judge, *cells in table("results/README.md", "judge on DrawerOpen"):
+        for remedy, cell in zip(("plain", "default", "both orders"), cells, strict=True):
+            of = rows.pop(("DrawerOpen", "preference", f"{judge}, {remedy}"))
+            for part, name in zip(cell.split("; "), ("eval_success", "success_last_third", "label_accuracy"), strict=True):
+                assert [float(x) for x in part.split(", ")] == column(of, name), (judge, remedy, name)
+    assert not rows
+    rows = measured("hint")
+    for task, reward, *cells in table("results/README.md", "task | reward"):
+        of = rows.pop((task, reward, reward))
+        for cell, name in zip(cells, ("eval_success", "success_last_third", "eval_success_drawn"), strict=True):
+            assert [float(x) for x in cell.split(", ")] == column(of, name), (task, reward, name)
+    assert not rows
+    rows = measured("not_built_in")
+    for task, seeds, steps, pairs, *cells, minutes in table("results/README.md", "environment | seeds"):
+        of = rows.pop((task, "oracle", "oracle"))
+        assert (int(seeds), steps, pairs) == (len(of), f"{int(of[0]['steps']):,}", f"{int(of[0]['pairs_asked']):,}")
+        assert [float(x.replace(",", "")) for x in cells.pop().split("; ")] == [round(float(row["eval_return"])) for row in of]
+        for cell, name in zip(cells, ("reward_accuracy", "eval_success", "success_last_third"), strict=True):
+            assert cell == "not told" or [float(x) for x in cell.split(", ")] == column(of, name), (task, name)
+    assert not rows
 
 
 def test_the_readme_has_the_means_of_the_csv():
