@@ -78,7 +78,7 @@ def test_every_run_of_every_sweep_is_one_that_train_accepts():
         assert len({sweep.slug(job) for job in jobs}) == len(jobs) == len({job.key() for job in jobs})
         for job in jobs:
             assert job.overrides.get("ablation", "nothing") in ("nothing", *ablations.ABLATIONS)
-            settings.resolve(settings.Config(env=job.task, seed=job.seed, **job.fields()))
+            settings.resolve(settings.Config(**{"env": job.task, "seed": job.seed, **job.fields()}))
 
 
 def test_what_config_has_no_field_for_reaches_the_run_all_the_same():
