@@ -20,7 +20,8 @@ stop of 1; there, too, one answer in eight is held out, but only for the log:
      that goes on from the last fit remembers the few answers of the beginning too well.
   5. predict() is standardised: mean 0 and deviation 1 over all images in D (1706.03741).
   6. b, one number for each member, is how far the VLM leans to the second image, whatever the two show. The paper has
-     no b. Real VLMs do lean, and the lean is then not taken for a difference between images.
+     no b. Real VLMs do lean, and the lean is then not taken for a difference between images. The fewer answers there
+     are, the more b is held at 0.
   7. A fit may move images at random (random_shift; 2004.13649) or flip them left to right (random_flip). One CNN serves
      all tasks (official code: ResNet-18 for rope, water and cloth), and pairs are drawn from images of the whole run.
 
@@ -390,7 +391,7 @@ class RewardModel:
             # trap: tanh rewards differ by at most 2. Without beta, a perfect fit still costs log(1 + e^-2) = 0.127.
             lean = net.lean if self.intercept else 0.0
             loss = preference_loss(self.beta * r0, self.beta * r1, answer, lean)
-            # The fewer answers, the more b is held at 0: it would take up by chance what the images are to explain.
+            # pull: from few answers, b would take up by chance what the images are to explain.
             # Member by member, so that one member's activations at a time are in the cache.
             (loss + self.pull * net.lean**2 / 2).backward()
             losses.append(loss.detach())

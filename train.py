@@ -38,8 +38,8 @@ Differs from the paper:
      last 100 episodes.
   4. What is evaluated is an average of the actor over the last twentieth of the steps (sac.py: SAC.best_action), and
      SAC's learning rates fall to a tenth over a run.
-  5. The image with which an episode terminated is always offered to I, and counts as if it stayed (make_learner). The
-     seven tasks never terminate.
+  5. The image with which an episode ended early is always offered to I, and counts as if it stayed (make_learner). The
+     seven tasks never end early.
 
 From Python:
     from train import Config, train
@@ -126,9 +126,9 @@ def train(config, parts=None, **yours):
                 # trap: the reward belongs to the image *after* the action. It is set when the episode ends, in one
                 # batch; until then SAC does not sample this row.
                 B.add(obs, action, next_obs, terminated, image, true_reward)  # true_reward: only for --reward true
-                # Only a share is offered: each image is drawn again, large, and neighbours in time look alike. But with
-                # what an episode ended is always worth a question: the goal, perhaps, or what must not happen.
-                if terminated or rng.random() < share:
+                # Only a share is offered: each image is drawn again, large, and neighbours in time look alike. But that
+                # with which an episode ended early is always: it is the goal, or what must not happen.
+                if terminated and t + 1 < config.horizon or rng.random() < share:
                     I.offer(env.image(config.vlm_image_size), image, info["progress"], rng)
                 obs, t, episode_over = next_obs, t + 1, terminated or truncated
 

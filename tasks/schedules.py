@@ -139,6 +139,7 @@ OURS = {
         total_steps=1_500, updates=4,
         seed_steps=150, explore_steps=150,
         feedback_every=150, pairs_per_session=30, max_pairs=300,
+        discount=0.0,  # nothing comes after the one step
         sac_lr=1e-3, batch_size=128, hidden=128, reward_epochs=20,
         random_shift=0,
         # The start is fixed: ten best guesses would be one, ten drawn actions differ.
@@ -213,7 +214,7 @@ PAPER = {
     "Soccer": dict(_PAPER_METAWORLD, reward_lr=1e-4, reward_epochs=5),
     "SweepInto": _PAPER_METAWORLD,
     "FoldCloth": dict(
-        _PAPER, total_steps=15_000, seed_steps=250, explore_steps=500,
+        _PAPER, total_steps=15_000, seed_steps=250, explore_steps=500, discount=0.0,
         feedback_every=1_000, pairs_per_session=50, max_pairs=500,
         sac_lr=5e-4, batch_size=1024, hidden=1024,
         reward_lr=3e-4, reward_epochs=25, vlm_image_size=360, reward_image_size=360,
