@@ -87,5 +87,5 @@ def test_a_smaller_learning_rate_makes_smaller_steps():
         before = [weight.detach().clone() for weight in agent.critic.parameters()]
         agent.set_learning_rate(share)
         agent.update(filled_batch(64))
-        moved.append(max(float((new - old).abs().max()) for new, old in zip(agent.critic.parameters(), before)))
+        moved.append(max(float((new.detach() - old).abs().max()) for new, old in zip(agent.critic.parameters(), before)))
     assert moved[0] == pytest.approx(1e-3, rel=0.01) and moved[1] == pytest.approx(1e-4, rel=0.01)
