@@ -52,7 +52,7 @@ HOLD_OUT = 8  # every eighth answer only measures, and says when to stop
 BETA = 10.0  # inverse temperature of Bradley-Terry: at a difference of one, P[second is better] is 0.9999; "Differs" 3
 PREDICT_BYTES = 6 * 2**20  # bytes of images in one pass of predict(): among the fastest here, from 64 to 200 pixels
 SURENESS = (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1)  # factors of the rewards in the loss on held-out answers
-LEAN_PULL = 5.0  # how strongly b is held at 0, in answers: with b = 1, as much as about five answers that say so
+LEAN_PULL = 5.0  # how strongly b is held at 0: at b = 1, as strongly as five answers can pull at most
 LEAN_LR = 0.03  # learning rate of b: every answer moves the same way this one number, so it may take larger steps
 LAYERS = ((16, 5, 3), (32, 3, 2), (64, 3, 2), (128, 3, 2))  # channels, kernel, stride: the paper's CNN
 

@@ -38,8 +38,8 @@ Differs from the paper:
      last 100 episodes.
   4. What is evaluated is an average of the actor over the last twentieth of the steps (sac.py: SAC.best_action), and
      SAC's learning rates fall to a tenth over a run.
-  5. The image with which an episode ended early is always offered to I, and counts as if it stayed (make_learner). The
-     seven tasks never end early.
+  5. An image that ended its episode early is always offered to I, and its reward counts as if the image stayed
+     (make_learner). No episode of the seven tasks ends early.
 
 From Python:
     from train import Config, train
@@ -126,8 +126,8 @@ def train(config, parts=None, **yours):
                 # trap: the reward belongs to the image *after* the action. It is set when the episode ends, in one
                 # batch; until then SAC does not sample this row.
                 B.add(obs, action, next_obs, terminated, image, true_reward)  # true_reward: only for --reward true
-                # Only a share is offered: each image is drawn again, large, and neighbours in time look alike. But that
-                # with which an episode ended early is always: it is the goal, or what must not happen.
+                # Only a share is offered: each image is drawn again, large, and neighbours in time look alike. An image
+                # that ended its episode early is always offered: it shows the goal, or what must not happen.
                 if terminated and t + 1 < config.horizon or rng.random() < share:
                     I.offer(env.image(config.vlm_image_size), image, info["progress"], rng)
                 obs, t, episode_over = next_obs, t + 1, terminated or truncated
@@ -321,9 +321,9 @@ def make_learner(run, parts):
     pi = parts.SAC(obs_shape[0], space, (config.hidden,) * 2, config.sac_lr, config.discount, device=config.device,
                    seed=config.seed, slow=slow, layer_norm=bool(config.layer_norm))
     image_shape = (config.reward_image_size, config.reward_image_size, 3) if looks_at_images(config) else None
-    # trap: a reward from preferences has no zero, so an end after which there is nothing may be better or worse than
-    # all that is possible. Here it is worth what it would be if its image stayed: r + discount r + ..., as in
-    # 1809.02925.
+    # trap: a reward from preferences has no zero. If nothing came after an end, an end would be good where rewards are
+    # negative, and bad where they are positive. So an end is worth what its image would be worth if it stayed for good:
+    # r + discount r + ... = r / (1 - discount), as in arXiv 1809.02925.
     end_counts = 1 / max(1 - config.discount, 1e-3)
     B = parts.ReplayBuffer(config.total_steps, obs_shape, space.shape, image_shape, run.path("buffer"), config.seed,
                            end_counts=end_counts)

@@ -335,7 +335,8 @@ def budget(env, total=None):
     """What tasks/schedules.py would say, from what can be known of an environment -> {setting: number}.
 
     env: TaskEnv.  total: steps of the run, where they are given: exploring and asking then keep their shares of it.
-    Rules of thumb, which generalise the schedules of the built-in tasks. None was measured by itself.
+    Rules of thumb, which generalise the schedules of the built-in tasks. None was measured by itself, but where a
+    comment says so.
     """
     horizon = env.horizon  # steps of an episode
 
@@ -358,7 +359,7 @@ def budget(env, total=None):
         # steps asks nothing: what it would teach could not be used any more.
         "pairs_per_session": 100, "max_pairs": 1_000, "feedback_every": max(1, (total * 9 // 10 - explore) // 9),
         # Of uniform pairs few are about two images near the goal. In a grid the square before the goal was then worth a
-        # little more than the goal, and there the agent stayed.
+        # little more than the goal, and there the agent stayed. (It still is at times: results/README.md.)
         "sampler": "best",
         # Of 3,000 unseen pairs about a dot that should get into a ring, 400 right answers ordered .79 with 3e-4 and
         # shifts of 4 px, .82 with 1e-3, and .86 with shifts of 8 px as well (of 84; one fit each, no CSV).

@@ -592,17 +592,16 @@ class FastSAC(SAC):
         super().__init__(*args, **settings)
 
     def _adam(self, parameters):
-        on_gpu = self.device.type == "cuda"
-        return adam(parameters, torch.tensor(self.lr, device=self.device) if on_gpu else self.lr, self.device)
+        lr = self.lr if self.device.type == "cpu" else torch.tensor(self.lr, device=self.device)
+        return adam(parameters, lr, self.device)
 
     def set_learning_rate(self, share):
+        if self.device.type == "cpu":
+            super().set_learning_rate(share)
+            return
+        # trap: a recorded step reads the tensor that was there, so the number must be written into that tensor
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
-            group, = optimizer.param_groups
-            # trap: a recorded step reads the tensor that was there, so the number must be written into it
-            if torch.is_tensor(group["lr"]):
-                group["lr"].fill_(share * self.lr)
-            else:
-                group["lr"] = share * self.lr
+            optimizer.param_groups[0]["lr"].fill_(share * self.lr)
 
     def _record_anew(self):
         # trap: a replay works on the tensors it was recorded with, and so does ByHand. Whatever replaces one (critics,

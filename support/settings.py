@@ -90,7 +90,7 @@ class Config:
     patience: int = 10  # passes that a fit goes on without gain on held-out answers; 0: no limit
     # SAC
     sac_lr: float | None = by_task(3e-4)  # learning rate of actor, critics and temperature
-    lr_at_end: float | None = by_task(0.1)  # share of it that is left at the end; it falls evenly
+    lr_at_end: float | None = by_task(0.1)  # share of sac_lr that is left at the end of the run
     batch_size: int | None = by_task(256)  # transitions in one update
     updates: int | None = by_task(1)  # updates after each environment step
     hidden: int | None = by_task(256)  # width of the two hidden layers

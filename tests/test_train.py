@@ -277,3 +277,30 @@ def test_both_loops_learn_the_same_from_the_same_reward(tmp_path, monkeypatch):
     names = ("step", "eval_return", "eval_progress", "critic_loss", "q_mean", "alpha")
     assert [[row.get(name) for name in names] for row in asked] == [[row.get(name) for name in names] for row in given]
     assert given[-1]["critic_loss"] > 0 and asked[-1]["labels"] > 0
+
+
+@pytest.mark.usefixtures("unreported")
+def test_an_image_that_ended_its_episode_early_is_offered_and_counts_as_if_it_stayed(tmp_path, monkeypatch):
+    """A pole that falls ends the episode: its image must always be offered, and its reward be that of many steps."""
+    events, buffers = [], []
+
+    class Buffer(sac.ReplayBuffer):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            buffers.append(self)
+
+        def add(self, obs, action, next_obs, terminated, *rest):
+            super().add(obs, action, next_obs, terminated, *rest)
+            events.append("end" if terminated else "step")
+
+    offer = train.ImageBuffer.offer
+    monkeypatch.setattr(train.ImageBuffer, "offer", lambda *args: (events.append("offered"), offer(*args))[1])
+    config = tiny(tmp_path, env="InvertedPendulum-v5", goal="up", labels="oracle", image_buffer=2, total_steps=200)
+    parts = run.choose_parts(config)
+    parts.ReplayBuffer = Buffer
+    train.train(config, parts)
+    after = [events[i + 1 : i + 2] for i, event in enumerate(events) if event == "end"]
+    assert len(after) >= 3 and all(each == ["offered"] for each in after)
+    assert events.count("offered") < events.count("step") / 2
+    ends, rewards = buffers[0].terminated[:200], np.abs(buffers[0].reward[:200])
+    assert buffers[0].end_counts > 5 and np.nanmedian(rewards[ends]) > 3 * np.nanmedian(rewards[~ends])

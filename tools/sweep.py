@@ -134,7 +134,7 @@ SWEEPS = {
         for judge in ("gemini-1.5-flash", "gemini-2.0-flash", "qwen2.5-vl-7b", "qwen2.5-vl-3b")
         for remedy, fields in {"plain": PLAIN, "default": {}, "both orders": BOTH}.items()}),
     "hint": Sweep("Success as the reward and what was learned as its potential, or either alone?",
-                       ("DrawerOpen", "DoorKey-6x6"), {
+                  ("DrawerOpen", "DoorKey-6x6"), {
         "sparse": {"reward": "sparse"}, "preference": {"judge": "weak"},
         "preference+sparse": {"judge": "weak", "reward": "preference+sparse"}}, seeds=3),
     "not_built_in": Sweep("Is a task learned that is not built in, with right labels?", tuple(NOT_BUILT_IN), {
@@ -237,7 +237,7 @@ def plan(name, seeds=None, extra=None):
     varied = tuple(dict.fromkeys(field for each in settings.values() for field in each))
     seeds = seeds or SWEEPS[name].seeds
     cells = itertools.product(range(seeds or 5), tasks, settings.items())
-    return [Job(task, setting, seed, {**(extra or {}), **of_task.get(task, {}), **fields}, varied)
+    return [Job(task, setting, seed, {**of_task.get(task, {}), **(extra or {}), **fields}, varied)
             for seed, task, (setting, fields) in cells if seed < (seeds or SEEDS.get(task, 5))]
 
 
